@@ -1,0 +1,56 @@
+"""gossamer: a compiler for sparse attention and MoE kernels.
+
+This file is the face: it says where each public name lives and imports none of them. A name is imported
+when it is first used, so ``import gossamer`` loads no framework, no compiler and no geometry engine.
+"""
+
+import sys
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_NAMES: dict[str, str] = {}
+
+# Public module -> the module it is another name of, as ``os.path`` is of ``posixpath``.
+_MODULES = {
+    "flex": "frontend.flex",
+    "masks": "frontend.masks",
+    "testing": "frontend.testing",
+}
+
+__all__ = ("__version__", *_NAMES, *_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name in _NAMES:
+        value = globals()[name] = getattr(import_module(f".{_NAMES[name]}", __name__), name)
+        return value
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _AliasImporter(MetaPathFinder, Loader):
+    """Makes ``import gossamer.masks`` give ``gossamer.frontend.masks`` itself, not a second copy."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        return ModuleSpec(fullname, self) if package == __name__ and name in _MODULES else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        # What sys.modules holds once a module has run is what the import statement returns.
+        name = module.__name__.rpartition(".")[2]
+        sys.modules[module.__name__] = import_module(f".{_MODULES[name]}", __name__)
+
+
+sys.meta_path.append(_AliasImporter())

@@ -1,0 +1,8 @@
+"""``python -m gossamer`` is the command line ``gossamer``."""
+
+import sys
+
+from .frontend.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

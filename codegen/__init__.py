@@ -1,0 +1,1 @@
+"""The backends: each spells Kernel IR as source text and decides nothing."""

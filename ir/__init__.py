@@ -1,0 +1,1 @@
+"""The intermediate representations: expressions, masks, formats, graphs and kernels."""
