@@ -30,12 +30,14 @@ clean: ## remove what builds and test runs leave behind
 distclean: clean ## remove .venv too
 	rm -rf $(VENV)
 
-$(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "expected Python 3.11 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1)" >&2; \
-	  echo "name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+$(READY): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "installing gossamer and its development tools into $(VENV) (2.5 GB, a minute or two)"
-	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "expected Python 3.11 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1)" >&2; \
+	  echo "name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
