@@ -29,6 +29,10 @@ class VerifyError(GossamerError):
     """An IR object breaks a rule of its level; the message names the rule and the offending node."""
 
 
+class InterpretError(GossamerError):
+    """A reference interpreter met what real code must not do: a read out of bounds, a division by zero."""
+
+
 class UnsupportedError(GossamerError, NotImplementedError):
     """The request is meaningful but not built; the message names what is missing and what to use."""
 
