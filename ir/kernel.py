@@ -208,3 +208,11 @@ class Kernel:
     @property
     def scalars(self) -> tuple[Scalar, ...]:
         return tuple(a for a in self.args if isinstance(a, Scalar))
+
+
+@dataclass(frozen=True)
+class Program:
+    """Kernels in launch order. buffers: tensors that live between them and start uninitialised."""
+
+    kernels: tuple[Kernel, ...]
+    buffers: tuple[Tensor, ...] = ()

@@ -1,0 +1,62 @@
+"""What the passes decide about one attention, as values that print, parse and can be edited.
+
+A mask runs as one or more *groups*: disjoint parts of it, each with a row order of its own, merged
+exactly by carrying the online softmax from one kernel to the next. `align` makes the groups,
+`schedule` gives each its `Schedule`, `tile` its `Loops`.
+
+In all expressions: m0, m1, ... are row-tile coordinates, r0, r1, ... residues, n0, n1, ... key-tile
+coordinates (one a dimension of the group's order), beside b, h, q_len, kv_len and p0, p1, ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from .expr import Expr
+from .kernel import Span
+from .order import Order
+
+
+@dataclass(frozen=True)
+class Group:
+    """A part of a mask: its row order, its points, and the predicate that partial tiles evaluate.
+
+    may, must: isl text of maps [q] -> [k] bounding the part from above and below, equal when the
+    part is affine. predicate: a Boolean over b, h, q, k, captures and params, exact inside `may`."""
+
+    order: Order
+    may: str
+    must: str
+    predicate: Expr
+
+    @property
+    def exact(self) -> bool:
+        return self.may == self.must
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sizes and hints of one kernel. rows, cols: tile extents, one entry a dimension of the order.
+
+    lazy_rescale: keep a stale row maximum until it lags by more than 2^8, so that accumulators are
+    rescaled rarely. meta: backend hints (see Kernel.meta)."""
+
+    rows: tuple[int, ...]
+    cols: tuple[int, ...]
+    lazy_rescale: bool = True
+    meta: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Loops:
+    """The closed-form loops over the key tiles of one row tile.
+
+    spans: for each dimension, outermost first, the disjoint spans of its n; together they cover
+    every tile that holds a point. touched: a condition that skips tiles of the spans without points
+    (true when there are none). full: implies that every pair of the tile with key below kv_len attends."""
+
+    spans: tuple[tuple[Span, ...], ...]
+    touched: Expr = sympy.true
+    full: Expr = sympy.false

@@ -1,0 +1,84 @@
+"""AttentionSpec: everything about one attention that its kernels depend on.
+
+Lengths, batch, head counts and the mask's runtime integers are absent on purpose: they are kernel
+arguments, so changing them compiles nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..ir.errors import InputError
+from ..ir.expr import Expr
+from ..ir.kernel import Tensor
+from ..ir.mask import Mask
+from ..ir.score import ScoreMap
+
+DTYPES = ("f16", "bf16", "f32", "f64")
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """A fused attention: q [B, Hq, q_len, qk_size], k [B, Hk, kv_len, qk_size], v [.., v_size].
+
+    contiguous: for q, k and v, whether the last dimension has stride 1 (other strides are always
+    runtime values). Raises InputError on an unknown dtype or a size outside 1..1024."""
+
+    mask: Mask
+    score_map: ScoreMap | None = None
+    dtype: str = "f32"
+    qk_size: int = 64
+    v_size: int = 64
+    contiguous: tuple[bool, bool, bool] = (True, True, True)
+    return_lse: bool = False
+    target: str = "cpu"
+    precision: str = "ieee"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError("AttentionSpec.dtype", f"one of {', '.join(DTYPES)}", repr(self.dtype))
+        for name, size in (("qk_size", self.qk_size), ("v_size", self.v_size)):
+            if not 1 <= size <= 1024:
+                raise InputError(f"AttentionSpec.{name}", "a head size from 1 to 1024", size)
+
+    @property
+    def accumulator(self) -> str:
+        return "f64" if self.dtype == "f64" else "f32"
+
+    @property
+    def lse_dtype(self) -> str:
+        return self.accumulator
+
+    @property
+    def target_kind(self) -> str:
+        """'cpu', 'cuda' or 'hip'."""
+        return self.target.partition(":")[0]
+
+    @property
+    def format(self) -> str:
+        return "acsr" if self.mask.exact else "opaque"
+
+    @property
+    def mask_text(self) -> str:
+        return self.mask.to_text()
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return self.mask.params
+
+    @property
+    def score(self) -> Expr | None:
+        return None if self.score_map is None else self.score_map.expr
+
+    @property
+    def score_params(self) -> tuple[tuple[str, str], ...]:
+        """Names and argument dtypes of the score map's runtime numbers."""
+        if self.score_map is None:
+            return ()
+        wide = self.accumulator
+        return tuple((name, "i64" if kind == "int" else wide) for name, kind in self.score_map.params)
+
+    @property
+    def capture_tensors(self) -> tuple[Tensor, ...]:
+        captures = [*self.mask.captures, *(self.score_map.captures if self.score_map else ())]
+        return tuple(Tensor(c.name, c.dtype, tuple(f"{c.name}_{d}" for d in range(c.rank)), "in", None) for c in captures)

@@ -1,0 +1,198 @@
+"""tile: which key tiles a row tile visits, and which of them need no mask, in closed form.
+
+Works on the unbounded quadrant: a tile is *touched* when it holds a point of the group, *full* when
+every key of it attends to every row of it. Both are sets over (row tile, residue, key tile)
+coordinates, parametric in the mask's integers, projected exactly by isl; loop bounds and the full
+condition are read off them. Clipping to kv_len happens here too, as one more upper bound.
+
+Leaves alone: groups whose loops are already there.
+"""
+
+from __future__ import annotations
+
+import islpy as isl
+import sympy
+
+from ..ir.affine import ISL_LOCK, condition
+from ..ir.expr import Expr, all_of, ceildiv, floormod, integer
+from ..ir.kernel import Span
+from ..ir.order import Order
+from ..ir.plan import Group, Loops, Schedule
+from .bounds import all_params, spans_of
+
+SET = isl.dim_type.set
+
+
+def coordinates(order: Order) -> tuple[list[str], list[str], list[str]]:
+    """Names of the row-tile, residue and key-tile coordinates of an order."""
+    rank = range(len(order.dims))
+    return (
+        [f"m{d}" for d in rank],
+        [f"r{d}" for d in rank if order.dims[d].row_stride > 1],
+        [f"n{d}" for d in rank],
+    )
+
+
+def row_index(order: Order, rows: tuple[int, ...], inner: list[Expr]) -> list[Expr]:
+    """Per dimension, the row coordinate q_d of in-tile coordinates `inner`."""
+    out = []
+    for d, dim in enumerate(order.dims):
+        at = rows[d] * integer(f"m{d}") + inner[d]
+        out.append(dim.row_stride * at + integer(f"r{d}") if dim.row_stride > 1 else at)
+    return out
+
+
+def column_index(order: Order, cols: tuple[int, ...], inner: list[Expr]) -> list[Expr]:
+    """Per dimension, the key coordinate k_d of in-tile coordinates `inner`."""
+    return [
+        dim.col_stride * (cols[d] * integer(f"n{d}") + inner[d]) + residue(order, d) for d, dim in enumerate(order.dims)
+    ]
+
+
+def residue(order: Order, d: int) -> Expr:
+    """(slope * r + shift) mod col_stride of dimension d."""
+    dim = order.dims[d]
+    if dim.row_stride == 1 or dim.slope == 0:
+        return sympy.Integer(dim.shift % dim.col_stride)
+    if (dim.slope, dim.shift, dim.row_stride) == (1, 0, dim.col_stride):
+        return integer(f"r{d}")
+    return floormod(dim.slope * integer(f"r{d}") + dim.shift, sympy.Integer(dim.col_stride))
+
+
+def linear(order: Order, parts: list[Expr]) -> Expr:
+    """The linear index of per-dimension coordinates."""
+    total = parts[0]
+    for dim, part in zip(order.dims[1:], parts[1:], strict=True):
+        total = total * dim.width + part
+    return sympy.expand(total)
+
+
+def plan_loops(group: Group, schedule: Schedule) -> Loops:
+    """The loops of one group under one schedule."""
+    with ISL_LOCK:
+        touched, full = tile_sets(group, schedule)
+        spans, exact = _spans(group.order, schedule, touched)
+        skip = sympy.true if exact else condition(_simplify(touched, group.order, schedule))
+        whole = sympy.false
+        if not full.is_empty():
+            whole = condition(_simplify(full.gist(touched), group.order, schedule))
+    return Loops(spans, skip, all_of([whole, _within(group.order, schedule)]))
+
+
+def tile_sets(group: Group, schedule: Schedule) -> tuple[isl.Set, isl.Set]:
+    """(touched, full): exact sets over (m.., r.., n..), unbounded in m and n from above."""
+    may, must = isl.Map(group.may), isl.Map(group.must)
+    inside, valid_rows, valid_cols = _tile_points(group.order, schedule)
+    drop = 2 * len(group.order.dims)
+    kept = inside.dim(SET) - drop
+
+    def project(points: isl.Set) -> isl.Set:
+        return points.project_out(SET, kept, drop).coalesce()
+
+    pairs = _pairs(group.order, schedule)
+    cells = inside.intersect(valid_rows)
+    touched = project(cells.intersect(valid_cols).intersect(_preimage(pairs, may)))
+    hit = cells.intersect(valid_cols).intersect(_preimage(pairs, must))
+    full = touched.subtract(project(cells.subtract(hit))).coalesce()
+    return touched, full
+
+
+def _names(order: Order) -> list[str]:
+    m, r, n = coordinates(order)
+    rank = range(len(order.dims))
+    return [*m, *r, *n, *(f"i{d}" for d in rank), *(f"j{d}" for d in rank)]
+
+
+def _axis_text(order: Order, d: int, tile: int, side: str) -> str:
+    dim = order.dims[d]
+    if side == "q":
+        at = f"({tile} * m{d} + i{d})"
+        return f"({dim.row_stride} * {at} + r{d})" if dim.row_stride > 1 else at
+    shift = residue(order, d)
+    offset = f"({dim.slope} * r{d} + {dim.shift}) mod {dim.col_stride}" if shift.free_symbols else str(shift)
+    return f"({dim.col_stride} * ({tile} * n{d} + j{d}) + ({offset}))"
+
+
+def _linear_text(order: Order, parts: list[str]) -> str:
+    text = parts[0]
+    for dim, part in zip(order.dims[1:], parts[1:], strict=True):
+        text = f"({dim.width} * {text} + {part})"
+    return text
+
+
+def _tile_points(order: Order, schedule: Schedule) -> tuple[isl.Set, isl.Set, isl.Set]:
+    names = ", ".join(_names(order))
+    rank = range(len(order.dims))
+    box = [f"0 <= m{d} and 0 <= n{d}" for d in rank]
+    box += [f"0 <= i{d} < {schedule.rows[d]} and 0 <= j{d} < {schedule.cols[d]}" for d in rank]
+    box += [f"0 <= r{d} < {order.dims[d].row_stride}" for d in rank if order.dims[d].row_stride > 1]
+    inner = [d for d in rank if order.dims[d].width is not None]
+    rows = [f"{_axis_text(order, d, schedule.rows[d], 'q')} < {order.dims[d].width}" for d in inner]
+    cols = [f"{_axis_text(order, d, schedule.cols[d], 'k')} < {order.dims[d].width}" for d in inner]
+    return tuple(isl.Set(f"{{ [{names}] : {' and '.join(c) or 'true'} }}") for c in (box, rows, cols))  # type: ignore[return-value]
+
+
+def _pairs(order: Order, schedule: Schedule) -> isl.Map:
+    rank = range(len(order.dims))
+    q = _linear_text(order, [_axis_text(order, d, schedule.rows[d], "q") for d in rank])
+    k = _linear_text(order, [_axis_text(order, d, schedule.cols[d], "k") for d in rank])
+    return isl.Map(f"{{ [{', '.join(_names(order))}] -> [q, k] : q = {q} and k = {k} }}")
+
+
+def _preimage(pairs: isl.Map, region: isl.Map) -> isl.Set:
+    flat = region.move_dims(isl.dim_type.in_, 1, isl.dim_type.out, 0, 1).domain()
+    return pairs.intersect_range(flat.reset_tuple_id() if flat.has_tuple_id() else flat).domain()
+
+
+def _known(order: Order, schedule: Schedule, names: list[str]) -> str:
+    """What holds of every coordinate: none is negative, residues and inner tiles are bounded."""
+    facts = [f"{n} >= 0" for n in names]
+    for d, dim in enumerate(order.dims):
+        if dim.row_stride > 1:
+            facts.append(f"r{d} < {dim.row_stride}")
+        if dim.width is not None:
+            facts.append(f"{dim.row_stride * schedule.rows[d]} * m{d} < {dim.width}")
+    return " and ".join(facts)
+
+
+def _simplify(points: isl.Set, order: Order, schedule: Schedule) -> isl.Set:
+    """`points` simplified under what holds of every coordinate."""
+    names = [points.get_dim_name(SET, i) for i in range(points.dim(SET))]
+    known = isl.Set(f"{{ [{', '.join(names)}] : {_known(order, schedule, names)} }}")
+    return points.gist(known).coalesce()
+
+
+def _spans(order: Order, schedule: Schedule, touched: isl.Set) -> tuple[tuple[tuple[Span, ...], ...], bool]:
+    """Spans of each key-tile coordinate given the row tile and the outer key tiles."""
+    _, _, loops = coordinates(order)
+    rank = len(order.dims)
+    kept = touched.dim(SET) - rank
+    names = [touched.get_dim_name(SET, i) for i in range(kept)]
+    known = isl.Set(f"[{', '.join(names)}] -> {{ : {_known(order, schedule, names)} }}")
+    out, exact = [], True
+    for d, name in enumerate(loops):
+        seen = touched.project_out(SET, kept + d + 1, rank - d - 1).coalesce()
+        spans, sharp = spans_of(seen, name, known, _last(order, schedule, d))
+        exact = exact and sharp
+        out.append(spans)
+        known = known.intersect(all_params(seen))
+    return tuple(out), exact
+
+
+def _last(order: Order, schedule: Schedule, d: int) -> Expr:
+    """One past the last key tile of dimension d that can hold a key below kv_len or the width."""
+    dim = order.dims[d]
+    step = dim.col_stride * schedule.cols[d]
+    if dim.width is not None:
+        return ceildiv(dim.width - residue(order, d), step)
+    inner = 1
+    for other in order.dims[1:]:
+        inner *= other.width or 1
+    extent = integer("kv_len") if inner == 1 else ceildiv(integer("kv_len"), inner)
+    return ceildiv(extent - residue(order, d), step)
+
+
+def _within(order: Order, schedule: Schedule) -> Expr:
+    """No key of the tile lies at or beyond kv_len."""
+    last = column_index(order, schedule.cols, [sympy.Integer(c - 1) for c in schedule.cols])
+    return linear(order, last) < integer("kv_len")
