@@ -40,13 +40,21 @@ class Group:
 class Schedule:
     """Sizes and hints of one kernel. rows, cols: tile extents, one entry a dimension of the order.
 
+    anchors: where key tile 0 of a row tile starts, one entry a dimension: None for the grid of key
+    tiles, or the distance to the row tile's first row, in steps of the stride (an expression of
+    params). A window of half-width p0 anchored at -p0 wastes no key to alignment.
     lazy_rescale: keep a stale row maximum until it lags by more than 2^8, so that accumulators are
     rescaled rarely. meta: backend hints (see Kernel.meta)."""
 
     rows: tuple[int, ...]
     cols: tuple[int, ...]
+    anchors: tuple[Expr | None, ...] = ()
     lazy_rescale: bool = True
     meta: tuple[tuple[str, int], ...] = ()
+
+    def anchor(self, d: int) -> Expr | None:
+        """The anchor of dimension d."""
+        return self.anchors[d] if self.anchors else None
 
 
 @dataclass(frozen=True)

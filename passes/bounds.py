@@ -2,7 +2,8 @@
 
 A basic set whose existential divisions do not involve the variable is exactly
 { lo <= n <= hi and guard }, with lo the maximum of its lower bounds and hi the minimum of its upper
-bounds, read off the constraints. Sets with holes in n return None.
+bounds, read off the constraints. Otherwise isl's parametric minimum and maximum serve, where it
+proves that nothing between them is missing.
 """
 
 from __future__ import annotations
@@ -10,28 +11,11 @@ from __future__ import annotations
 import islpy as isl
 import sympy
 
+from ..ir.affine import bounds, convex, flatten
 from ..ir.expr import Expr, all_of, floordiv, fold_max, fold_min, integer, minimum, where
 from ..ir.kernel import Span
 
 PARAM, SET, DIV = isl.dim_type.param, isl.dim_type.set, isl.dim_type.div
-
-
-def to_params(points: isl.Set, keep: str) -> isl.Set:
-    """The same set with every dimension except `keep` turned into a parameter of its name."""
-    for i in reversed(range(points.dim(SET))):
-        name = points.get_dim_name(SET, i)
-        if name != keep:
-            at = points.dim(PARAM)
-            points = points.move_dims(PARAM, at, SET, i, 1).set_dim_name(PARAM, at, name)
-    return points
-
-
-def all_params(points: isl.Set) -> isl.Set:
-    """The same set as a parameter set: every dimension becomes a parameter of its name."""
-    for i in reversed(range(points.dim(SET))):
-        name, at = points.get_dim_name(SET, i), points.dim(PARAM)
-        points = points.move_dims(PARAM, at, SET, i, 1).set_dim_name(PARAM, at, name)
-    return points.params()
 
 
 MAX_SPANS = 6  # beyond this a loop over the hull with a test is cheaper than choosing bounds
@@ -42,9 +26,9 @@ def spans_of(points: isl.Set, variable: str, context: isl.Set, end: Expr) -> tup
 
     context: a parameter set known to hold of the other coordinates. Inexact results are one span,
     the hull: whoever uses it tests each value."""
-    flat = to_params(points, variable)
+    flat = flatten(points, variable)
     pieces = flat.coalesce().make_disjoint().coalesce().get_basic_sets()
-    found = [interval(p, context) for p in pieces]
+    found = [interval(p, context) or _extremes(p, variable) for p in pieces]
     if len(found) <= MAX_SPANS and all(f is not None for f in found):
         return tuple(_span(*f, end) for f in found if f is not None), True
     return (_hull(flat, context, end),), False
@@ -76,6 +60,14 @@ def interval(points: isl.BasicSet, context: isl.Set) -> tuple[Expr, Expr | None,
         if a < 0 or constraint.is_equality():
             upper.append(floordiv(rest * (1 if a < 0 else -1), sympy.Integer(abs(a))))
     return fold_max(_distinct(lower)), fold_min(_distinct(upper)) if upper else None, all_of(guard)
+
+
+def _extremes(piece: isl.BasicSet, variable: str) -> tuple[Expr, Expr | None, Expr] | None:
+    points = isl.Set.from_basic_set(piece)
+    if not convex(points, variable):
+        return None
+    low, high, guard = bounds(points, variable)
+    return low, None if high == sympy.oo else high, guard
 
 
 def _as_set(context: isl.Set, points: isl.Set) -> isl.Set:

@@ -155,7 +155,7 @@ class _Builder:
         return made, names, all_of(inside)
 
     def _rows(self) -> list[Stmt]:
-        parts = row_index(self.order, self.schedule.rows, self._split("i", self.schedule.rows))
+        parts = row_index(self.order, self.schedule, self._split("i", self.schedule.rows))
         made, self.row_names, inside = self._coordinates("row", "i", parts)
         self.valid_row = all_of([inside, N.row < N.q_len])
         self.safe_row = minimum(N.row, N.q_len - 1)
@@ -191,9 +191,10 @@ class _Builder:
         return body
 
     def _tile(self) -> list[Stmt]:
-        parts = column_index(self.order, self.schedule.cols, self._split("j", self.schedule.cols))
+        parts = column_index(self.order, self.schedule, self._split("j", self.schedule.cols))
         made, self.col_names, inside = self._coordinates("col", "j", parts)
-        valid_col = all_of([inside, N.col < N.kv_len])
+        floating = [name >= 0 for d, name in enumerate(self.col_names) if self.schedule.anchor(d) is not None]
+        valid_col = all_of([inside, *floating, N.col < N.kv_len])
         attends = all_of([self._bind(self.group.predicate), valid_col])
         if self.group.exact:
             guard: list[Stmt] = []

@@ -2,7 +2,8 @@
 
 CPU tiles keep 32 rows (two AVX-512 registers of f32) in the lanes; the micro-kernels then hold 8 by
 2 accumulators. For boxes the shape is the one that reads the fewest keys a row tile, counting what
-misaligned key tiles waste, from the extents of k - q in each dimension.
+misaligned key tiles waste, from the extents of k - q in each dimension. Where k - q is bounded from
+below, key tiles are anchored there instead of on a grid.
 
 Leaves alone: groups whose schedule is given.
 """
@@ -15,7 +16,8 @@ from collections.abc import Iterator
 
 import islpy as isl
 
-from ..ir.affine import ISL_LOCK
+from ..ir.affine import ISL_LOCK, to_expr
+from ..ir.expr import Expr, to_text
 from ..ir.order import Order
 from ..ir.plan import Group, Schedule
 from .spec import AttentionSpec
@@ -27,48 +29,49 @@ TILE_COST = 24  # what starting a key tile costs, in keys
 
 def choose(spec: AttentionSpec, group: Group) -> Schedule:
     """The default schedule of a group on a target."""
-    if spec.target_kind == "cpu":
-        rows, keys, lazy, meta = CPU_ROWS, CPU_KEYS, True, ()
-        if spec.dtype == "f64":
-            rows = 16
-    else:
-        rows, keys, lazy, meta = gpu_tiles(spec)
+    if spec.target_kind != "cpu":
+        rows, keys, meta = gpu_tiles(spec)
+        shape = ((rows,), (keys,)) if len(group.order.dims) == 1 else box_shape(group, rows, keys, aligned=True)
+        return Schedule(*shape, lazy_rescale=False, meta=meta)
+    rows = CPU_ROWS // 2 if spec.dtype == "f64" else CPU_ROWS
+    anchors = tuple(anchor(group, d) for d in range(len(group.order.dims)))
     if len(group.order.dims) == 1:
-        return Schedule((rows,), (keys,), lazy, meta)
-    with ISL_LOCK:
-        shape = box_shape(group, BOX_ROWS if spec.target_kind == "cpu" else rows, keys)
-    return Schedule(*shape, lazy, meta)
+        return Schedule((rows,), (CPU_KEYS,), anchors)
+    return Schedule(*box_shape(group, BOX_ROWS, CPU_KEYS, aligned=None in anchors), anchors)
 
 
-def gpu_tiles(spec: AttentionSpec) -> tuple[int, int, bool, tuple[tuple[str, int], ...]]:
-    """Rows, keys, lazy rescaling and hints (warps, stages) that compile for sm_80 and later without spills."""
+def gpu_tiles(spec: AttentionSpec) -> tuple[int, int, tuple[tuple[str, int], ...]]:
+    """Rows, keys and hints (warps, stages) that compile for sm_80 and later without spills."""
     size = max(spec.qk_size, spec.v_size)
     if spec.dtype in ("f32", "f64"):
-        return (64, 32, False, (("stages", 2), ("warps", 4))) if size <= 64 else (32, 32, False, (("stages", 2), ("warps", 4)))
+        return (64, 32, (("stages", 2), ("warps", 4))) if size <= 64 else (32, 32, (("stages", 2), ("warps", 4)))
     if size <= 64:
-        return 128, 64, False, (("stages", 3), ("warps", 4))
+        return 128, 64, (("stages", 3), ("warps", 4))
     if size <= 128:
-        return 128, 64, False, (("stages", 2), ("warps", 8))
-    return 64, 32, False, (("stages", 2), ("warps", 4))
+        return 128, 64, (("stages", 2), ("warps", 8))
+    return 64, 32, (("stages", 2), ("warps", 4))
 
 
-def box_shape(group: Group, rows: int, keys: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Row and key tile shapes of an n-d order: the cheapest factorisations of `rows` and about `keys`."""
-    reach = [_reach(group, d) for d in range(len(group.order.dims))]
-    widths = [dim.width for dim in group.order.dims]
-    limits = [math.inf if w is None else max(1, -(-w // group.order.dims[d].row_stride)) for d, w in enumerate(widths)]
+def box_shape(group: Group, rows: int, keys: int, *, aligned: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Row and key tile shapes of an n-d order: the cheapest factorisations of `rows` and about `keys`.
 
-    def keys_read(shape: tuple[tuple[int, ...], tuple[int, ...]]) -> float:
-        tiles, read = 1.0, 1.0
-        for d, (t, u) in enumerate(zip(*shape, strict=True)):
-            span = min(t + reach[d] + u - 1, limits[d] + u - 1)
-            tiles *= span / u
-            read *= span
-        waste = math.prod(-(-limit // t) * t / limit for t, limit in zip(shape[0], limits, strict=True) if limit < math.inf)
+    aligned: key tiles start on their own grid, so that u - 1 keys a dimension are wasted on average."""
+    dims = group.order.dims
+    reach = [_reach(group, d) for d in range(len(dims))]
+    limits = [math.inf if x.width is None else -(-x.width // x.row_stride) for x in dims]
+
+    def cost(shape: tuple[tuple[int, ...], tuple[int, ...]]) -> float:
+        tiles, read, waste = 1.0, 1.0, 1.0
+        for t, u, r, limit in zip(*shape, reach, limits, strict=True):
+            span = min(t + r, limit)
+            count = (span + u - 1) / u if aligned else math.ceil(span / u) if span < math.inf else span
+            tiles, read = tiles * count, read * count * u
+            waste *= -(-limit // t) * t / limit if limit < math.inf else 1
         return (read + TILE_COST * tiles) * waste / math.prod(shape[0])
 
-    shapes = itertools.product(_factorisations(rows, len(reach)), [k for size in (keys // 2, keys) for k in _factorisations(size, len(reach))])
-    return min(shapes, key=lambda s: (keys_read(s), s))
+    key_shapes = [k for size in (keys // 2, keys, 2 * keys) for k in _factorisations(size, len(dims))]
+    shapes = itertools.product(_factorisations(rows, len(dims)), key_shapes)
+    return min(shapes, key=lambda s: (cost(s), s))
 
 
 def _factorisations(total: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -80,27 +83,49 @@ def _factorisations(total: int, parts: int) -> Iterator[tuple[int, ...]]:
             yield (first, *rest)
 
 
+def anchor(group: Group, d: int) -> Expr | None:
+    """The least k_d - q_d of the group, in steps of the stride: an affine form of params, or None.
+
+    Proven by isl to bound every pair. None when nothing bounds the distance, or when rows and
+    columns of the dimension do not share their residue."""
+    dim = group.order.dims[d]
+    if (dim.row_stride, dim.slope if dim.col_stride > 1 else 1, dim.shift) != (dim.col_stride, 1, 0):
+        return None
+    with ISL_LOCK:
+        distance = _distances(group, d)
+        if distance.is_empty():
+            return None
+        try:
+            pieces = distance.dim_min(0).get_pieces()
+        except isl.Error:  # unbounded for some parameters
+            return None
+        for _, least in pieces:
+            form = to_expr(isl.PwAff.from_aff(least))
+            floor = isl.Set(f"[{', '.join(sorted(s.name for s in form.free_symbols))}] -> {{ [x] : x >= {to_text(form)} }}")
+            if distance.is_subset(floor):
+                return form
+    return None
+
+
 def _reach(group: Group, d: int) -> float:
     """max - min of k_d - q_d over the group, in steps of the dimension's stride; inf when unbounded."""
+    with ISL_LOCK:
+        distance = _distances(group, d)
+        try:
+            low, high = distance.dim_min_val(0), distance.dim_max_val(0)
+        except isl.Error:  # unbounded for some parameters
+            return math.inf
+        return int(high.to_python()) - int(low.to_python()) if low.is_int() and high.is_int() else math.inf
+
+
+def _distances(group: Group, d: int) -> isl.Set:
+    """All values of (k_d - q_d) / stride."""
     order: Order = group.order
-    steps = _steps(order, d)
-    pairs = isl.Map(group.may).wrap().flatten()
-    difference = pairs.apply(steps)
-    try:
-        low, high = difference.dim_min_val(0), difference.dim_max_val(0)
-    except isl.Error:
-        return math.inf
-    if not (low.is_int() and high.is_int()):
-        return math.inf
-    return int(high.to_python()) - int(low.to_python())
-
-
-def _steps(order: Order, d: int) -> isl.Map:
-    """[q, k] -> [ (k_d - q_d) / stride ]."""
     inner = math.prod(x.width or 1 for x in order.dims[d + 1 :])
 
     def part(index: str) -> str:
         text = f"floor({index} / {inner})" if inner > 1 else index
         return f"({text} mod {order.dims[d].width})" if order.dims[d].width is not None else text
 
-    return isl.Map(f"{{ [q, k] -> [floor(({part('k')} - {part('q')}) / {order.dims[d].col_stride})] }}")
+    steps = isl.Map(f"{{ [[q] -> [k]] -> [floor(({part('k')} - {part('q')}) / {order.dims[d].col_stride})] }}")
+    return isl.Map(group.may).wrap().apply(steps).coalesce()

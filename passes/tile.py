@@ -10,15 +10,17 @@ Leaves alone: groups whose loops are already there.
 
 from __future__ import annotations
 
+import math
+
 import islpy as isl
 import sympy
 
-from ..ir.affine import ISL_LOCK, condition
-from ..ir.expr import Expr, all_of, ceildiv, floormod, integer
+from ..ir.affine import ISL_LOCK, condition, flatten
+from ..ir.expr import Expr, all_of, ceildiv, floormod, integer, to_text
 from ..ir.kernel import Span
 from ..ir.order import Order
 from ..ir.plan import Group, Loops, Schedule
-from .bounds import all_params, spans_of
+from .bounds import spans_of
 
 SET = isl.dim_type.set
 
@@ -33,20 +35,27 @@ def coordinates(order: Order) -> tuple[list[str], list[str], list[str]]:
     )
 
 
-def row_index(order: Order, rows: tuple[int, ...], inner: list[Expr]) -> list[Expr]:
+def row_index(order: Order, schedule: Schedule, inner: list[Expr]) -> list[Expr]:
     """Per dimension, the row coordinate q_d of in-tile coordinates `inner`."""
     out = []
     for d, dim in enumerate(order.dims):
-        at = rows[d] * integer(f"m{d}") + inner[d]
+        at = schedule.rows[d] * integer(f"m{d}") + inner[d]
         out.append(dim.row_stride * at + integer(f"r{d}") if dim.row_stride > 1 else at)
     return out
 
 
-def column_index(order: Order, cols: tuple[int, ...], inner: list[Expr]) -> list[Expr]:
+def column_index(order: Order, schedule: Schedule, inner: list[Expr]) -> list[Expr]:
     """Per dimension, the key coordinate k_d of in-tile coordinates `inner`."""
     return [
-        dim.col_stride * (cols[d] * integer(f"n{d}") + inner[d]) + residue(order, d) for d, dim in enumerate(order.dims)
+        dim.col_stride * (start(schedule, d) + schedule.cols[d] * integer(f"n{d}") + inner[d]) + residue(order, d)
+        for d, dim in enumerate(order.dims)
     ]
+
+
+def start(schedule: Schedule, d: int) -> Expr:
+    """The step at which key tile 0 of a row tile begins: 0, or its anchor."""
+    anchor = schedule.anchor(d)
+    return sympy.Integer(0) if anchor is None else schedule.rows[d] * integer(f"m{d}") + anchor
 
 
 def residue(order: Order, d: int) -> Expr:
@@ -103,14 +112,15 @@ def _names(order: Order) -> list[str]:
     return [*m, *r, *n, *(f"i{d}" for d in rank), *(f"j{d}" for d in rank)]
 
 
-def _axis_text(order: Order, d: int, tile: int, side: str) -> str:
+def _axis_text(order: Order, d: int, schedule: Schedule, side: str) -> str:
     dim = order.dims[d]
     if side == "q":
-        at = f"({tile} * m{d} + i{d})"
+        at = f"({schedule.rows[d]} * m{d} + i{d})"
         return f"({dim.row_stride} * {at} + r{d})" if dim.row_stride > 1 else at
     shift = residue(order, d)
     offset = f"({dim.slope} * r{d} + {dim.shift}) mod {dim.col_stride}" if shift.free_symbols else str(shift)
-    return f"({dim.col_stride} * ({tile} * n{d} + j{d}) + ({offset}))"
+    first = to_text(start(schedule, d))
+    return f"({dim.col_stride} * ({first} + {schedule.cols[d]} * n{d} + j{d}) + ({offset}))"
 
 
 def _linear_text(order: Order, parts: list[str]) -> str:
@@ -127,16 +137,23 @@ def _tile_points(order: Order, schedule: Schedule) -> tuple[isl.Set, isl.Set, is
     box += [f"0 <= i{d} < {schedule.rows[d]} and 0 <= j{d} < {schedule.cols[d]}" for d in rank]
     box += [f"0 <= r{d} < {order.dims[d].row_stride}" for d in rank if order.dims[d].row_stride > 1]
     inner = [d for d in rank if order.dims[d].width is not None]
-    rows = [f"{_axis_text(order, d, schedule.rows[d], 'q')} < {order.dims[d].width}" for d in inner]
-    cols = [f"{_axis_text(order, d, schedule.cols[d], 'k')} < {order.dims[d].width}" for d in inner]
-    return tuple(isl.Set(f"{{ [{names}] : {' and '.join(c) or 'true'} }}") for c in (box, rows, cols))  # type: ignore[return-value]
+    rows = [f"{_axis_text(order, d, schedule, 'q')} < {order.dims[d].width}" for d in inner]
+    cols = [f"{_axis_text(order, d, schedule, 'k')} < {order.dims[d].width}" for d in inner]
+    cols += [f"{_axis_text(order, d, schedule, 'k')} >= 0" for d in rank if schedule.anchor(d) is not None]
+    prefix = _params(schedule)
+    return tuple(isl.Set(f"{prefix}{{ [{names}] : {' and '.join(c) or 'true'} }}") for c in (box, rows, cols))  # type: ignore[return-value]
+
+
+def _params(schedule: Schedule) -> str:
+    free = sorted({s.name for a in schedule.anchors if a is not None for s in a.free_symbols})
+    return f"[{', '.join(free)}] -> " if free else ""
 
 
 def _pairs(order: Order, schedule: Schedule) -> isl.Map:
     rank = range(len(order.dims))
-    q = _linear_text(order, [_axis_text(order, d, schedule.rows[d], "q") for d in rank])
-    k = _linear_text(order, [_axis_text(order, d, schedule.cols[d], "k") for d in rank])
-    return isl.Map(f"{{ [{', '.join(_names(order))}] -> [q, k] : q = {q} and k = {k} }}")
+    q = _linear_text(order, [_axis_text(order, d, schedule, "q") for d in rank])
+    k = _linear_text(order, [_axis_text(order, d, schedule, "k") for d in rank])
+    return isl.Map(f"{_params(schedule)}{{ [{', '.join(_names(order))}] -> [q, k] : q = {q} and k = {k} }}")
 
 
 def _preimage(pairs: isl.Map, region: isl.Map) -> isl.Set:
@@ -175,24 +192,23 @@ def _spans(order: Order, schedule: Schedule, touched: isl.Set) -> tuple[tuple[tu
         spans, sharp = spans_of(seen, name, known, _last(order, schedule, d))
         exact = exact and sharp
         out.append(spans)
-        known = known.intersect(all_params(seen))
+        known = known.intersect(flatten(seen).params())
     return tuple(out), exact
 
 
 def _last(order: Order, schedule: Schedule, d: int) -> Expr:
     """One past the last key tile of dimension d that can hold a key below kv_len or the width."""
     dim = order.dims[d]
-    step = dim.col_stride * schedule.cols[d]
     if dim.width is not None:
-        return ceildiv(dim.width - residue(order, d), step)
-    inner = 1
-    for other in order.dims[1:]:
-        inner *= other.width or 1
-    extent = integer("kv_len") if inner == 1 else ceildiv(integer("kv_len"), inner)
-    return ceildiv(extent - residue(order, d), step)
+        extent: Expr = sympy.Integer(dim.width)
+    else:
+        inner = math.prod(other.width or 1 for other in order.dims[1:])
+        extent = ceildiv(integer("kv_len"), inner)
+    first = residue(order, d) + dim.col_stride * start(schedule, d)
+    return ceildiv(extent - first, dim.col_stride * schedule.cols[d])
 
 
 def _within(order: Order, schedule: Schedule) -> Expr:
     """No key of the tile lies at or beyond kv_len."""
-    last = column_index(order, schedule.cols, [sympy.Integer(c - 1) for c in schedule.cols])
+    last = column_index(order, schedule, [sympy.Integer(c - 1) for c in schedule.cols])
     return linear(order, last) < integer("kv_len")

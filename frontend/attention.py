@@ -1,0 +1,191 @@
+"""`gossamer.attention`: one fused sparse attention on torch tensors.
+
+The hot path touches keys only: look up the compiled kernel by structure, allocate the outputs,
+launch. Building an IR, and importing what that needs, happens behind a miss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..ir.errors import InputError, UnsupportedError
+from .mask import Mask
+from .score import ScoreMod
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..runtime.driver import Executable
+
+BACKENDS = ("auto", "tvm", "reference")
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: Any = None,
+    score_mod: Callable[..., Any] | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+    schedule: Any = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention over the pairs of a mask: softmax(scale * q k^T, where mask) v.
+
+    Args:
+        query: (B, Hq, q_len, D), float16, bfloat16, float32 or float64, any strides.
+        key: (B, Hk, kv_len, D), same dtype; Hq a multiple of Hk.
+        value: (B, Hk, kv_len, Dv).
+        mask: a Mask, a `mask_mod(b, h, q_idx, kv_idx)`, a BlockMask, a boolean tensor broadcastable
+            to (B, Hq, q_len, kv_len), or None (every pair). True means attend; h is the query head.
+        score_mod: `score_mod(score, b, h, q_idx, kv_idx)`, applied to scale * q k^T.
+        scale: default 1 / sqrt(D).
+        enable_gqa: allow Hq != Hk, as PyTorch does.
+        return_lse: also return the natural log of the sum of exponentials of the scores.
+        backend: "auto" (CPU: "tvm"), "tvm", or "reference" (dense, float64, slow).
+        schedule: a Schedule, or one a group, in place of the default (see `gossamer explain`).
+
+    Returns:
+        (B, Hq, q_len, Dv) in the query's dtype; with return_lse also (B, Hq, q_len), float32 (float64
+        for float64). Rows without any pair are zeros with an LSE of -inf.
+
+    Raises:
+        InputError: a shape, dtype, device or value is wrong. UnsupportedError: a gradient is asked for.
+        TraceError: a mask_mod or score_mod cannot be captured.
+    """
+    problem = Problem(query, key, value, enable_gqa)
+    bound = Mask.of(mask)
+    score = None if score_mod is None else ScoreMod.of(score_mod)
+    if backend not in BACKENDS:
+        raise InputError("attention.backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+    if backend == "reference":
+        from .reference import reference_attention
+
+        out = reference_attention(problem, bound, score, scale)
+        return out if return_lse else out[0]
+    return run(problem, bound, score, scale, return_lse, schedule)
+
+
+class Problem:
+    """Checked inputs of one attention. Attributes: sizes, dtype name and the three tensors."""
+
+    __slots__ = ("batch", "contiguous", "dtype", "heads", "key", "kv_len", "q_len", "qk_size", "query", "v_size", "value")
+
+    def __init__(self, query: Any, key: Any, value: Any, enable_gqa: bool) -> None:
+        self.query, self.key, self.value = query, key, value
+        self._check_tensors()
+        (self.batch, self.heads, self.q_len, self.qk_size) = query.shape
+        kv_batch, kv_heads, self.kv_len, size = key.shape
+        self.v_size = value.shape[3]
+        if value.shape[:3] != key.shape[:3]:
+            raise InputError("attention.value", f"(B, Hk, kv_len, Dv) = {tuple(key.shape[:3])} + (Dv,) as key has", tuple(value.shape))
+        if size != self.qk_size:
+            raise InputError("attention.key", f"the query's head size {self.qk_size} in the last dimension", size)
+        if kv_batch != self.batch:
+            if kv_batch != 1:
+                raise InputError("attention.key", f"batch {self.batch} (the query's) or 1", kv_batch)
+            self.key, self.value = key.expand(self.batch, -1, -1, -1), value.expand(self.batch, -1, -1, -1)
+        if self.heads != kv_heads:
+            self._check_heads(kv_heads, enable_gqa)
+        self.contiguous = tuple(t.stride(3) == 1 or t.shape[3] == 1 for t in (self.query, self.key, self.value))
+
+    def _check_tensors(self) -> None:
+        import torch
+
+        names = DTYPE_NAMES or _fill_names()
+        query = self.query
+        for name, tensor in (("query", query), ("key", self.key), ("value", self.value)):
+            where = f"attention.{name}"
+            if not isinstance(tensor, torch.Tensor):
+                raise InputError(where, "a torch.Tensor", type(tensor).__name__, "Convert with torch.from_numpy or torch.utils.dlpack")
+            if tensor.dim() != 4:
+                raise InputError(where, "4 dimensions (batch, heads, length, size)", f"{tensor.dim()}: {tuple(tensor.shape)}")
+            if tensor.dtype not in names:
+                raise InputError(where, "float16, bfloat16, float32 or float64", tensor.dtype)
+            if tensor.dtype != query.dtype:
+                raise InputError(where, f"the query's dtype {query.dtype}", tensor.dtype, "Cast one of them")
+            if tensor.device.type != "cpu":
+                raise InputError(where, "a CPU tensor", tensor.device, "GPU kernels are compiled ahead of time only, with gossamer.compile")
+            if tensor.layout != torch.strided:
+                raise InputError(where, "a strided tensor", tensor.layout, "Call .to_dense()")
+            if not 1 <= tensor.shape[3] <= 1024:
+                raise InputError(where, "a head size from 1 to 1024", tensor.shape[3])
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise UnsupportedError(
+                    f"{where} requires a gradient, and gradients are not built yet. Call under torch.no_grad(), or pass {name}.detach()"
+                )
+        self.dtype = names[query.dtype]
+
+    def _check_heads(self, kv_heads: int, enable_gqa: bool) -> None:
+        if not enable_gqa:
+            raise InputError("attention.key", f"{self.heads} heads, as the query has", kv_heads, "Pass enable_gqa=True to share key heads")
+        if kv_heads == 0 or self.heads % kv_heads:
+            raise InputError("attention.key", f"a number of heads that divides the query's {self.heads}", kv_heads)
+
+
+DTYPE_NAMES: dict[Any, str] = {}
+
+
+def _fill_names() -> dict[Any, str]:
+    import torch
+
+    DTYPE_NAMES.update({torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"})
+    return DTYPE_NAMES
+
+
+def run(problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None, return_lse: bool, schedule: Any = None) -> Any:
+    """Launch the compiled kernel of a checked problem, compiling it first if it is new."""
+    import torch
+
+    executable = executable_for(problem, mask, score, return_lse, schedule)
+    query = problem.query
+    shape = (problem.batch, problem.heads, problem.q_len)
+    out = torch.empty((*shape, problem.v_size), dtype=query.dtype)
+    call: dict[str, Any] = {"q": query.detach(), "k": problem.key.detach(), "v": problem.value.detach(), "o": out}
+    lse = None
+    if return_lse:
+        lse = torch.empty(shape, dtype=torch.float64 if problem.dtype == "f64" else torch.float32)
+        call["lse"] = lse
+    call["scale"] = 1 / math.sqrt(problem.qk_size) if scale is None else float(scale)
+    _bind(call, "p", "c", mask.values, mask.tensors)
+    if score is not None:
+        _bind(call, "s", "t", score.values, score.tensors)
+    executable(call)
+    return (out, lse) if return_lse else out
+
+
+def _bind(call: dict[str, Any], scalar: str, tensor: str, values: tuple[Any, ...], tensors: tuple[Any, ...]) -> None:
+    for i, number in enumerate(values):
+        call[f"{scalar}{i}"] = number
+    for i, captured in enumerate(tensors):
+        call[f"{tensor}{i}"] = captured
+
+
+def executable_for(problem: Problem, mask: Mask, score: ScoreMod | None, return_lse: bool, schedule: Any = None) -> Executable:
+    """The compiled kernel of a problem's structure: from memory, from disk, or compiled now."""
+    from ..runtime.driver import get_or_compile
+
+    structure = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, return_lse, None if schedule is None else repr(schedule))
+    quick = ("attention", mask.key, None if score is None else score.key, structure)
+
+    def make() -> Any:
+        from ..passes.pipeline import compile_spec
+        from ..passes.spec import AttentionSpec
+
+        spec = AttentionSpec(
+            mask.ir,
+            None if score is None else score.ir,
+            problem.dtype,
+            problem.qk_size,
+            problem.v_size,
+            problem.contiguous,
+            return_lse,
+        )
+        return compile_spec(spec, schedule)
+
+    return get_or_compile(quick, make, "cpu")

@@ -1,0 +1,99 @@
+"""reads: when does a captured tensor get indexed outside its bounds?
+
+A read whose index is affine gets a closed-form condition on lengths, sizes and runtime integers under
+which some attending pair reads out of range; the launcher evaluates it at each call, in microseconds,
+and the kernel reads unguarded. Other indices (data-dependent ones) are clamped in the kernel, so
+that nothing outside the tensor is ever touched.
+
+Leaves alone: expressions without captured tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import islpy as isl
+import sympy
+
+from ..ir.affine import ISL_LOCK, condition, to_pw_aff
+from ..ir.expr import Expr, integer, maximum, minimum, read, readf, to_text
+from ..ir.mask import Mask
+
+PARAM = isl.dim_type.param
+SIZES = {"b": "B", "h": "Hq", "q": "q_len", "k": "kv_len"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """`fails` (over B, Hq, q_len, kv_len, tensor sizes c0_0, ... and integers) means `text` reads out of range."""
+
+    fails: Expr
+    text: str
+
+
+def sizes(tensor: sympy.Symbol, rank: int) -> list[sympy.Symbol]:
+    """The extents of a captured tensor, as kernels name them."""
+    return [integer(f"{tensor.name}_{d}") for d in range(rank)]
+
+
+def checks(mask: Mask, expr: Expr, *, attending: bool) -> tuple[Check, ...]:
+    """One check for every affine index of every read in expr.
+
+    attending: expr is evaluated on pairs of the mask only (a score), else wherever its own tile runs (the mask itself)."""
+    found = []
+    with ISL_LOCK:
+        domain = _domain(mask if attending and mask.exact else None)
+        for r in _reads(expr):
+            for index, size in zip(r.args[1:], sizes(r.args[0], len(r.args) - 1), strict=True):
+                bad = _outside(index, size, domain)
+                if bad is not None and bad != sympy.false:
+                    found.append(Check(bad, to_text(r)))
+    return tuple(found)
+
+
+def clamp(expr: Expr) -> Expr:
+    """expr with every index that has no check kept inside its tensor."""
+    return expr.replace(lambda e: isinstance(e, (read, readf)), _clamped)
+
+
+def _clamped(r: Expr) -> Expr:
+    inside = [
+        i if is_affine(i) else minimum(maximum(i, sympy.Integer(0)), size - 1)
+        for i, size in zip(r.args[1:], sizes(r.args[0], len(r.args) - 1), strict=True)
+    ]
+    return r.func(r.args[0], *inside)
+
+
+def is_affine(index: Expr) -> bool:
+    """Whether isl can hold the index, so that a check exists for it."""
+    return not index.has(read, readf) and to_pw_aff(index) is not None
+
+
+def _reads(expr: Expr) -> list[Expr]:
+    return sorted(expr.atoms(read, readf), key=to_text)
+
+
+def _domain(mask: Mask | None) -> isl.Set:
+    names = ", ".join(["b", "h", *SIZES.values()])
+    box = isl.Set(
+        f"[{names}] -> {{ [q, k] : 0 <= q < q_len and 0 <= k < kv_len and 0 <= b < B and 0 <= h < Hq }}"
+    )
+    if mask is None:
+        return box
+    inside = mask.may.move_dims(isl.dim_type.in_, 1, isl.dim_type.out, 0, 1).domain()
+    return box.intersect(inside)
+
+
+def _outside(index: Expr, size: sympy.Symbol, domain: isl.Set) -> Expr | None:
+    if index.has(read, readf):
+        return None
+    value = to_pw_aff(index)
+    limit = to_pw_aff(size)
+    if value is None or limit is None:
+        return None
+    zero = to_pw_aff(sympy.Integer(0))
+    bad = value.lt_set(zero).union(value.ge_set(limit)).intersect(domain)
+    for name in ("b", "h"):
+        at = bad.find_dim_by_name(PARAM, name)
+        bad = bad.project_out(PARAM, at, 1) if at >= 0 else bad
+    return condition(bad.params().coalesce())
