@@ -1,0 +1,131 @@
+"""From a Kernel to a binary and from a binary to something callable: one class a backend.
+
+The code generators and compilers behind them are imported when a kernel is compiled, never to run
+one that is compiled already.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+from . import host
+from .manifest import Launch, Requirements
+from .target import Target
+
+if TYPE_CHECKING:  # ir.kernel brings sympy, which running a compiled kernel does not need
+    from ..ir.kernel import Kernel
+
+Runner = Callable[[Sequence[Any], int], None]  # (arguments in launch order, threads) -> None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled kernel: entry is its symbol; workspace is bytes of scratch memory a worker."""
+
+    source: str
+    binary: bytes
+    entry: str
+    workspace: int = 0
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """suffix: of binaries' file names."""
+
+    suffix: str
+
+    def compile(self, kernel: Kernel, target: Target) -> Compiled: ...
+
+    def requirements(self, target: Target) -> Requirements: ...
+
+    def versions(self) -> dict[str, str]: ...
+
+    def load(self, launch: Launch, binary: bytes) -> Runner: ...
+
+
+class TvmBackend:
+    """CPUs: TVMScript, LLVM, an object file; run by the ORC JIT of tvm_ffi without tvm."""
+
+    suffix = "o"
+
+    def compile(self, kernel: Kernel, target: Target) -> Compiled:
+        from ..codegen import tvm as codegen
+        from . import cpu
+
+        _check_cpu_name(target)
+        source = codegen.emit(kernel)
+        binary = cpu.build_object(source, str(target))
+        return Compiled(source, binary, kernel.name, codegen.workspace_bytes(kernel))
+
+    def requirements(self, target: Target) -> Requirements:
+        tvm = _tvm()
+        name = target.arch or str(tvm.get_global_func("target.llvm_get_system_cpu")())
+        llvm = tvm.target.Target({"kind": "llvm", "mcpu": name})
+        used = tvm.get_global_func("target.llvm_get_cpu_features")(llvm)
+        features = host.linux_names(str(feature) for feature in used)
+        return Requirements(host.system(), host.machine(), tuple(sorted(features)))
+
+    def versions(self) -> dict[str, str]:
+        tvm = _tvm()
+        return {"tvm": tvm.__version__, "llvm": str(tvm.get_global_func("target.llvm_version_major")())}
+
+    def load(self, launch: Launch, binary: bytes) -> Runner:
+        from . import cpu
+
+        function, run, workspace = cpu.load_object(binary, launch.entry), cpu.launch, launch.workspace
+        return lambda arguments, threads: run(function, arguments, threads, workspace)
+
+
+class TritonBackend:
+    """GPUs: Triton source, compiled ahead of time to a cubin or hsaco."""
+
+    suffix = "bin"
+
+    def compile(self, kernel: Kernel, target: Target) -> Compiled:
+        from ..codegen import triton as codegen
+        from . import gpu
+
+        source = codegen.emit(kernel)
+        built = gpu.compile_ahead(kernel, source, str(target))
+        return Compiled(source, built.binary, built.entry, 0, built.details)
+
+    def requirements(self, target: Target) -> Requirements:
+        return Requirements()
+
+    def versions(self) -> dict[str, str]:
+        from importlib.metadata import version
+
+        return {"triton": version("triton")}
+
+    def load(self, launch: Launch, binary: bytes) -> Runner:
+        raise UnsupportedError(
+            f"{launch.kernel}: GPU kernels are compiled ahead of time but not launched yet. "
+            "Save the artifact, or compile for target='cpu' to run it here"
+        )
+
+
+BACKENDS: dict[str, Backend] = {"tvm": TvmBackend(), "triton": TritonBackend()}
+
+
+def _tvm() -> Any:
+    try:
+        import tvm
+    except ImportError:
+        raise MissingDependencyError("apache-tvm", "cpu", "compiling CPU kernels") from None
+    return tvm
+
+
+def _check_cpu_name(target: Target) -> None:
+    if not target.arch:
+        return
+    tvm = _tvm()
+    any_cpu = tvm.target.Target({"kind": "llvm"})
+    names = [str(name) for name in tvm.get_global_func("target.llvm_get_cpu_archlist")(any_cpu)]
+    if target.arch not in names:
+        near = difflib.get_close_matches(target.arch, names, 3)
+        fix = f"Did you mean {' or '.join(near)}?" if near else f"For instance: {', '.join(names[-6:])}"
+        raise InputError("target", "an LLVM CPU name after 'cpu:'", repr(target.arch), fix)
