@@ -32,6 +32,7 @@ def to_text(expr: F.Expr | int | float) -> str:
     >>> to_text((q - k <= 4 * F.integer("p0")) & sympy.Eq(F.floormod(q, 2), 0))
     'q % 2 == 0 and q - k <= 4 * p0'
 
+    The equality holds for expressions that sympy leaves as they are (`e.func(*e.args) == e` throughout).
     Raises UnsupportedError for sympy nodes that are not part of the language.
     """
     return _print(sympy.sympify(expr))[0]

@@ -61,12 +61,12 @@ class _Typed(sympy.Function):
             return self.result
         return "float" if any(kind(a) == "float" for a in self.args) else "int"
 
-    @property
-    def is_integer(self) -> bool | None:  # type: ignore[override]
+    # Answers to sympy's assumption engine, which derives the rest (rational, extended_real, ...).
+
+    def _eval_is_integer(self) -> bool | None:
         return self.kind() == "int" or None
 
-    @property
-    def is_real(self) -> bool | None:  # type: ignore[override]
+    def _eval_is_real(self) -> bool:
         return True
 
 

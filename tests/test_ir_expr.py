@@ -147,8 +147,13 @@ def conditions() -> st.SearchStrategy[sympy.Basic]:
     return st.recursive(leaves, grow, max_leaves=5)
 
 
+def canonical(expr: sympy.Basic) -> bool:
+    """sympy builds it again as it is; not so Abs(Abs(2 * q)), which it leaves as 2 * Abs(Abs(q))."""
+    return all(e.func(*e.args) == e for e in sympy.preorder_traversal(expr) if e.args)
+
+
 @settings(max_examples=250, deadline=None)
-@given(integer_expressions() | float_expressions() | conditions())
+@given((integer_expressions() | float_expressions() | conditions()).filter(canonical))
 def test_text_comes_back_as_the_same_expression(expr: sympy.Basic) -> None:
     text = E.to_text(expr)
     assert E.parse(text, NAMES) == expr
@@ -171,7 +176,7 @@ from gossamer.ir import expr as E
 q, k, p, r = (E.integer(n) for n in ("q", "k", "p0", "r"))
 x, y = E.real("x"), E.real("y")
 print(E.to_text(E.any_of([q - k <= p, sympy.Eq(E.floormod(q - k, 4), 0), (k < 5) & (q > r)])))
-print(E.to_text(E.all_of([E.read(E.integer("c0"), q) < k, q > 2, k <= q, sympy.Ne(q, r)]))))
+print(E.to_text(E.all_of([E.read(E.integer("c0"), q) < k, q > 2, k <= q, sympy.Ne(q, r)])))
 print(E.to_text(3 * q * k - 2 * r + p * p - E.minimum(q, k) * E.floordiv(r, 2)))
 print(E.to_text(sympy.exp(x - y) * sympy.tanh(y / x) / (x + y) + sympy.sqrt(x) / y))
 """
