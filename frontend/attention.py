@@ -155,7 +155,7 @@ def run(problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | Non
     _bind(call, "p", "c", mask.values, mask.tensors)
     if score is not None:
         _bind(call, "s", "t", score.values, score.tensors)
-    executable(call)
+    executable(call, allocate=_allocate)
     return (out, lse) if return_lse else out
 
 
@@ -163,7 +163,28 @@ def _bind(call: dict[str, Any], scalar: str, tensor: str, values: tuple[Any, ...
     for i, number in enumerate(values):
         call[f"{scalar}{i}"] = number
     for i, captured in enumerate(tensors):
-        call[f"{tensor}{i}"] = captured
+        call[f"{tensor}{i}"] = _captured(captured)
+
+
+def _captured(tensor: Any) -> Any:
+    """A captured tensor as kernels take it: on the CPU, booleans as bytes."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        tensor = torch.as_tensor(tensor)
+    if tensor.device.type != "cpu":
+        raise InputError("attention: a captured tensor", "a CPU tensor, as the query is", tensor.device)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            "attention: a captured tensor requires a gradient, and gradients are not built yet. Call under torch.no_grad(), or capture tensor.detach()"
+        )
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
+
+
+def _allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    import torch
+
+    return torch.empty(shape, dtype=next(t for t, name in DTYPE_NAMES.items() if name == dtype))
 
 
 def executable_for(problem: Problem, mask: Mask, score: ScoreMod | None, return_lse: bool, schedule: Any = None) -> Executable:

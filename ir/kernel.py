@@ -212,7 +212,13 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Program:
-    """Kernels in launch order. buffers: tensors that live between them and start uninitialised."""
+    """Kernels in launch order. Arguments of one name are one tensor or scalar.
+
+    intermediates: tensors that live between kernels and start uninitialised. text: the IR text that
+    the kernels were lowered from. checks: (condition, message) pairs, as text over dimension names
+    and integer arguments; a call for which a condition holds is an error."""
 
     kernels: tuple[Kernel, ...]
-    buffers: tuple[Tensor, ...] = ()
+    intermediates: tuple[Tensor, ...] = ()
+    text: str = ""
+    checks: tuple[tuple[str, str], ...] = ()

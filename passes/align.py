@@ -18,6 +18,7 @@ from ..ir.formats import ACSR
 from ..ir.mask import Mask
 from ..ir.order import Order, OrderDim
 from ..ir.plan import Group
+from .progression import as_set
 
 PARAM = isl.dim_type.param
 
@@ -28,7 +29,7 @@ def align_mask(mask: Mask, terms: tuple[ACSR, ...]) -> tuple[Group, ...]:
         by_order: dict[Order, isl.Map] = {}
         for term in terms:
             region = isl.Map(term.region)
-            order = _box_order(term) if term.widths else _plain_order(region)
+            order = _box_order(term) if isinstance(term, ACSR) and term.widths else _plain_order(region)
             by_order[order] = by_order[order].union(region) if order in by_order else region
         if not by_order:
             by_order[Order()] = isl.Map("{ [q] -> [k] : false }")
@@ -69,14 +70,14 @@ def _group(mask: Mask, order: Order, region: isl.Map, *, alone: bool) -> Group:
     must = may if mask.exact else str(region.intersect(mask.must).coalesce())
     if alone and (order.natural or len(order.dims) > 1 or not mask.exact):
         return Group(order, may, must, mask.predicate)
-    here = condition(_known_stride(order, region))
+    here = condition(as_set(_known_stride(order, region)))
     return Group(order, may, must, here if mask.exact else all_of([mask.predicate, here]))
 
 
 def _known_stride(order: Order, region: isl.Map) -> isl.Map:
-    """The region without the congruence that holds of every pair in this order."""
-    if len(order.dims) > 1 or order.dims[0].col_stride == 1:
-        return region
-    dim = order.dims[0]
-    known = isl.Map(f"{{ [q] -> [k] : q >= 0 and k >= 0 and (k - {dim.slope} q - {dim.shift}) mod {dim.col_stride} = 0 }}")
-    return region.gist(known).coalesce()
+    """The region without what holds of every pair in this order: no negative index, one congruence."""
+    known = "q >= 0 and k >= 0"
+    if len(order.dims) == 1 and order.dims[0].col_stride > 1:
+        dim = order.dims[0]
+        known += f" and (k - {dim.slope} q - {dim.shift}) mod {dim.col_stride} = 0"
+    return region.gist(isl.Map(f"{{ [q] -> [k] : {known} }}")).coalesce()
