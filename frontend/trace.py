@@ -1,0 +1,203 @@
+"""Capture of mask_mod and score_mod: the function runs once, on stand-ins for its indices.
+
+`trace_mask` and `trace_score` give a `Traced`: the term of what the function computes, and what it
+captured. Nothing of it is cached by the function's name or code: the term itself is the key. A memo in
+the process skips the run when everything that an earlier run looked at is unchanged (see
+trace_capture.py); numbers and tensors are always read anew.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..ir.errors import GossamerError, TraceError
+from .term import Term, constant
+from .trace_capture import Path, Trace, code_of, holds, lift_root, resolve, settle
+from .trace_error import at_definition, wrapped
+from .trace_torch import maximum, minimum, where
+from .trace_value import Captured, Number, Value, dtype_name, is_number, run_recipe, value_of
+
+__all__ = ["Traced", "kv_length", "maximum", "minimum", "trace_mask", "trace_score", "where"]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a function computes and captured.
+
+    term: over b h q k (and score), params p0.. (s0..) and captures c0.. (t0..), by first appearance.
+    values: of the params, ints (in a score_mod also floats). tensors: the captured tensors themselves.
+    signature: (dtype, rank) of each tensor.
+    """
+
+    term: Term
+    values: tuple[int | float, ...]
+    tensors: tuple[Any, ...]
+    signature: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """An earlier run: valid for a function in which its guards hold."""
+
+    term: Term
+    recipes: tuple[Any, ...]
+    slots: tuple[Path, ...]
+    captures: tuple[Path, ...]
+    signature: tuple[tuple[str, int], ...]
+    guards: tuple[tuple[str, Path, Any], ...]
+    expected: tuple[tuple[Any, Any], ...]
+
+    def replay(self, function: Any) -> Traced | None:
+        try:
+            if not all(holds(guard, function) for guard in self.guards):
+                return None
+            slots = [resolve(function, path) for path in self.slots]
+            if any(run_recipe(recipe, slots) != outcome for recipe, outcome in self.expected):
+                return None
+            tensors = tuple(resolve(function, path) for path in self.captures)
+        except (LookupError, AttributeError, ValueError, TypeError, ArithmeticError):
+            return None  # what stood there is gone: run the function
+        values = tuple(_plain(run_recipe(recipe, slots)) for recipe in self.recipes)
+        return Traced(self.term, values, tensors, self.signature)
+
+
+_MEMO: OrderedDict[Any, tuple[_Recorded, ...]] = OrderedDict()
+_FUNCTIONS, _VARIANTS = 512, 8
+
+
+def trace_mask(function: Callable[..., Any]) -> Traced:
+    """The predicate of `mask_mod(b, h, q_idx, kv_idx) -> bool`. Raises TraceError."""
+    return _trace(function, "mask_mod", ("b", "h", "q", "k"))
+
+
+def trace_score(function: Callable[..., Any]) -> Traced:
+    """The score map of `score_mod(score, b, h, q_idx, kv_idx) -> float`. Raises TraceError."""
+    return _trace(function, "score_mod", ("score", "b", "h", "q", "k"))
+
+
+def kv_length(index: Value) -> Value:
+    """The number of keys, kv_len, as an expression beside an index of the same trace."""
+    return Value(index.trace, "kv_len", "int")
+
+
+def _trace(function: Callable[..., Any], role: str, names: tuple[str, ...]) -> Traced:
+    code = code_of(function)
+    key = (role, type(function), code)
+    for recorded in _MEMO.get(key, ()):
+        replayed = recorded.replay(function)
+        if replayed is not None:
+            return replayed
+    trace = Trace(role, float_params=role == "score_mod")
+    indices = [Value(trace, name, "float" if name == "score" else "int") for name in names]
+    result = _result(trace, _call(trace, function, code, indices), code)
+    recorded = _finish(trace, result)
+    if trace.memo and code is not None:
+        kept = (recorded, *_MEMO.pop(key, ()))[:_VARIANTS]
+        _MEMO[key] = kept
+        while len(_MEMO) > _FUNCTIONS:
+            _MEMO.popitem(last=False)
+    values = tuple(_plain(run_recipe(r, trace.values)) for r in recorded.recipes)
+    paths = dict((path, tensor) for tensor, path in trace.captures)
+    return Traced(recorded.term, values, tuple(paths[p] for p in recorded.captures), recorded.signature)
+
+
+def _call(trace: Trace, function: Callable[..., Any], code: Any, indices: list[Value]) -> Any:
+    given = "score, b, h, q_idx, kv_idx" if len(indices) == 5 else "b, h, q_idx, kv_idx"
+    positional = _positional(function)
+    if positional is not None and not positional[0] <= len(indices) <= positional[1]:
+        raise at_definition(
+            code, f"{trace.role} expects {len(indices)} arguments ({given}); it takes {_range(positional)}"
+        )
+    try:
+        return lift_root(trace, function)(*indices)
+    except GossamerError:
+        raise
+    except RecursionError:
+        raise at_definition(code, f"{trace.role} recurses without end while it is captured") from None
+    except Exception as error:
+        raise wrapped(error, trace.role, code) from error
+
+
+def _positional(function: Any) -> tuple[int, float] | None:
+    """The fewest and most positional arguments that a function takes; None when that cannot be told."""
+    code = code_of(function)
+    bound = 0
+    while isinstance(function, functools.partial):
+        if function.keywords:
+            return None
+        bound += len(function.args)
+        function = function.func
+    if code is None:
+        return None
+    bound += 0 if hasattr(function, "__code__") and not hasattr(function, "__self__") else 1
+    defaults = len(getattr(function, "__defaults__", None) or getattr(_inner(function), "__defaults__", None) or ())
+    most = float("inf") if code.co_flags & 0x04 else code.co_argcount - bound
+    return code.co_argcount - bound - defaults, most
+
+
+def _inner(function: Any) -> Any:
+    return getattr(type(function), "forward", None) or getattr(type(function), "__call__", None)
+
+
+def _range(counts: tuple[int, float]) -> str:
+    fewest, most = counts
+    return f"{fewest}" if fewest == most else f"{fewest} or more" if most == float("inf") else f"{fewest} to {most}"
+
+
+def _result(trace: Trace, result: Any, code: Any) -> Value:
+    """The function's result as an expression of the kind that its role asks for."""
+    wanted, like = ("bool", "q_idx >= kv_idx") if trace.role == "mask_mod" else ("float", "score * 2")
+    known = type(result) in (Value, Captured) or is_number(result) or getattr(result, "shape", None) == ()
+    value = value_of(trace, result) if known else None
+    if wanted == "float" and value is not None and value.kind == "int":
+        return value_of(trace, 1.0) * value
+    if value is None or value.kind != wanted:
+        got = value.kind if value is not None else type(result).__name__
+        got = {"int": "an integer", "float": "a float", "bool": "a truth value", "NoneType": "None"}.get(got, got)
+        fix = "Compare it (such as != 0)" if wanted == "bool" and value is not None else "Return an expression"
+        kind = "a truth value" if wanted == "bool" else "a number"
+        raise at_definition(code, f"{trace.role} returns {got}; expected {kind}, such as {like}", fix)
+    return value
+
+
+def _finish(trace: Trace, result: Value) -> _Recorded:
+    """Number params and captures by first appearance; put baked numbers in their places."""
+    mask = trace.role == "mask_mod"
+    recipes: list[Any] = []
+    captures: list[int] = []
+
+    def numbered(items: list[Any], item: Any, prefix: str) -> str:
+        if item not in items:
+            items.append(item)
+        return f"{prefix}{items.index(item)}"
+
+    def place(term: Term) -> Term:
+        if not isinstance(term, tuple) or term[0] == "f":
+            return term
+        if term[0] == "num":
+            known = settle(trace, term[1])
+            return numbered(recipes, term[1], "p" if mask else "s") if known is None else constant(known)
+        if term[0] in ("read", "readf"):
+            name = numbered(captures, term[1], "c" if mask else "t")
+            return (term[0], name, *map(place, term[2:]))
+        return (term[0], *map(place, term[1:]))
+
+    term = place(result.term)
+    tensors = [trace.captures[i] for i in captures]
+    return _Recorded(
+        term,
+        tuple(recipes),
+        tuple(trace.slots),
+        tuple(path for _, path in tensors),
+        tuple((dtype_name(t.dtype) or "", len(t.shape)) for t, _ in tensors),
+        tuple(trace.guards),
+        tuple(trace.expected.items()),
+    )
+
+
+def _plain(value: Any) -> int | float:
+    return float(value) if isinstance(value, float) else int(value)
