@@ -34,9 +34,10 @@ from .expr import (
     shr,
     where,
 )
-from .sets import IN, ISL_LOCK, OUT, PARAM, SET, QuotaExceeded, convex, flatten, locked, project, quota
+from .sets import DIV, IN, ISL_LOCK, OUT, PARAM, SET, QuotaExceeded, convex, flatten, locked, project, quota
 
 __all__ = [
+    "DIV",
     "IN",
     "ISL_LOCK",
     "OUT",

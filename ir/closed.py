@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import islpy as isl
@@ -20,36 +21,38 @@ def to_expr(function: isl.PwAff) -> Expr:
 
     Written as a minimum, a maximum or a clamp of its pieces where isl proves it, else with `where`.
     """
-    function = function.coalesce()
-    pieces = [(s, isl.PwAff.from_aff(a)) for s, a in function.get_pieces()]
-    if not pieces:
+    parts: dict[Expr, _Part] = {}
+    for points, aff in function.coalesce().get_pieces():
+        value = _affine(aff)
+        known = parts.get(value)
+        domain = points if known is None else known[0].union(points)
+        parts[value] = domain.coalesce(), isl.PwAff.from_aff(aff), value
+    if not parts:
         return sympy.Integer(0)
-    values = [_affine(a) for _, a in function.get_pieces()]
-    if len(pieces) == 1:
-        return values[0]
-    domain = function.domain()
-    whole = [a for _, a in pieces]
-    forms = [(functools.reduce(f, whole), functools.reduce(g, values)) for f, g in _EXTREMES]
-    if len(pieces) == 3:
-        for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
-            for (inner, inner_), (outer, outer_) in (_EXTREMES, _EXTREMES[::-1]):
-                forms.append(
-                    (
-                        outer(inner(whole[i], whole[j]), whole[k]),
-                        outer_(inner_(values[i], values[j]), values[k]),
-                    )
-                )
-    for candidate, form in forms:
-        if candidate.intersect_domain(domain).is_equal(function):
-            return form
-    out = values[-1]
-    rest = functools.reduce(isl.Set.union, [s for s, _ in pieces])
-    for (points, _), value in zip(pieces[:-1][::-1], values[:-1][::-1], strict=True):
-        out = where(condition(points.gist(rest)), value, out)
+    joined = _join_extremes(list(parts.values())) if len(parts) <= MAX_JOINED else list(parts.values())
+    (rest, _, out), *others = reversed(joined)
+    for points, _, value in others:
+        rest = rest.union(points)
+        out = where(condition(points.gist(rest).coalesce()), value, out)
     return out
 
 
-_EXTREMES = ((isl.PwAff.max, maximum), (isl.PwAff.min, minimum))
+MAX_JOINED = 8  # functions of more pieces are written with `where`
+_Part = tuple[isl.Set, isl.PwAff, Expr]
+
+
+def _join_extremes(parts: list[_Part]) -> list[_Part]:
+    """Parts (domain, function, its form) joined while two of them are the extreme of their functions."""
+    for i, j in itertools.combinations(range(len(parts)), 2):
+        (here, f, f_), (there, g, g_) = parts[i], parts[j]
+        for above, extreme, extreme_ in (
+            (isl.PwAff.ge_set, isl.PwAff.max, maximum),
+            (isl.PwAff.le_set, isl.PwAff.min, minimum),
+        ):
+            if here.is_subset(above(f, g)) and there.is_subset(above(g, f)):
+                joined = here.union(there).coalesce(), extreme(f, g).coalesce(), extreme_(f_, g_)
+                return _join_extremes([joined, *parts[:i], *parts[i + 1 : j], *parts[j + 1 :]])
+    return parts
 
 
 def _affine(aff: isl.Aff) -> Expr:
@@ -74,14 +77,23 @@ def _affine(aff: isl.Aff) -> Expr:
 
 
 def _add_division(total: Expr, c: int, inner: Expr, m: int) -> Expr:
-    constant, variable = inner.as_coeff_Add()
-    inner = variable + int(constant) % m
-    plain = total + c * (floordiv(inner, sympy.Integer(m)) + int(constant) // m)
+    """total + c * (inner // m), with whole multiples of m taken out: 63 x // 64 is x + -x // 64."""
+    small = whole = sympy.Integer(0)
+    for factor, coefficient in inner.as_coefficients_dict().items():
+        quotient, r = divmod(int(coefficient), m)
+        if factor != 1 and 2 * r > m:
+            quotient, r = quotient + 1, r - m
+        small, whole = small + r * factor, whole + quotient * factor
+    plain = total + c * (floordiv(small, sympy.Integer(m)) + whole)
     if c % m:
         return plain
-    remainder = total + (c // m) * (inner - floormod(inner, sympy.Integer(m)) + (int(constant) // m) * m)
-    size = [sum(1 for _ in sympy.preorder_traversal(e)) for e in (plain, remainder)]
-    return remainder if size[1] < size[0] else plain
+    remainder = total + (c // m) * (small - floormod(small, sympy.Integer(m))) + c * whole
+    return min(plain, remainder, key=size)
+
+
+def size(expr: Expr) -> int:
+    """How many nodes an expression has."""
+    return sum(1 for _ in sympy.preorder_traversal(expr))
 
 
 @locked
@@ -91,7 +103,8 @@ def condition(points: isl.Set) -> Expr:
     if flat.is_empty():
         return sympy.false
     build = isl.AstBuild.from_context(isl.Set("{ : }"))
-    return _from_ast(build.expr_from_set(flat.coalesce()))
+    found = _from_ast(build.expr_from_set(flat.coalesce()))
+    return found if isinstance(found, Boolean) else sympy.Ne(found, 0)
 
 
 _OP = isl.ast_expr_op_type
@@ -113,11 +126,16 @@ _AST: dict[int, Callable[..., Expr]] = {
     _OP.zdiv_r: floormod,
     _OP.cond: where,
     _OP.select: where,
-    _OP.eq: sympy.Eq,
-    _OP.le: sympy.Le,
-    _OP.lt: sympy.Lt,
-    _OP.ge: sympy.Ge,
-    _OP.gt: sympy.Gt,
+    **{
+        op: functools.partial(relation, evaluate=False)  # sympy's search for signs takes a millisecond
+        for op, relation in (
+            (_OP.eq, sympy.Eq),
+            (_OP.le, sympy.Le),
+            (_OP.lt, sympy.Lt),
+            (_OP.ge, sympy.Ge),
+            (_OP.gt, sympy.Gt),
+        )
+    },
 }
 
 

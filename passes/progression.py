@@ -16,13 +16,16 @@ Leaves alone: regions that are not regular; the answer is None.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import islpy as isl
 import sympy
 
-from ..ir.affine import IN, OUT, PARAM, SET, condition, flatten, locked, to_expr, to_sets
-from ..ir.expr import Expr, all_of, floordiv, floormod, integer
+from ..ir.affine import IN, OUT, PARAM, SET, condition, flatten, locked, to_expr, to_pw_aff, to_sets
+from ..ir.closed import size
+from ..ir.errors import VerifyError
+from ..ir.expr import Expr, floordiv, integer
 from ..ir.formats import ACSR, Progression
 
 UP, DOWN = isl.Map("{ [x] -> [y] : y >= x }"), isl.Map("{ [x] -> [y] : y <= x }")
@@ -43,7 +46,7 @@ def regular(region: isl.Set, widths: tuple[int, ...]) -> list[isl.Set] | None:
     if not widths:
         line = flatten(region, "k")
         return [line] if _regular_line(line) else None
-    lifted = lift(region, widths)
+    lifted = region.apply(unfolding(widths)).coalesce()
     rank = len(widths) + 1
     sides, product = [], isl.Set.universe(lifted.get_space())
     for d in range(rank):
@@ -62,18 +65,17 @@ def regular(region: isl.Set, widths: tuple[int, ...]) -> list[isl.Set] | None:
     return lines if all(map(_regular_line, lines)) else None
 
 
-def lift(region: isl.Set, widths: tuple[int, ...]) -> isl.Set:
-    """A set over [q, k] as a set over [q0, q1, ..., k0, k1, ...] of the index space with these widths."""
+@functools.lru_cache(maxsize=64)
+def unfolding(widths: tuple[int, ...]) -> isl.Map:
+    """The map from [q, k] to [q0, q1, ..., k0, k1, ...] of the index space with these widths."""
     ranks = range(len(widths) + 1)
     names = [f"{x}{d}" for x in "qk" for d in ranks]
     linear = {x: f"{x}0" for x in "qk"}
     for d, w in enumerate(widths, 1):
         linear = {x: f"({w} * {text} + {x}{d})" for x, text in linear.items()}
     inside = [f"0 <= {x}{d} < {w}" for d, w in enumerate(widths, 1) for x in "qk"]
-    unfold = isl.Map(
-        f"{{ [q, k] -> [{', '.join(names)}] : q = {linear['q']} and k = {linear['k']} and {' and '.join(inside)} }}"
-    )
-    return region.apply(unfold).coalesce()
+    equal = f"q = {linear['q']} and k = {linear['k']}"
+    return isl.Map(f"{{ [q, k] -> [{', '.join(names)}] : {equal} and {' and '.join(inside)} }}")
 
 
 def _regular_line(line: isl.Set) -> bool:
@@ -112,7 +114,9 @@ def _residue(line: isl.Set, info: isl.StrideInfo) -> isl.Set:
     """The coordinates congruent to the offset of a stride."""
     here = isl.Aff.var_on_domain(isl.LocalSpace.from_space(line.get_space()), SET, 0)
     zero = isl.Aff.zero_on_domain(isl.LocalSpace.from_space(line.get_space()))
-    return isl.PwAff.from_aff(here.sub(info.get_offset()).mod_val(info.get_stride())).eq_set(isl.PwAff.from_aff(zero))
+    return isl.PwAff.from_aff(here.sub(info.get_offset()).mod_val(info.get_stride())).eq_set(
+        isl.PwAff.from_aff(zero)
+    )
 
 
 def build(region: isl.Set, widths: tuple[int, ...], lines: list[isl.Set]) -> ACSR:
@@ -144,11 +148,6 @@ def _offset(info: isl.StrideInfo, first: isl.PwAff, known: isl.Set) -> Expr:
     return min(forms, key=size)
 
 
-def size(expr: Expr) -> int:
-    """How many nodes an expression has."""
-    return sum(1 for _ in sympy.preorder_traversal(expr))
-
-
 def _row_context(line: isl.Set) -> isl.Set:
     """What is known of the row coordinates: none is negative."""
     names = [line.get_dim_name(PARAM, i) for i in range(line.dim(PARAM))]
@@ -160,29 +159,35 @@ def _closed(function: isl.PwAff, known: isl.Set) -> Expr:
     return to_expr(function.coalesce().gist_params(known).coalesce())
 
 
-def region_of(found: ACSR) -> isl.Set:
-    """The pairs of a term over [q, k], from its closed forms alone: what a proof compares with its region."""
+def is_closed_form(found: ACSR, region: isl.Set) -> bool:
+    """Whether a term's closed forms say exactly the region over [q, k], compared in the index space."""
     rank = len(found.progressions)
-    names = ["k"] if not found.widths else [f"k{d}" for d in range(rank)]
-    inner: dict[Expr, Expr] = {}
-    outer = {x: integer(x) for x in "qk"}
-    for d in range(rank - 1, 0, -1):
-        w = sympy.Integer(found.widths[d - 1])
-        for x in "qk":
-            inner[integer(f"{x}{d}")] = floormod(outer[x], w)
-            outer[x] = floordiv(outer[x], w)
-    inner |= {integer(f"{x}0"): outer[x] for x in "qk"}
-    rules = [found.rows, integer("q") >= 0, integer("k") >= 0]
-    for name, p in zip(names, found.progressions, strict=True):
-        at = integer(name)
-        rules += [at >= p.first, sympy.Eq(floormod(at - p.first, sympy.Integer(p.stride)), 0)]
-        rules.append(sympy.Eq(floormod(p.first - p.offset, sympy.Integer(p.stride)), 0))
+    keys = ["k"] if not found.widths else [f"k{d}" for d in range(rank)]
+    dims = ("q", "k") if not found.widths else (*(f"q{d}" for d in range(rank)), *keys)
+    points = isl.Set(f"{{ [{', '.join(dims)}] : {' and '.join(f'{x} >= 0' for x in dims)} }}")
+    rows = to_sets(found.rows)[0]
+    if found.widths:
+        plane = isl.Set("{ [q, k] : q >= 0 and k >= 0 }").apply(unfolding(found.widths))
+        points, rows = points.intersect(plane), rows.apply(unfolding(found.widths))
+        region = region.apply(unfolding(found.widths))
+    for key, p in zip(keys, found.progressions, strict=True):
+        at, first, offset = (_function(e, dims) for e in (integer(key), p.first, p.offset))
+        modulus, zero = isl.Val(p.stride), _function(sympy.Integer(0), dims)
+        points = points.intersect(at.ge_set(first))
+        if p.stride > 1:
+            points = points.intersect(at.sub(offset).mod_val(modulus).eq_set(zero))
+            points = points.intersect(first.sub(offset).mod_val(modulus).eq_set(zero))
         if p.count != sympy.oo:
-            rules.append(at <= p.first + p.stride * (p.count - 1))
-    predicate = all_of(rules)
-    may, must = to_sets(predicate.xreplace(inner) if found.widths else predicate)
-    assert may.is_equal(must)
-    return may.coalesce()
+            last = first.add(_function(p.count - 1, dims).scale_val(modulus))
+            points = points.intersect(at.le_set(last))
+    return points.intersect(rows).is_equal(region)
+
+
+def _function(expr: Expr, dims: tuple[str, ...]) -> isl.PwAff:
+    found = to_pw_aff(expr, dims)
+    if found is None:
+        raise VerifyError(f"a closed form has more pieces than a proof can follow: {expr}")
+    return found
 
 
 def as_map(region: isl.Set) -> isl.Map:
