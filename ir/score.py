@@ -1,0 +1,162 @@
+"""Score maps: what happens to a score before the softmax.
+
+    score map := "score(" [param ("," param)*] [";" capture ("," capture)*] ")" "{" expression "}"
+    param     := name ":" ("int" | "float")
+    capture   := name ":" dtype "[" rank "]"
+
+The expression is a float over `score` (already scaled), the batch `b`, the query head `h`, the indices
+`q` and `k`, runtime numbers `s0, s1, ...` and captured tensors `t0, t1, ...`:
+
+    score(s0: float; t0: f32[1]) { score + s0 * (k - q) * t0[h] }
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sympy
+
+from .errors import InputError, InterpretError, ParseError, VerifyError
+from .evaluate import evaluate
+from .expr import DTYPES, Expr, integer, kind, parse, read, readf, real, to_text
+from .mask import Capture
+
+INDICES = ("b", "h", "q", "k")
+KINDS = ("int", "float")
+
+
+@dataclass(frozen=True)
+class ScoreMap:
+    """An expression of the score with its runtime numbers, (name, kind), and captured tensors.
+
+    >>> alibi = ScoreMap.parse("score(; t0: f32[1]) { score + (k - q) * t0[h] }")
+    >>> float(alibi.evaluate(1.0, 0, 1, 5, 3, captures=[np.array([1.0, 0.5])]))
+    0.0
+    """
+
+    expr: Expr
+    params: tuple[tuple[str, str], ...] = ()
+    captures: tuple[Capture, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "expr", sympy.sympify(self.expr))
+        object.__setattr__(self, "params", tuple((name, kind) for name, kind in self.params))
+        object.__setattr__(self, "captures", tuple(self.captures))
+        verify(self)
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def to_text(self) -> str:
+        """Deterministic text; `ScoreMap.parse` reads it back to an equal score map."""
+        params = ", ".join(f"{name}: {kind}" for name, kind in self.params)
+        captures = "; " + ", ".join(map(str, self.captures)) if self.captures else ""
+        return f"score({params}{captures}) {{ {to_text(self.expr)} }}"
+
+    @staticmethod
+    def parse(text: str) -> ScoreMap:
+        """The score map of a text. Raises ParseError when it is malformed, VerifyError when it breaks a rule."""
+        head = _HEAD.fullmatch(text)
+        if head is None:
+            raise ParseError(f"expected score(s0: float, ...; t0: f32[1], ...) {{ expression }}; got {text!r}")
+        numbers, _, tensors = head["header"].partition(";")
+        params = tuple(_fields(_PARAM, "a param like s0: float", numbers))
+        captures = tuple(
+            Capture(name, dtype, int(rank))
+            for name, dtype, rank in _fields(_CAPTURE, "a capture like t0: f32[1]", tensors)
+        )
+        names: dict[str, Expr] = {"score": real("score")} | {n: integer(n) for n in INDICES}
+        names |= _symbols(params) | {c.name: c.symbol for c in captures}
+        return ScoreMap(parse(head["body"], names), params, captures)
+
+    def evaluate(
+        self,
+        score: np.ndarray | float,
+        b: np.ndarray | int,
+        h: np.ndarray | int,
+        q: np.ndarray | int,
+        k: np.ndarray | int,
+        params: Sequence[int | float] = (),
+        captures: Sequence[np.ndarray] = (),
+        *,
+        floats: type = np.float64,
+    ) -> np.ndarray:
+        """The modified scores, of the shape to which all arguments broadcast, computed in `floats`.
+
+        Raises InputError when the values do not fit params and captures, or when a captured tensor is
+        read outside its bounds at a point that is asked for.
+        """
+        if len(params) != len(self.params):
+            names = ", ".join(name for name, _ in self.params)
+            raise InputError("score map", f"{len(self.params)} numbers for ({names})", tuple(params))
+        ranks = tuple(np.ndim(a) for a in captures)
+        if ranks != tuple(c.rank for c in self.captures):
+            raise InputError("score map", f"tensors for ({', '.join(map(str, self.captures))})", f"ranks {ranks}")
+        values: dict[str, Any] = {"b": b, "h": h, "q": q, "k": k, "score": np.asarray(score, floats)}
+        for (name, number), value in zip(self.params, params, strict=True):
+            values[name] = floats(value) if number == "float" else int(value)
+        values |= {c.name: a for c, a in zip(self.captures, captures, strict=True)}
+        try:
+            found = evaluate(self.expr, values, floats=floats)
+        except InterpretError as error:
+            expected = "captured tensors that cover every index read from them"
+            raise InputError("score map", expected, str(error)) from None
+        shape = np.broadcast_shapes(*(np.shape(v) for v in (score, b, h, q, k)))
+        return np.broadcast_to(np.asarray(found, floats), shape)
+
+
+def verify(score_map: ScoreMap) -> None:
+    """Check the rules of this level; raise VerifyError naming the first one broken."""
+    names = [*(n for n, _ in score_map.params), *(c.name for c in score_map.captures)]
+    taken = {*INDICES, "score"}
+    if len({*names, *taken}) != len(names) + len(taken):
+        raise VerifyError(f"names of a score map are distinct and none of score, b, h, q, k; got {', '.join(names)}")
+    for name, number in score_map.params:
+        if number not in KINDS:
+            raise VerifyError(f"a param of a score map is an int or a float; got {name}: {number}")
+    for c in score_map.captures:
+        if c.dtype not in DTYPES or c.rank < 0:
+            raise VerifyError(
+                f"a capture has a dtype of {', '.join(DTYPES)} and a rank of at least 0; got {c}"
+            )
+    if kind(score_map.expr) == "bool":
+        raise VerifyError(f"a score map gives a number; got the truth value {to_text(score_map.expr)}")
+    captures = {c.symbol: c for c in score_map.captures}
+    for r in score_map.expr.atoms(read, readf):
+        c = captures.get(r.args[0])
+        if c is None:
+            raise VerifyError(
+                f"{to_text(r)} reads a tensor that the score map does not declare with this kind"
+            )
+        if len(r.args) - 1 != c.rank:
+            raise VerifyError(f"{to_text(r)} reads {c} with {len(r.args) - 1} indices")
+    known = {real("score"), *map(integer, INDICES), *captures, *_symbols(score_map.params).values()}
+    unknown = score_map.expr.free_symbols - known - {sympy.Symbol(d) for d in DTYPES}
+    if unknown:
+        raise VerifyError(
+            "a score map's symbols are score, b, h, q, k, its params or its captures; got "
+            + ", ".join(sorted(map(str, unknown)))
+        )
+
+
+def _symbols(params: Sequence[tuple[str, str]]) -> Mapping[str, sympy.Symbol]:
+    return {name: integer(name) if number == "int" else real(name) for name, number in params}
+
+
+_HEAD = re.compile(r"\s*score\((?P<header>[^)]*)\)\s*\{(?P<body>.*)\}\s*", re.DOTALL)
+_PARAM = re.compile(r"(\w+)\s*:\s*(\w+)")
+_CAPTURE = re.compile(r"(\w+)\s*:\s*(\w+)\[(\d+)\]")
+
+
+def _fields(pattern: re.Pattern[str], expected: str, text: str) -> list[tuple[str, ...]]:
+    fields = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        found = pattern.fullmatch(part)
+        if found is None:
+            raise ParseError(f"expected {expected}; got {part!r}")
+        fields.append(found.groups())
+    return fields
