@@ -74,7 +74,19 @@ def attention(
 class Problem:
     """Checked inputs of one attention. Attributes: sizes, dtype name and the three tensors."""
 
-    __slots__ = ("batch", "contiguous", "dtype", "heads", "key", "kv_len", "q_len", "qk_size", "query", "v_size", "value")
+    __slots__ = (
+        "batch",
+        "contiguous",
+        "dtype",
+        "heads",
+        "key",
+        "kv_len",
+        "q_len",
+        "qk_size",
+        "query",
+        "v_size",
+        "value",
+    )
 
     def __init__(self, query: Any, key: Any, value: Any, enable_gqa: bool) -> None:
         self.query, self.key, self.value = query, key, value
@@ -83,16 +95,24 @@ class Problem:
         kv_batch, kv_heads, self.kv_len, size = key.shape
         self.v_size = value.shape[3]
         if value.shape[:3] != key.shape[:3]:
-            raise InputError("attention.value", f"(B, Hk, kv_len, Dv) = {tuple(key.shape[:3])} + (Dv,) as key has", tuple(value.shape))
+            raise InputError(
+                "attention.value",
+                f"(B, Hk, kv_len, Dv) = {tuple(key.shape[:3])} + (Dv,) as key has",
+                tuple(value.shape),
+            )
         if size != self.qk_size:
-            raise InputError("attention.key", f"the query's head size {self.qk_size} in the last dimension", size)
+            raise InputError(
+                "attention.key", f"the query's head size {self.qk_size} in the last dimension", size
+            )
         if kv_batch != self.batch:
             if kv_batch != 1:
                 raise InputError("attention.key", f"batch {self.batch} (the query's) or 1", kv_batch)
             self.key, self.value = key.expand(self.batch, -1, -1, -1), value.expand(self.batch, -1, -1, -1)
         if self.heads != kv_heads:
             self._check_heads(kv_heads, enable_gqa)
-        self.contiguous = tuple(t.stride(3) == 1 or t.shape[3] == 1 for t in (self.query, self.key, self.value))
+        self.contiguous = tuple(
+            t.stride(3) == 1 or t.shape[3] == 1 for t in (self.query, self.key, self.value)
+        )
 
     def _check_tensors(self) -> None:
         import torch
@@ -102,15 +122,29 @@ class Problem:
         for name, tensor in (("query", query), ("key", self.key), ("value", self.value)):
             where = f"attention.{name}"
             if not isinstance(tensor, torch.Tensor):
-                raise InputError(where, "a torch.Tensor", type(tensor).__name__, "Convert with torch.from_numpy or torch.utils.dlpack")
+                raise InputError(
+                    where,
+                    "a torch.Tensor",
+                    type(tensor).__name__,
+                    "Convert with torch.from_numpy or torch.utils.dlpack",
+                )
             if tensor.dim() != 4:
-                raise InputError(where, "4 dimensions (batch, heads, length, size)", f"{tensor.dim()}: {tuple(tensor.shape)}")
+                raise InputError(
+                    where,
+                    "4 dimensions (batch, heads, length, size)",
+                    f"{tensor.dim()}: {tuple(tensor.shape)}",
+                )
             if tensor.dtype not in names:
                 raise InputError(where, "float16, bfloat16, float32 or float64", tensor.dtype)
             if tensor.dtype != query.dtype:
                 raise InputError(where, f"the query's dtype {query.dtype}", tensor.dtype, "Cast one of them")
             if tensor.device.type != "cpu":
-                raise InputError(where, "a CPU tensor", tensor.device, "GPU kernels are compiled ahead of time only, with gossamer.compile")
+                raise InputError(
+                    where,
+                    "a CPU tensor",
+                    tensor.device,
+                    "GPU kernels are compiled ahead of time only, with gossamer.compile",
+                )
             if tensor.layout != torch.strided:
                 raise InputError(where, "a strided tensor", tensor.layout, "Call .to_dense()")
             if not 1 <= tensor.shape[3] <= 1024:
@@ -123,9 +157,16 @@ class Problem:
 
     def _check_heads(self, kv_heads: int, enable_gqa: bool) -> None:
         if not enable_gqa:
-            raise InputError("attention.key", f"{self.heads} heads, as the query has", kv_heads, "Pass enable_gqa=True to share key heads")
+            raise InputError(
+                "attention.key",
+                f"{self.heads} heads, as the query has",
+                kv_heads,
+                "Pass enable_gqa=True to share key heads",
+            )
         if kv_heads == 0 or self.heads % kv_heads:
-            raise InputError("attention.key", f"a number of heads that divides the query's {self.heads}", kv_heads)
+            raise InputError(
+                "attention.key", f"a number of heads that divides the query's {self.heads}", kv_heads
+            )
 
 
 DTYPE_NAMES: dict[Any, str] = {}
@@ -134,11 +175,20 @@ DTYPE_NAMES: dict[Any, str] = {}
 def _fill_names() -> dict[Any, str]:
     import torch
 
-    DTYPE_NAMES.update({torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"})
+    DTYPE_NAMES.update(
+        {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
+    )
     return DTYPE_NAMES
 
 
-def run(problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None, return_lse: bool, schedule: Any = None) -> Any:
+def run(
+    problem: Problem,
+    mask: Mask,
+    score: ScoreMod | None,
+    scale: float | None,
+    return_lse: bool,
+    schedule: Any = None,
+) -> Any:
     """Launch the compiled kernel of a checked problem, compiling it first if it is new."""
     import torch
 
@@ -146,7 +196,12 @@ def run(problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | Non
     query = problem.query
     shape = (problem.batch, problem.heads, problem.q_len)
     out = torch.empty((*shape, problem.v_size), dtype=query.dtype)
-    call: dict[str, Any] = {"q": query.detach(), "k": problem.key.detach(), "v": problem.value.detach(), "o": out}
+    call: dict[str, Any] = {
+        "q": query.detach(),
+        "k": problem.key.detach(),
+        "v": problem.value.detach(),
+        "o": out,
+    }
     lse = None
     if return_lse:
         lse = torch.empty(shape, dtype=torch.float64 if problem.dtype == "f64" else torch.float32)
@@ -159,7 +214,9 @@ def run(problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | Non
     return (out, lse) if return_lse else out
 
 
-def _bind(call: dict[str, Any], scalar: str, tensor: str, values: tuple[Any, ...], tensors: tuple[Any, ...]) -> None:
+def _bind(
+    call: dict[str, Any], scalar: str, tensor: str, values: tuple[Any, ...], tensors: tuple[Any, ...]
+) -> None:
     for i, number in enumerate(values):
         call[f"{scalar}{i}"] = number
     for i, captured in enumerate(tensors):
@@ -187,11 +244,20 @@ def _allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     return torch.empty(shape, dtype=next(t for t, name in DTYPE_NAMES.items() if name == dtype))
 
 
-def executable_for(problem: Problem, mask: Mask, score: ScoreMod | None, return_lse: bool, schedule: Any = None) -> Executable:
+def executable_for(
+    problem: Problem, mask: Mask, score: ScoreMod | None, return_lse: bool, schedule: Any = None
+) -> Executable:
     """The compiled kernel of a problem's structure: from memory, from disk, or compiled now."""
     from ..runtime.driver import get_or_compile
 
-    structure = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, return_lse, None if schedule is None else repr(schedule))
+    structure = (
+        problem.dtype,
+        problem.qk_size,
+        problem.v_size,
+        problem.contiguous,
+        return_lse,
+        None if schedule is None else repr(schedule),
+    )
     quick = ("attention", mask.key, None if score is None else score.key, structure)
 
     def make() -> Any:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from .score import ScoreMod
 
 
-def reference_attention(problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+def reference_attention(
+    problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a checked problem, computed in float64 and rounded to the result dtypes."""
     import torch
 
@@ -30,7 +32,9 @@ def reference_attention(problem: Problem, mask: Mask, score: ScoreMod | None, sc
     grid = np.ogrid[: problem.batch, : problem.heads, : problem.q_len, : problem.kv_len]
     lengths = {"q_len": problem.q_len, "kv_len": problem.kv_len}
     if score is not None:
-        mapped = score.ir.evaluate(scores.numpy(), *grid, score.values, _arrays(score.tensors), floats=np.float64, **lengths)
+        mapped = score.ir.evaluate(
+            scores.numpy(), *grid, score.values, _arrays(score.tensors), floats=np.float64, **lengths
+        )
         scores = torch.from_numpy(np.ascontiguousarray(np.broadcast_to(mapped, scores.shape)))
     attends = mask.ir.evaluate(*grid, mask.values, _arrays(mask.tensors), **lengths)
     scores = scores.masked_fill(~torch.from_numpy(np.ascontiguousarray(attends)), -math.inf)

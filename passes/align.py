@@ -34,7 +34,9 @@ def align_mask(mask: Mask, terms: tuple[ACSR, ...]) -> tuple[Group, ...]:
         if not by_order:
             by_order[Order()] = isl.Map("{ [q] -> [k] : false }")
         ranked = sorted(by_order.items(), key=lambda item: (not item[0].natural, str(item[0])))
-        return tuple(_group(mask, order, region.coalesce(), alone=len(ranked) == 1) for order, region in ranked)
+        return tuple(
+            _group(mask, order, region.coalesce(), alone=len(ranked) == 1) for order, region in ranked
+        )
 
 
 def _plain_order(region: isl.Map) -> Order:

@@ -36,7 +36,9 @@ def spans_of(points: isl.Set, variable: str, context: isl.Set, end: Expr) -> tup
 
 def interval(points: isl.BasicSet, context: isl.Set) -> tuple[Expr, Expr | None, Expr] | None:
     """(lo, hi, guard) of a one-dimensional basic set, hi None when unbounded above; None if it has holes."""
-    points = isl.Set.from_basic_set(points).compute_divs().coalesce().gist(_as_set(context, points)).coalesce()
+    points = (
+        isl.Set.from_basic_set(points).compute_divs().coalesce().gist(_as_set(context, points)).coalesce()
+    )
     basics = points.get_basic_sets()
     if len(basics) != 1:
         return None

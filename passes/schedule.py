@@ -31,7 +31,9 @@ def choose(spec: AttentionSpec, group: Group) -> Schedule:
     """The default schedule of a group on a target."""
     if spec.target_kind != "cpu":
         rows, keys, meta = gpu_tiles(spec)
-        shape = ((rows,), (keys,)) if len(group.order.dims) == 1 else box_shape(group, rows, keys, aligned=True)
+        shape = (
+            ((rows,), (keys,)) if len(group.order.dims) == 1 else box_shape(group, rows, keys, aligned=True)
+        )
         return Schedule(*shape, lazy_rescale=False, meta=meta)
     rows = CPU_ROWS // 2 if spec.dtype == "f64" else CPU_ROWS
     anchors = tuple(anchor(group, d) for d in range(len(group.order.dims)))
@@ -44,7 +46,9 @@ def gpu_tiles(spec: AttentionSpec) -> tuple[int, int, tuple[tuple[str, int], ...
     """Rows, keys and hints (warps, stages) that compile for sm_80 and later without spills."""
     size = max(spec.qk_size, spec.v_size)
     if spec.dtype in ("f32", "f64"):
-        return (64, 32, (("stages", 2), ("warps", 4))) if size <= 64 else (32, 32, (("stages", 2), ("warps", 4)))
+        return (
+            (64, 32, (("stages", 2), ("warps", 4))) if size <= 64 else (32, 32, (("stages", 2), ("warps", 4)))
+        )
     if size <= 64:
         return 128, 64, (("stages", 3), ("warps", 4))
     if size <= 128:
@@ -52,7 +56,9 @@ def gpu_tiles(spec: AttentionSpec) -> tuple[int, int, tuple[tuple[str, int], ...
     return 64, 32, (("stages", 2), ("warps", 4))
 
 
-def box_shape(group: Group, rows: int, keys: int, *, aligned: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def box_shape(
+    group: Group, rows: int, keys: int, *, aligned: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Row and key tile shapes of an n-d order: the cheapest factorisations of `rows` and about `keys`.
 
     aligned: key tiles start on their own grid, so that u - 1 keys a dimension are wasted on average."""
@@ -101,7 +107,9 @@ def anchor(group: Group, d: int) -> Expr | None:
             return None
         for _, least in pieces:
             form = to_expr(isl.PwAff.from_aff(least))
-            floor = isl.Set(f"[{', '.join(sorted(s.name for s in form.free_symbols))}] -> {{ [x] : x >= {to_text(form)} }}")
+            floor = isl.Set(
+                f"[{', '.join(sorted(s.name for s in form.free_symbols))}] -> {{ [x] : x >= {to_text(form)} }}"
+            )
             if distance.is_subset(floor):
                 return form
     return None
@@ -127,5 +135,7 @@ def _distances(group: Group, d: int) -> isl.Set:
         text = f"floor({index} / {inner})" if inner > 1 else index
         return f"({text} mod {order.dims[d].width})" if order.dims[d].width is not None else text
 
-    steps = isl.Map(f"{{ [[q] -> [k]] -> [floor(({part('k')} - {part('q')}) / {order.dims[d].col_stride})] }}")
+    steps = isl.Map(
+        f"{{ [[q] -> [k]] -> [floor(({part('k')} - {part('q')}) / {order.dims[d].col_stride})] }}"
+    )
     return isl.Map(group.may).wrap().apply(steps).coalesce()

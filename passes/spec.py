@@ -82,6 +82,8 @@ class AttentionSpec:
     def capture_tensors(self) -> tuple[Tensor, ...]:
         captures = [*self.mask.captures, *(self.score_map.captures if self.score_map else ())]
         return tuple(
-            Tensor(c.name, "u8" if c.dtype == "bool" else c.dtype, tuple(f"{c.name}_{d}" for d in range(c.rank)))
+            Tensor(
+                c.name, "u8" if c.dtype == "bool" else c.dtype, tuple(f"{c.name}_{d}" for d in range(c.rank))
+            )
             for c in captures
         )

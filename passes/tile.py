@@ -47,7 +47,8 @@ def row_index(order: Order, schedule: Schedule, inner: list[Expr]) -> list[Expr]
 def column_index(order: Order, schedule: Schedule, inner: list[Expr]) -> list[Expr]:
     """Per dimension, the key coordinate k_d of in-tile coordinates `inner`."""
     return [
-        dim.col_stride * (start(schedule, d) + schedule.cols[d] * integer(f"n{d}") + inner[d]) + residue(order, d)
+        dim.col_stride * (start(schedule, d) + schedule.cols[d] * integer(f"n{d}") + inner[d])
+        + residue(order, d)
         for d, dim in enumerate(order.dims)
     ]
 

@@ -1,0 +1,99 @@
+"""The correctness rule, as a function: our error against float64 stays within twice a plain computation's.
+
+    max |ours - exact| <= 2 * max |plain - exact| + one ulp of the output's scale
+
+`exact` is the reference backend in float64 on the same inputs, `plain` the same formula written with
+torch operators in the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .attention import Problem, attention
+from .mask import Mask
+from .reference import reference_attention
+from .score import ScoreMod
+
+
+def check_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: Any = None,
+    score_mod: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `gossamer.attention` and assert the rule for output and LSE; returns both.
+
+    Takes what `gossamer.attention` takes (return_lse is implied). Raises AssertionError with the errors."""
+    out, lse = attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        score_mod=score_mod,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        return_lse=True,
+        **options,
+    )
+    wide = [t.detach().to(torch.float64) for t in (query, key, value)]
+    bound, score = Mask.of(mask), None if score_mod is None else ScoreMod.of(score_mod)
+    exact, exact_lse = reference_attention(Problem(*wide, enable_gqa), bound, score, scale)
+    plain, plain_lse = _plain(query, key, value, bound, score_mod, scale)
+    assert_close("output", out, exact, plain)
+    assert_close("LSE", lse, exact_lse, plain_lse)
+    return out, lse
+
+
+def assert_close(name: str, ours: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
+    """Assert the rule for one result. Infinities must agree in place and sign, NaN with the exact result."""
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    special = ~torch.isfinite(exact)
+    assert torch.equal(special, ~torch.isfinite(ours)), f"{name}: non-finite values differ from the reference"
+    infinite = torch.isinf(exact)
+    assert torch.equal(ours[infinite].double(), exact[infinite]), (
+        f"{name}: infinities differ from the reference"
+    )
+    if special.all():
+        return
+    finite = ~special
+    got, want = ours[finite].double(), exact[finite]
+    error = (got - want).abs().max().item()
+    peer = (plain[finite].double() - want).abs()
+    peer = peer[torch.isfinite(peer)].max().item() if torch.isfinite(peer).any() else 0.0
+    ulp = torch.finfo(ours.dtype).eps * max(want.abs().max().item(), torch.finfo(ours.dtype).tiny)
+    assert error <= 2 * peer + ulp, (
+        f"{name}: error {error:.3g} > 2 * {peer:.3g} (plain) + {ulp:.3g} (one ulp)"
+    )
+
+
+def _plain(
+    q: Any, k: Any, v: Any, mask: Mask, score_mod: Any, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula in torch operators, in the inputs' dtype."""
+    batch, heads, q_len, size = q.shape
+    kv_len = k.shape[2]
+    repeat = heads // k.shape[1]
+    k, v = (t.repeat_interleave(repeat, 1) for t in (k, v))
+    scores = (q @ k.transpose(-1, -2)) * (1 / math.sqrt(size) if scale is None else scale)
+    grid = torch.meshgrid(*(torch.arange(n) for n in (batch, heads, q_len, kv_len)), indexing="ij")
+    if score_mod is not None:
+        scores = score_mod(scores, *grid).to(q.dtype)
+    dense = [[mask.to_dense(q_len, kv_len, b, h) for h in range(heads)] for b in range(batch)]
+    attends = torch.stack([torch.stack([torch.as_tensor(h) for h in b]) for b in dense])
+    scores = scores.masked_fill(~attends, -math.inf)
+    lse = (
+        torch.logsumexp(scores.float() if q.dtype != torch.float64 else scores, -1)
+        if kv_len
+        else scores.new_full(scores.shape[:-1], -math.inf)
+    )
+    weights = torch.nan_to_num(torch.softmax(scores, -1), 0.0)
+    return weights @ v, lse

@@ -1,0 +1,107 @@
+"""What every kernel over a mask shares: row tiles, key tiles, loops, guards and the predicate.
+
+A lowering takes a `Scaffold` of its group and fills in what happens to a tile. Tiles made here:
+`row` [i] and `col` [j] hold linear indices; n-d orders add their coordinates row0, row1, ... and
+col0, col1, ...
+"""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+
+from ..ir.expr import Expr, all_of, ceildiv, floordiv, floormod, integer, minimum, read, readf
+from ..ir.kernel import Compute, For, GridDim, If, Stmt
+from ..ir.plan import Group, Loops, Schedule
+from .reads import clamp
+from .tile import column_index, linear, row_index
+
+B, H, Q_LEN, KV_LEN = integer("b"), integer("h"), integer("q_len"), integer("kv_len")
+ROW, COL = integer("row"), integer("col")
+
+
+class Scaffold:
+    """The tiles and loops of one planned group."""
+
+    def __init__(self, group: Group, schedule: Schedule, loops: Loops) -> None:
+        self.group, self.schedule, self.loops, self.order = group, schedule, loops, group.order
+        self.boxes = len(self.order.dims) > 1
+        self.rows, self.cols = math.prod(schedule.rows), math.prod(schedule.cols)
+        self.make_rows, self.row_names, inside = self._tiles("row", "i", row_index, schedule.rows)
+        self.valid_row = all_of([inside, ROW < Q_LEN])
+        self.safe_row = minimum(ROW, Q_LEN - 1)
+        self.make_cols, self.col_names, inside = self._tiles("col", "j", column_index, schedule.cols)
+        anchored = [name >= 0 for d, name in enumerate(self.col_names) if schedule.anchor(d) is not None]
+        self.valid_col = all_of([inside, *anchored, COL < KV_LEN])
+        self.attends = all_of([self.bind(group.predicate), self.valid_col])
+
+    def grid(self) -> tuple[GridDim, ...]:
+        """Row tiles fastest, then residues, heads and batch."""
+        tiles, residues = [], []
+        for d, dim in enumerate(self.order.dims):
+            extent: Expr = sympy.Integer(dim.width or 0)
+            if dim.width is None:
+                extent = ceildiv(Q_LEN, math.prod(x.width or 1 for x in self.order.dims[1:]))
+            tiles.append(GridDim(f"m{d}", ceildiv(extent, dim.row_stride * self.schedule.rows[d])))
+            if dim.row_stride > 1:
+                residues.append(GridDim(f"r{d}", sympy.Integer(dim.row_stride)))
+        return (*tiles, *residues, GridDim("h", integer("Hq")), GridDim("b", integer("B")))
+
+    def loop(self, body: list[Stmt]) -> list[Stmt]:
+        """body once for every key tile that holds a point."""
+        inner = [*self.make_cols, *body]
+        if self.loops.touched != sympy.true:
+            inner = [If(self.loops.touched, tuple(inner))]
+        for d in reversed(range(len(self.loops.spans))):
+            inner = [For(f"n{d}", self.loops.spans[d], tuple(inner))]
+        return inner
+
+    def bind(self, expr: Expr) -> Expr:
+        """An expression of q and k over the tiles that hold them; indices of captured tensors stay in range."""
+        row, col = ROW, COL
+        if expr.has(read, readf):
+            row, col, expr = self.safe_row, minimum(COL, KV_LEN - 1), clamp(expr)
+        if self.boxes:
+            expr = _delinearised(expr, self.order.dims, "q", self.row_names)
+            expr = _delinearised(expr, self.order.dims, "k", self.col_names)
+        return expr.xreplace({integer("q"): row, integer("k"): col})
+
+    def _tiles(
+        self, stem: str, axis: str, index: object, sizes: tuple[int, ...]
+    ) -> tuple[list[Stmt], list[Expr], Expr]:
+        parts = index(self.order, self.schedule, _unflatten(axis, sizes))  # type: ignore[operator]
+        if not self.boxes:
+            return [Compute(stem, "i32", (axis,), parts[0])], [integer(stem)], sympy.true
+        names: list[Expr] = [integer(f"{stem}{d}") for d in range(len(parts))]
+        made: list[Stmt] = [Compute(f"{stem}{d}", "i32", (axis,), part) for d, part in enumerate(parts)]
+        made.append(Compute(stem, "i32", (axis,), linear(self.order, names)))
+        inside = [name < dim.width for name, dim in zip(names[1:], self.order.dims[1:], strict=True)]
+        return made, names, all_of(inside)
+
+
+def _unflatten(axis: str, sizes: tuple[int, ...]) -> list[Expr]:
+    """In-tile coordinates per dimension of a flattened tile axis, the last dimension fastest."""
+    rest: Expr = integer(axis)
+    out: list[Expr] = []
+    for d in reversed(range(len(sizes))):
+        out.insert(0, rest if d == 0 else floormod(rest, sympy.Integer(sizes[d])))
+        rest = floordiv(rest, sympy.Integer(sizes[d]))
+    return out
+
+
+def _delinearised(expr: Expr, dims: tuple, index: str, names: list[Expr]) -> Expr:  # type: ignore[type-arg]
+    """index // W and index % W spelled by the coordinates that are already at hand."""
+    symbol = integer(index)
+    known: dict[Expr, Expr] = {}
+    outer: Expr = symbol  # what is left of the index above dimension d
+    for d in reversed(range(1, len(dims))):
+        width = sympy.Integer(dims[d].width)
+        known[floormod(outer, width)] = names[d]
+        outer = floordiv(outer, width)
+    known[outer] = names[0]
+    if len(dims) == 3:
+        inner = sympy.Integer(dims[1].width * dims[2].width)
+        known[floordiv(symbol, inner)] = names[0]
+        known[floordiv(floormod(symbol, inner), sympy.Integer(dims[2].width))] = names[1]
+    return expr.xreplace(known)
