@@ -90,8 +90,15 @@ class TritonBackend:
         from . import gpu
 
         source = codegen.emit(kernel)
-        built = gpu.compile_ahead(kernel, source, str(target))
-        return Compiled(source, built.binary, built.entry, 0, built.details)
+        built = gpu.compile_ahead(source, str(target))
+        details = {
+            "warps": built.warps,
+            "shared": built.shared,
+            "registers": built.registers,
+            "spills": built.spills,
+            "aligned": built.aligned,
+        }
+        return Compiled(source, built.code, built.name, 0, details)
 
     def requirements(self, target: Target) -> Requirements:
         return Requirements()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..ir.errors import InputError
@@ -14,30 +14,12 @@ from .backends import BACKENDS, Compiled
 from .cache import digest_of
 from .counting import COMPILATIONS
 from .knobs import LOG_SOURCE, LOG_TIMINGS, log
-from .manifest import FORMAT, Argument, Intermediate, Launch, Manifest
+from .manifest import FORMAT, Argument, Check, Intermediate, Launch, Manifest
 from .target import Target
 from .versions import versions
 
 if TYPE_CHECKING:  # the IR brings sympy, which running a compiled kernel does not need
-    from ..ir.kernel import Kernel, Scalar, Tensor
-
-
-class Program(Protocol):
-    """What the pipeline hands over: kernels in launch order.
-
-    Arguments of the same name are the same tensor or scalar, passed by the caller unless an
-    intermediate has that name. intermediates: values with name, dtype and shape (expressions over
-    the dimensions' names and integer scalars). text: IR text of the program.
-    """
-
-    @property
-    def kernels(self) -> Sequence[Kernel]: ...
-
-    @property
-    def intermediates(self) -> Sequence[Any]: ...
-
-    @property
-    def text(self) -> str: ...
+    from ..ir.kernel import Kernel, Program, Scalar, Tensor
 
 
 def compile_kernels(
@@ -45,14 +27,15 @@ def compile_kernels(
     target: str | Target,
     *,
     ir_text: str = "",
-    intermediates: Sequence[Any] = (),
+    intermediates: Sequence[Tensor] = (),
+    checks: Sequence[tuple[str, str]] = (),
     quick_keys: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """Emit and build kernels, in launch order, into an artifact; uses no cache.
 
-    ir_text: of the program they come from. extra: the caller's own JSON data. Raises InputError for
-    an unknown target, BackendError when a compiler fails.
+    ir_text, intermediates, checks: as in `ir.kernel.Program`. extra: the caller's own JSON data.
+    Raises InputError for an unknown target, BackendError when a compiler fails.
     """
     from ..ir.kernel_text import to_text
 
@@ -82,6 +65,7 @@ def compile_kernels(
         requires=backend.requirements(target),
         launches=tuple(launches),
         intermediates=tuple(Intermediate(i.name, i.dtype, tuple(map(_text, i.shape))) for i in intermediates),
+        checks=tuple(Check(condition, message) for condition, message in checks),
         quick_keys=tuple(quick_keys),
         extra=extra or {},
     )
@@ -118,7 +102,7 @@ def _launch(kernel: Kernel, built: Compiled, stem: str, suffix: str) -> Launch:
     return Launch(
         kernel=kernel.name,
         entry=built.entry,
-        arguments=tuple(_argument(a) for a in (*kernel.tensors, *kernel.scalars)),
+        arguments=tuple(_argument(a) for a in kernel.args),
         grid=tuple(_text(dimension.extent) for dimension in kernel.grid),
         workspace=built.workspace,
         ir=f"{stem}.ir",

@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING
 
 from .artifact import Artifact
 from .cache import Cache, Counts
-from .compile import Program, artifact_key, compile_kernels, host_digest, quick_digest
+from .compile import artifact_key, compile_kernels, host_digest, quick_digest
 from .counting import COMPILATIONS, LOADS
 from .executable import Executable
 from .flight import SingleFlight
 from .target import Target
 
+if TYPE_CHECKING:  # the IR brings sympy, which running a compiled kernel does not need
+    from ..ir.kernel import Program
+
 __all__ = [
     "Driver",
     "Executable",
-    "Program",
     "compilations",
     "compile_kernels",
     "counts",
@@ -102,6 +105,7 @@ class Driver:
                 target,
                 ir_text=program.text,
                 intermediates=program.intermediates,
+                checks=program.checks,
                 quick_keys=quick_keys,
             ),
         )

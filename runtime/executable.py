@@ -15,7 +15,7 @@ from ..ir.errors import InputError
 from .artifact import Artifact, check_host
 from .backends import BACKENDS, Runner
 from .counting import LOADS
-from .extent import Extent, parse_extent
+from .formula import Formula, parse_formula
 from .knobs import LOG_TIMINGS, NUM_THREADS, log
 from .manifest import Argument
 
@@ -40,9 +40,10 @@ class Executable:
         self.inputs = _inputs(artifact)
         self._loading = threading.Lock()
         self._steps: tuple[_Step, ...] = ()
-        self._shapes: dict[str, tuple[str, tuple[Extent, ...]]] = {
-            t.name: (t.dtype, tuple(parse_extent(e) for e in t.shape)) for t in manifest.intermediates
+        self._shapes: dict[str, tuple[str, tuple[Formula, ...]]] = {
+            t.name: (t.dtype, tuple(parse_formula(e) for e in t.shape)) for t in manifest.intermediates
         }
+        self._checks = tuple((parse_formula(check.condition), check) for check in manifest.checks)
 
     def __call__(
         self, values: Mapping[str, Any], *, allocate: Allocate | None = None, threads: int | None = None
@@ -50,18 +51,19 @@ class Executable:
         """Run every kernel. values: tensors (outputs included) and scalars by name, as in `inputs`.
 
         allocate: makes the intermediates, where there are any. threads: of a CPU kernel, else
-        GOSSAMER_NUM_THREADS. Raises InputError when a value is missing.
+        GOSSAMER_NUM_THREADS. Raises InputError when a value is missing or a check of the program fails.
         """
         steps = self._steps or self._load()
-        if self._shapes:
-            values = {**values, **self._make_intermediates(values, allocate)}
+        if self._checks or self._shapes:
+            sizes = self._sizes(values)
+            self._check(sizes)
+            values = {**values, **self._make_intermediates(sizes, allocate)}
         threads = threads or NUM_THREADS.get()
         for step in steps:
             try:
                 arguments = step.pick(values)
-            except KeyError as error:
-                wanted, got = ", ".join(self.inputs), ", ".join(values)
-                raise InputError(f"argument {error}", f"values for {wanted}", f"only {got}") from None
+            except KeyError:
+                raise self._incomplete(values) from None
             step.run(arguments, threads)
 
     @property
@@ -94,13 +96,20 @@ class Executable:
                 log(LOG_TIMINGS, f"load: {len(steps)} kernels in {(perf_counter() - start) * 1e3:.1f} ms")
         return self._steps
 
-    def _make_intermediates(self, values: Mapping[str, Any], allocate: Allocate | None) -> dict[str, Any]:
+    def _check(self, sizes: Mapping[str, int]) -> None:
+        for fails, check in self._checks:
+            if fails(sizes):
+                got = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in check.condition)
+                raise InputError(check.message, f"not {check.condition}", got)
+
+    def _make_intermediates(self, sizes: Mapping[str, int], allocate: Allocate | None) -> dict[str, Any]:
+        if not self._shapes:
+            return {}
         if allocate is None:
             names = ", ".join(self._shapes)
             raise InputError("allocate", f"a function (shape, dtype) -> tensor for {names}", None)
-        sizes = self._sizes(values)
         return {
-            name: allocate(tuple(extent(sizes) for extent in shape), dtype)
+            name: allocate(tuple(size(sizes) for size in shape), dtype)
             for name, (dtype, shape) in self._shapes.items()
         }
 
@@ -108,13 +117,21 @@ class Executable:
         """The integers of a call: scalars by name, and dimensions by the names the tensors give them."""
         sizes: dict[str, int] = {}
         for name, argument in self.inputs.items():
-            value = values.get(name)
-            if argument.kind == "scalar" and isinstance(value, int):
-                sizes[name] = value
-            elif argument.kind == "tensor" and value is not None:
+            if name not in values:
+                raise self._incomplete(values)
+            value = values[name]
+            if argument.kind == "tensor":
                 named = zip(argument.shape, value.shape, strict=True)
                 sizes |= {dimension: int(size) for dimension, size in named if isinstance(dimension, str)}
+            elif isinstance(value, int):
+                sizes[name] = value
         return sizes
+
+    def _incomplete(self, values: Mapping[str, Any]) -> InputError:
+        missing = ", ".join(name for name in self.inputs if name not in values)
+        return InputError(
+            f"argument {missing}", f"values for {', '.join(self.inputs)}", f"only {', '.join(values)}"
+        )
 
 
 def _inputs(artifact: Artifact) -> dict[str, Argument]:

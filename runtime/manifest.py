@@ -67,6 +67,14 @@ class Intermediate:
 
 
 @dataclass(frozen=True)
+class Check:
+    """A call for which `condition` (text over dimensions and integer arguments) holds is an error."""
+
+    condition: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Requirements:
     """What the machine must be: system and processor family ('' for any), instruction sets.
 
@@ -96,6 +104,7 @@ class Manifest:
     requires: Requirements
     launches: tuple[Launch, ...]
     intermediates: tuple[Intermediate, ...] = ()
+    checks: tuple[Check, ...] = ()
     quick_keys: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)

@@ -93,11 +93,16 @@ class Program:
     )
     intermediates: Sequence[Any] = (SimpleNamespace(name="part", dtype="f32", shape=(N, ceildiv(WINDOW, 8))),)
     text: str = "graph @sum_of_scores { }\n"
+    checks: Sequence[tuple[str, str]] = (("window > n", "the window is longer than the sequence"),)
     made: list[int] = field(default_factory=list)
 
     def make(self) -> "Program":
         self.made.append(1)
         return self
+
+
+def alone(name: str, *args: Tensor | Scalar) -> Program:
+    return Program((make_kernel(name, *args),), (), "", ())
 
 
 def tensor(*shape: int) -> Any:
@@ -180,7 +185,7 @@ class Backend:
         return Compiled("", b"binary", kernel.name)
 BACKENDS["tvm"] = Backend()
 class Program:
-    intermediates, text = (), ""
+    intermediates, checks, text = (), (), ""
     def __init__(self):
         from gossamer.ir.kernel import Kernel
         mark("passes")
@@ -212,22 +217,20 @@ def test_kernels_run_in_order_with_their_arguments(driver: Driver, backend: Reco
     x, y = tensor(100, 64), tensor(100)
     executable({"y": y, "window": 20, "x": x}, allocate=lambda shape, dtype: (shape, dtype), threads=3)
     part = ((100, 3), "f32")
-    assert backend.launched == [("scores", (x, part, 20), 3), ("sum", (part, y), 3)]
-    assert list(executable.inputs) == ["x", "window", "y"]
+    assert backend.launched == [("scores", (20, x, part), 3), ("sum", (part, y), 3)]
+    assert list(executable.inputs) == ["window", "x", "y"]
 
 
 def test_threads_default_to_the_environment(
     driver: Driver, backend: RecordingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GOSSAMER_NUM_THREADS", "7")
-    driver.get_or_compile(("one",), lambda: Program((make_kernel("one", Scalar("s", "f32")),), ()))(
-        {"s": 1.5}
-    )
+    driver.get_or_compile(("one",), lambda: alone("one", Scalar("s", "f32")))({"s": 1.5})
     assert backend.launched == [("one", (1.5,), 7)]
 
 
 def test_binaries_load_once_and_only_when_called(driver: Driver, backend: RecordingBackend) -> None:
-    executable = driver.get_or_compile(("one",), lambda: Program((make_kernel("one"),), ()))
+    executable = driver.get_or_compile(("one",), lambda: alone("one"))
     before = driver_module.loads()
     with ThreadPoolExecutor(8) as pool:
         for call in [pool.submit(executable, {}) for _ in range(32)]:
@@ -237,14 +240,20 @@ def test_binaries_load_once_and_only_when_called(driver: Driver, backend: Record
 
 def test_missing_value_is_named(driver: Driver, backend: RecordingBackend) -> None:
     executable = driver.get_or_compile(("sum",), Program)
-    with pytest.raises(
-        InputError, match=r"argument 'y': expected values for x, window, y; got only x, window"
-    ):
+    with pytest.raises(InputError, match=r"argument y: expected values for window, x, y; got only x, window"):
         executable({"x": tensor(8, 64), "window": 8}, allocate=lambda shape, dtype: None)
     with pytest.raises(
         InputError, match=r"allocate: expected a function \(shape, dtype\) -> tensor for part"
     ):
         executable({"x": tensor(8, 64), "window": 8, "y": tensor(8)})
+
+
+def test_failing_check_of_the_program_is_an_error(driver: Driver, backend: RecordingBackend) -> None:
+    executable = driver.get_or_compile(("sum",), Program)
+    message = r"the window is longer than the sequence: expected not window > n; got window = 9, n = 8"
+    with pytest.raises(InputError, match=message):
+        executable({"x": tensor(8, 64), "window": 9, "y": tensor(8)}, allocate=lambda shape, dtype: None)
+    assert backend.launched == []
 
 
 def test_binary_for_another_cpu_is_refused_when_called(driver: Driver, backend: RecordingBackend) -> None:
@@ -279,9 +288,9 @@ def test_artifact_says_what_it_is(backend: RecordingBackend) -> None:
     ]
     first = artifact.manifest.launches[0]
     assert [(a.name, a.kind, a.dtype, a.shape, a.role, a.unit) for a in first.arguments] == [
+        ("window", "scalar", "i64", (), "in", None),
         ("x", "tensor", "f32", ("n", 64), "in", 1),
         ("part", "tensor", "f32", ("n", "m"), "out", 1),
-        ("window", "scalar", "i64", (), "in", None),
     ]
     assert (first.entry, first.workspace, first.grid) == ("scores_entry", 256, ("(n + 31) // 32",))
     assert artifact.manifest.extra == {"spec": (1,)}
