@@ -38,6 +38,10 @@ from .spec import AttentionSpec
 
 LOG2E = sympy.Float(math.log2(math.e))
 LN2 = sympy.Float(math.log(2))
+LOWEST = {
+    "f32": sympy.Float(-3.4028234663852886e38),
+    "f64": sympy.Float(-1.7976931348623157e308),
+}  # only -inf is below
 STALE = 8  # a row maximum may lag by 2^8 before accumulators are rescaled
 SCALE = real("scale")
 E_AXIS, D_AXIS = integer("e"), integer("d")
@@ -88,6 +92,7 @@ class _Builder:
             spec.target_kind != "cpu"
         )  # tensor cores: operands keep their dtype, axes are powers of two
         self.operand = spec.dtype if self.wide else self.acc
+        self.lowest = LOWEST[self.acc]
 
     def kernel(self) -> Kernel:
         axes = [Axis("i", self.over.rows, self.over.rows), Axis("j", self.over.cols, self.over.cols)]
@@ -167,7 +172,9 @@ class _Builder:
         ij, full = ("i", "j"), self.loops.full
         if self.over.group.exact:
             masked = self._set("S", self.acc, ij, where(self.over.attends, real("S"), -INF))
-            guard: list[Stmt] = [] if full == sympy.true else [If(sympy.Not(full), (masked,))]
+            guard: list[Stmt] = [If(sympy.Not(full), (masked,))]
+            if full in (sympy.true, sympy.false):
+                guard = [] if full == sympy.true else [masked]
             return [*self._scores(), *guard, *self._softmax()]
         ok = sympy.Symbol("ok")
         whole: list[Stmt] = []
@@ -200,7 +207,7 @@ class _Builder:
         acc, ij = self.acc, ("i", "j")
         m, peak, safe, alpha = real("m"), real("peak"), real("safe"), real("alpha")
         rescale: tuple[Stmt, ...] = (
-            Compute("alpha", acc, ("i",), exp2(m - where(sympy.Eq(peak, -INF), 0, peak))),
+            Compute("alpha", acc, ("i",), exp2(m - where(peak < self.lowest, 0, peak))),
             self._set("l", acc, ("i",), real("l") * alpha),
             self._set("O", acc, ("i", "e"), real("O") * alpha),
             self._set("m", acc, ("i",), peak),
@@ -219,7 +226,7 @@ class _Builder:
             Reduce("peak", acc, ("i",), "max", real("S"), ("j",)),
             self._set("peak", acc, ("i",), maximum(m, peak)),
             *lazy,
-            Compute("safe", acc, ("i",), where(sympy.Eq(m, -INF), 0, m)),
+            Compute("safe", acc, ("i",), where(m < self.lowest, 0, m)),
             Compute("P", acc, ij, exp2(real("S") - safe)),
             Reduce("gain", acc, ("i",), "sum", real("P"), ("j",)),
             self._set("l", acc, ("i",), real("l") + real("gain")),

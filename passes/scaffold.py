@@ -15,7 +15,7 @@ from ..ir.expr import Expr, all_of, ceildiv, floordiv, floormod, integer, minimu
 from ..ir.kernel import Compute, For, GridDim, If, Stmt
 from ..ir.plan import Group, Loops, Schedule
 from .reads import clamp
-from .tile import column_index, linear, row_index
+from .tilesets import column_index, linear, row_index
 
 B, H, Q_LEN, KV_LEN = integer("b"), integer("h"), integer("q_len"), integer("kv_len")
 ROW, COL = integer("row"), integer("col")

@@ -22,7 +22,7 @@ class AttentionSpec:
     """A fused attention: q [B, Hq, q_len, qk_size], k [B, Hk, kv_len, qk_size], v [.., v_size].
 
     contiguous: for q, k and v, whether the last dimension has stride 1 (other strides are always
-    runtime values). Raises InputError on an unknown dtype or a size outside 1..1024."""
+    runtime values). monotone: captured tensors whose values never decrease (the caller has checked). Raises InputError on an unknown dtype or a size outside 1..1024."""
 
     mask: Mask
     score_map: ScoreMap | None = None
@@ -33,6 +33,7 @@ class AttentionSpec:
     return_lse: bool = False
     target: str = "cpu"
     precision: str = "ieee"
+    monotone: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

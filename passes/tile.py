@@ -16,168 +16,46 @@ import islpy as isl
 import sympy
 
 from ..ir.affine import ISL_LOCK, condition, flatten
-from ..ir.expr import Expr, all_of, ceildiv, floormod, integer, to_text
+from ..ir.expr import Expr, all_of, ceildiv, integer
 from ..ir.kernel import Span
 from ..ir.order import Order
 from ..ir.plan import Group, Loops, Schedule
 from .bounds import spans_of
-
-SET = isl.dim_type.set
-
-
-def coordinates(order: Order) -> tuple[list[str], list[str], list[str]]:
-    """Names of the row-tile, residue and key-tile coordinates of an order."""
-    rank = range(len(order.dims))
-    return (
-        [f"m{d}" for d in rank],
-        [f"r{d}" for d in rank if order.dims[d].row_stride > 1],
-        [f"n{d}" for d in rank],
-    )
-
-
-def row_index(order: Order, schedule: Schedule, inner: list[Expr]) -> list[Expr]:
-    """Per dimension, the row coordinate q_d of in-tile coordinates `inner`."""
-    out = []
-    for d, dim in enumerate(order.dims):
-        at = schedule.rows[d] * integer(f"m{d}") + inner[d]
-        out.append(dim.row_stride * at + integer(f"r{d}") if dim.row_stride > 1 else at)
-    return out
+from .classify import TileTruth
+from .tilesets import (
+    EVERYWHERE,
+    SET,
+    column_index,
+    coordinates,
+    known_facts,
+    linear,
+    residue,
+    simplify_tiles,
+    start,
+    tile_sets,
+)
 
 
-def column_index(order: Order, schedule: Schedule, inner: list[Expr]) -> list[Expr]:
-    """Per dimension, the key coordinate k_d of in-tile coordinates `inner`."""
-    return [
-        dim.col_stride * (start(schedule, d) + schedule.cols[d] * integer(f"n{d}") + inner[d])
-        + residue(order, d)
-        for d, dim in enumerate(order.dims)
-    ]
-
-
-def start(schedule: Schedule, d: int) -> Expr:
-    """The step at which key tile 0 of a row tile begins: 0, or its anchor."""
-    anchor = schedule.anchor(d)
-    return sympy.Integer(0) if anchor is None else schedule.rows[d] * integer(f"m{d}") + anchor
-
-
-def residue(order: Order, d: int) -> Expr:
-    """(slope * r + shift) mod col_stride of dimension d."""
-    dim = order.dims[d]
-    if dim.row_stride == 1 or dim.slope == 0:
-        return sympy.Integer(dim.shift % dim.col_stride)
-    if (dim.slope, dim.shift, dim.row_stride) == (1, 0, dim.col_stride):
-        return integer(f"r{d}")
-    return floormod(dim.slope * integer(f"r{d}") + dim.shift, sympy.Integer(dim.col_stride))
-
-
-def linear(order: Order, parts: list[Expr]) -> Expr:
-    """The linear index of per-dimension coordinates."""
-    total = parts[0]
-    for dim, part in zip(order.dims[1:], parts[1:], strict=True):
-        total = total * dim.width + part
-    return sympy.expand(total)
-
-
-def plan_loops(group: Group, schedule: Schedule) -> Loops:
-    """The loops of one group under one schedule."""
+def plan_loops(group: Group, schedule: Schedule, monotone: frozenset[str] = frozenset()) -> Loops:
+    """The loops of one group under one schedule. monotone: captured tensors known to be sorted."""
     with ISL_LOCK:
         touched, full = tile_sets(group, schedule)
         spans, exact = _spans(group.order, schedule, touched)
-        skip = sympy.true if exact else condition(_simplify(touched, group.order, schedule))
-        whole = sympy.false
-        if not full.is_empty():
-            whole = condition(_simplify(full.gist(touched), group.order, schedule))
+        skip = sympy.true if exact else condition(simplify_tiles(touched, group.order, schedule))
+        if group.exact:
+            whole = _condition(full.gist(touched), group.order, schedule)
+        else:
+            may, whole = TileTruth(group.order, schedule, monotone).of(group.predicate)
+            skip = all_of([skip, may])
+            if schedule.anchors or len(group.order.dims) > 1:
+                everything = Group(group.order, EVERYWHERE, EVERYWHERE, sympy.true)
+                valid = tile_sets(everything, schedule)[1]
+                whole = all_of([whole, _condition(valid, group.order, schedule)])
     return Loops(spans, skip, all_of([whole, _within(group.order, schedule)]))
 
 
-def tile_sets(group: Group, schedule: Schedule) -> tuple[isl.Set, isl.Set]:
-    """(touched, full): exact sets over (m.., r.., n..), unbounded in m and n from above."""
-    may, must = isl.Map(group.may), isl.Map(group.must)
-    inside, valid_rows, valid_cols = _tile_points(group.order, schedule)
-    drop = 2 * len(group.order.dims)
-    kept = inside.dim(SET) - drop
-
-    def project(points: isl.Set) -> isl.Set:
-        return points.project_out(SET, kept, drop).coalesce()
-
-    pairs = _pairs(group.order, schedule)
-    cells = inside.intersect(valid_rows)
-    touched = project(cells.intersect(valid_cols).intersect(_preimage(pairs, may)))
-    hit = cells.intersect(valid_cols).intersect(_preimage(pairs, must))
-    full = touched.subtract(project(cells.subtract(hit))).coalesce()
-    return touched, full
-
-
-def _names(order: Order) -> list[str]:
-    m, r, n = coordinates(order)
-    rank = range(len(order.dims))
-    return [*m, *r, *n, *(f"i{d}" for d in rank), *(f"j{d}" for d in rank)]
-
-
-def _axis_text(order: Order, d: int, schedule: Schedule, side: str) -> str:
-    dim = order.dims[d]
-    if side == "q":
-        at = f"({schedule.rows[d]} * m{d} + i{d})"
-        return f"({dim.row_stride} * {at} + r{d})" if dim.row_stride > 1 else at
-    shift = residue(order, d)
-    offset = f"({dim.slope} * r{d} + {dim.shift}) mod {dim.col_stride}" if shift.free_symbols else str(shift)
-    first = to_text(start(schedule, d))
-    return f"({dim.col_stride} * ({first} + {schedule.cols[d]} * n{d} + j{d}) + ({offset}))"
-
-
-def _linear_text(order: Order, parts: list[str]) -> str:
-    text = parts[0]
-    for dim, part in zip(order.dims[1:], parts[1:], strict=True):
-        text = f"({dim.width} * {text} + {part})"
-    return text
-
-
-def _tile_points(order: Order, schedule: Schedule) -> tuple[isl.Set, isl.Set, isl.Set]:
-    names = ", ".join(_names(order))
-    rank = range(len(order.dims))
-    box = [f"0 <= m{d} and 0 <= n{d}" for d in rank]
-    box += [f"0 <= i{d} < {schedule.rows[d]} and 0 <= j{d} < {schedule.cols[d]}" for d in rank]
-    box += [f"0 <= r{d} < {order.dims[d].row_stride}" for d in rank if order.dims[d].row_stride > 1]
-    inner = [d for d in rank if order.dims[d].width is not None]
-    rows = [f"{_axis_text(order, d, schedule, 'q')} < {order.dims[d].width}" for d in inner]
-    cols = [f"{_axis_text(order, d, schedule, 'k')} < {order.dims[d].width}" for d in inner]
-    cols += [f"{_axis_text(order, d, schedule, 'k')} >= 0" for d in rank if schedule.anchor(d) is not None]
-    prefix = _params(schedule)
-    return tuple(isl.Set(f"{prefix}{{ [{names}] : {' and '.join(c) or 'true'} }}") for c in (box, rows, cols))  # type: ignore[return-value]
-
-
-def _params(schedule: Schedule) -> str:
-    free = sorted({s.name for a in schedule.anchors if a is not None for s in a.free_symbols})
-    return f"[{', '.join(free)}] -> " if free else ""
-
-
-def _pairs(order: Order, schedule: Schedule) -> isl.Map:
-    rank = range(len(order.dims))
-    q = _linear_text(order, [_axis_text(order, d, schedule, "q") for d in rank])
-    k = _linear_text(order, [_axis_text(order, d, schedule, "k") for d in rank])
-    return isl.Map(f"{_params(schedule)}{{ [{', '.join(_names(order))}] -> [q, k] : q = {q} and k = {k} }}")
-
-
-def _preimage(pairs: isl.Map, region: isl.Map) -> isl.Set:
-    flat = region.move_dims(isl.dim_type.in_, 1, isl.dim_type.out, 0, 1).domain()
-    return pairs.intersect_range(flat.reset_tuple_id() if flat.has_tuple_id() else flat).domain()
-
-
-def _known(order: Order, schedule: Schedule, names: list[str]) -> str:
-    """What holds of every coordinate: none is negative, residues and inner tiles are bounded."""
-    facts = [f"{n} >= 0" for n in names]
-    for d, dim in enumerate(order.dims):
-        if dim.row_stride > 1:
-            facts.append(f"r{d} < {dim.row_stride}")
-        if dim.width is not None:
-            facts.append(f"{dim.row_stride * schedule.rows[d]} * m{d} < {dim.width}")
-    return " and ".join(facts)
-
-
-def _simplify(points: isl.Set, order: Order, schedule: Schedule) -> isl.Set:
-    """`points` simplified under what holds of every coordinate."""
-    names = [points.get_dim_name(SET, i) for i in range(points.dim(SET))]
-    known = isl.Set(f"{{ [{', '.join(names)}] : {_known(order, schedule, names)} }}")
-    return points.gist(known).coalesce()
+def _condition(tiles: isl.Set, order: Order, schedule: Schedule) -> Expr:
+    return sympy.false if tiles.is_empty() else condition(simplify_tiles(tiles, order, schedule))
 
 
 def _spans(order: Order, schedule: Schedule, touched: isl.Set) -> tuple[tuple[tuple[Span, ...], ...], bool]:
@@ -186,7 +64,7 @@ def _spans(order: Order, schedule: Schedule, touched: isl.Set) -> tuple[tuple[tu
     rank = len(order.dims)
     kept = touched.dim(SET) - rank
     names = [touched.get_dim_name(SET, i) for i in range(kept)]
-    known = isl.Set(f"[{', '.join(names)}] -> {{ : {_known(order, schedule, names)} }}")
+    known = isl.Set(f"[{', '.join(names)}] -> {{ : {known_facts(order, schedule, names)} }}")
     out, exact = [], True
     for d, name in enumerate(loops):
         seen = touched.project_out(SET, kept + d + 1, rank - d - 1).coalesce()

@@ -12,7 +12,8 @@ from gossamer.ir.mask import Mask
 from gossamer.ir.order import Order, OrderDim
 from gossamer.ir.plan import Group, Schedule
 from gossamer.passes.schedule import anchor
-from gossamer.passes.tile import column_index, linear, plan_loops, row_index
+from gossamer.passes.tile import plan_loops
+from gossamer.passes.tilesets import column_index, linear, row_index
 
 GRID = Order((OrderDim(), OrderDim(20)))
 
