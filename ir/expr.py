@@ -70,15 +70,30 @@ __all__ = [
     "parse",
     "read",
     "readf",
+    "reads",
     "real",
     "shl",
     "shr",
     "sigmoid",
     "sum_of",
+    "symbols",
     "to_text",
     "trunc",
     "where",
 ]
+
+
+def reads(expr: Expr) -> tuple[Expr, ...]:
+    """The reads of captured tensors in an expression, outermost first."""
+    return tuple(e for e in sympy.preorder_traversal(expr) if isinstance(e, read | readf))
+
+
+def symbols(expr: Expr) -> frozenset[sympy.Symbol]:
+    """The values an expression depends on: its symbols without the names of tensors and dtypes."""
+    if isinstance(expr, sympy.Symbol):
+        return frozenset({expr})
+    args = expr.args[1:] if isinstance(expr, read | readf | cast) else expr.args
+    return frozenset().union(*(symbols(a) for a in args))
 
 
 def sum_of(terms: list[Expr]) -> Expr:

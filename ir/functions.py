@@ -22,8 +22,8 @@ def integer(name: str) -> sympy.Symbol:
 
 
 def real(name: str) -> sympy.Symbol:
-    """A floating-point symbol (a score, a captured float, a tile of floats)."""
-    return sympy.Symbol(name, real=True)
+    """A floating-point symbol (a score, a captured float, a tile of floats); it may be infinite."""
+    return sympy.Symbol(name, extended_real=True)
 
 
 def boolean(name: str) -> sympy.Symbol:
@@ -36,7 +36,7 @@ def kind(expr: Expr) -> str:
     if isinstance(expr, Boolean) and not isinstance(expr, sympy.Symbol):
         return "bool"
     if isinstance(expr, sympy.Symbol):
-        return "int" if expr.is_integer else "float" if expr.is_real else "bool"
+        return "int" if expr.is_integer else "float" if expr.is_extended_real else "bool"
     if isinstance(expr, _Typed):
         return expr.kind()
     if expr.is_Float or expr in (sympy.oo, -sympy.oo, sympy.nan):
@@ -66,8 +66,8 @@ class _Typed(sympy.Function):
     def _eval_is_integer(self) -> bool | None:
         return self.kind() == "int" or None
 
-    def _eval_is_real(self) -> bool:
-        return True
+    def _eval_is_extended_real(self) -> bool:
+        return True  # not real: a score may be infinite, and `x == -inf` must not fold to false
 
 
 def _ints(*values: Expr) -> bool:
