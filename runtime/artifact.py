@@ -18,7 +18,6 @@ import io
 import os
 import re
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -29,6 +28,7 @@ from types import MappingProxyType
 
 from ..ir.errors import ArtifactError, InputError
 from . import host
+from .files import TEMPORARY, write_whole
 from .manifest import Manifest, Requirements
 
 SUFFIX = ".gossamer"
@@ -103,7 +103,7 @@ class Artifact:
                 raise InputError(
                     "save", f"a file name ending in {SUFFIX}", f"the folder {path}", "Choose another name."
                 )
-            _write_file(path, self.to_bytes())
+            write_whole(path, self.to_bytes())
         else:
             _write_folder(path, self._files())
         return path
@@ -211,21 +211,6 @@ def _read_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     return files
 
 
-def _write_file(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     if path.exists() and not ((path / _MANIFEST).is_file() or (path.is_dir() and not any(path.iterdir()))):
         what = "a folder with other things in it" if path.is_dir() else "a file"
@@ -233,12 +218,12 @@ def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
             "save", "a new folder, or one with an older artifact", f"{path}, {what}", "Choose another path."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = path.parent / f"{TEMPORARY}{os.urandom(8).hex()}"
+    temporary.mkdir()
     try:
         for name, data in files.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(data)
-        temporary.chmod(0o755)
         _swap(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -251,7 +236,7 @@ def _swap(new: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+        old = new.with_name(f"{new.name}-old")
         os.rename(path, old)
         os.rename(new, path)
         os.rename(old, new)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from ..ir.errors import CacheWarning
+from .files import TEMPORARY, write_whole
 from .knobs import LOG_CACHE, log
 
 if os.name == "posix":
@@ -30,7 +30,6 @@ if os.name == "posix":
 _LOCKING = os.name == "posix"  # elsewhere each process may build for itself; files stay whole
 _LAYOUT = "v1"  # another number for another layout: old and new gossamers then share a folder in peace
 _DIGEST = 32
-_TEMPORARY = ".tmp-"
 _STALE_SECONDS = 3600  # a temporary file this old was left by a writer that was killed
 
 
@@ -109,7 +108,7 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """All objects, most recently used first."""
-        files = [(f.name, s) for f, s in _files(self._objects) if not f.name.startswith(_TEMPORARY)]
+        files = [(f.name, s) for f, s in _files(self._objects) if not f.name.startswith(TEMPORARY)]
         entries = [Entry(name, status.st_size, status.st_mtime) for name, status in files]
         return sorted(entries, key=lambda entry: -entry.used)
 
@@ -127,7 +126,7 @@ class Store:
                 _unlink(file.path)
         for folder in (self._objects, self._index):
             for file, status in _files(folder):
-                if file.name.startswith(_TEMPORARY) and status.st_mtime < time.time() - _STALE_SECONDS:
+                if file.name.startswith(TEMPORARY) and status.st_mtime < time.time() - _STALE_SECONDS:
                     _unlink(file.path)
 
     def _evict(self, keep: str) -> None:
@@ -155,24 +154,12 @@ class Store:
             return None
 
     def _write(self, path: Path, data: bytes) -> bool:
-        temporary = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            write_whole(path, data)
         except OSError as error:
             self._unusable(error)
             return False
-        else:
-            temporary = None
-            return True
-        finally:
-            if temporary is not None:
-                _unlink(temporary)
+        return True
 
     def _acquire(self, name: str) -> int | None:
         path = self._locks / name

@@ -171,20 +171,20 @@ def refuse(number: int) -> Callable[..., object]:
 
 
 def test_full_disk_warns_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module.os, "fsync", refuse(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
     works_from_memory(store)
     assert list((store.folder / "v1" / "objects").iterdir()) == []
 
 
 def test_read_only_folder_warns_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module.Path, "mkdir", refuse(errno.EROFS))
+    monkeypatch.setattr(Path, "mkdir", refuse(errno.EROFS))
     works_from_memory(store)
 
 
 def test_read_only_folder_still_gives_what_it_holds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     Cache(store).get_or_build(KEY, make_artifact)
     for function in ("utime", "replace", "unlink"):
-        monkeypatch.setattr(store_module.os, function, refuse(errno.EROFS))
+        monkeypatch.setattr(os, function, refuse(errno.EROFS))
     cache = Cache(store)
     assert cache.get_or_build(KEY, make_artifact) == make_artifact()
     assert cache.counts.disk_hits == 1
