@@ -21,7 +21,7 @@ from ..ir.kernel import Span
 from ..ir.order import Order
 from ..ir.plan import Group, Loops, Schedule
 from .bounds import spans_of
-from .classify import TileTruth
+from .truth import TileTruth
 from .tilesets import (
     EVERYWHERE,
     SET,
