@@ -94,6 +94,7 @@ def _trace(function: Callable[..., Any], role: str, names: tuple[str, ...]) -> T
     trace = Trace(role, float_params=role == "score_mod")
     indices = [Value(trace, name, "float" if name == "score" else "int") for name in names]
     result = _result(trace, _call(trace, function, code, indices), code)
+    _check_size(trace, result.term, code)
     recorded = _finish(trace, result)
     if trace.memo and code is not None:
         kept = (recorded, *_MEMO.pop(key, ()))[:_VARIANTS]
@@ -164,6 +165,30 @@ def _result(trace: Trace, result: Any, code: Any) -> Value:
     return value
 
 
+_FOLDED = frozenset(("add", "sub", "mul", "neg"))
+MAX_SIZE = 20_000
+
+
+def _check_size(trace: Trace, term: Term, code: Any) -> None:
+    """Refuse what would take forever to write out. (Terms share their parts, expressions do not.)"""
+    sizes: dict[int, int] = {}
+
+    def size(t: Term) -> int:
+        if not isinstance(t, tuple):
+            return 1
+        if id(t) not in sizes:
+            sizes[id(t)] = 1 + sum(map(size, t[1:]))
+        return sizes[id(t)]
+
+    if (n := size(term)) > MAX_SIZE:
+        raise at_definition(
+            code,
+            f"{trace.role} computes an expression of {n} operations, expected at most {MAX_SIZE}",
+            "A value that is used several times is written out each time: use intermediate values once, or "
+            "precompute them in a captured tensor",
+        )
+
+
 def _finish(trace: Trace, result: Value) -> _Recorded:
     """Number params and captures by first appearance; put baked numbers in their places."""
     mask = trace.role == "mask_mod"
@@ -184,7 +209,10 @@ def _finish(trace: Trace, result: Value) -> _Recorded:
         if term[0] in ("read", "readf"):
             name = numbered(captures, term[1], "c" if mask else "t")
             return (term[0], name, *map(place, term[2:]))
-        return (term[0], *map(place, term[1:]))
+        parts = tuple(map(place, term[1:]))
+        if term[0] in _FOLDED and all(isinstance(p, int) for p in parts):
+            return run_recipe((term[0], *parts), ())
+        return (term[0], *parts)
 
     term = place(result.term)
     tensors = [trace.captures[i] for i in captures]

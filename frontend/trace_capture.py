@@ -167,7 +167,7 @@ class Trace:
             args = self.lift(value.args, (*path, ("attr", "args")))
             keywords = self.lift(value.keywords, (*path, ("attr", "keywords")))
             return functools.partial(function, *args, **keywords)
-        if _library(value) in LIBRARIES and value.__closure__ is None:
+        if (_library(value) in LIBRARIES and value.__closure__ is None) or _is_tracer(value):
             return self._same_object(value, path)
         self.guards.append(("code", path, value.__code__))
         return Copied(self, value, path)
@@ -352,6 +352,11 @@ def _is_array(value: Any) -> bool:
         and not isinstance(value, type)
         and not isinstance(value, abstract.Number)
     )
+
+
+def _is_tracer(function: FunctionType) -> bool:
+    """Whether a function works on stand-ins itself, as the tracer's own `where` does."""
+    return function.__module__.startswith(f"{__package__}.trace")
 
 
 def _is_truth(value: Any) -> bool:

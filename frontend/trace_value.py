@@ -373,7 +373,7 @@ def _whole(op: str, a: Value, b: Value) -> Value:
     if b.term in (0, FALSE):
         raise trace_error(f"{a.trace.role} divides by zero")
     if "float" not in (a.kind, b.kind):
-        return _make(op, a, b)
+        return _make(op, a, b) if b.term != 1 else a if op == "floordiv" else a.trace.constant(0)
     quotient = _make("floor", _make("div", as_float(a), as_float(b)))
     return quotient if op == "floordiv" else a - quotient * b
 

@@ -1,0 +1,334 @@
+"""The face `Mask`: which pairs attend, with the integers and tensors that the predicate depends on.
+
+A Mask keeps its predicate as a term (frontend/term.py) and crosses over to the IR, and so to sympy and
+isl, only when somebody asks for geometry. What a cached kernel needs (`key`, `values`, `tensors`) costs
+microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..ir.errors import InputError, UnsupportedError
+from .captured import Derived, as_numpy, is_array
+from .term import TRUE, Term, both, either, negate, rename, shifted, show, to_expr, walk
+from .trace import dtype_name, trace_mask
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..ir.mask import Mask as IRMask
+    from ..passes.geometry import Geometry
+
+Signature = tuple[tuple[str, int], ...]
+
+
+class Mask:
+    """Which pairs (query index q, key index k) attend, by batch b and query head h where it matters.
+
+    Made by `gossamer.masks`, `Mask.trace`, `Mask.from_dense`, or from what other libraries use
+    (`Mask.of`); combined with `&`, `|` and `~`; compared as sets. A Mask is a value: the integers it
+    was made with stay. Tensors it captured are kept by reference and read at each call.
+
+    key: what a kernel depends on; made of primitives, the same in every process.
+    values: integers for p0, p1, ...; another value compiles nothing.
+    tensors: the captured tensors c0, c1, ...
+
+    >>> window = Mask.trace(lambda b, h, q_idx, kv_idx: abs(q_idx - kv_idx) <= 2)
+    >>> causal = Mask.trace(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)
+    >>> window & causal
+    Mask((abs(q - k) <= 2) and (q >= k))
+    >>> (window & causal).to_dense(4, 4).astype(int)
+    array([[1, 0, 0, 0],
+           [1, 1, 0, 0],
+           [1, 1, 1, 0],
+           [0, 1, 1, 1]])
+    """
+
+    def __init__(
+        self,
+        term: Term,
+        values: tuple[int, ...] = (),
+        tensors: tuple[Any, ...] = (),
+        signature: Signature = (),
+    ) -> None:
+        self._term, self._signature, self._tensors = term, signature, tensors
+        self.values = values
+
+    # ---- making one ----
+
+    @staticmethod
+    def trace(mask_mod: Callable[..., Any]) -> Mask:
+        """Capture `mask_mod(b, h, q_idx, kv_idx) -> bool`, True = attend, as in FlexAttention.
+
+        It is called once, with stand-ins for the indices. Captured integers become runtime values where
+        they are added, subtracted or compared, and numbers (part of `key`) where they divide or multiply
+        an index. Captured tensors may be indexed by any integer expressions; an index that is negative
+        at run time is out of range (a constant one counts from the end).
+
+        Raises TraceError, pointing at the user's line, for what cannot be captured.
+        """
+        traced = trace_mask(mask_mod)
+        return Mask(traced.term, traced.values, traced.tensors, traced.signature)  # type: ignore[arg-type]
+
+    @staticmethod
+    def of(value: Any) -> Mask:
+        """The Mask of an argument.
+
+        value: a Mask; a mask_mod; a BlockMask, PyTorch's or ours; a boolean array broadcastable to
+        (B, Hq, q_len, kv_len); or None for all pairs. Raises InputError for anything else.
+        """
+        if isinstance(value, Mask):
+            return value
+        if value is None:
+            return Mask(TRUE)
+        if any(base.__name__ == "BlockMask" for base in type(value).__mro__):
+            return Mask.from_block_mask(value)
+        if is_array(value):
+            return Mask._from_table(value)
+        if callable(value):
+            return Mask.trace(value)
+        raise InputError(
+            "mask", "a Mask, a mask_mod, a BlockMask, a boolean tensor or None", type(value).__name__
+        )
+
+    @staticmethod
+    def from_block_mask(block_mask: Any) -> Mask:
+        """The pairs that a BlockMask of `torch.nn.attention.flex_attention`, or of ours, lets attend."""
+        from . import block_mask as blocks
+
+        return blocks.of(block_mask).mask
+
+    @staticmethod
+    def from_flashmask(startend_row_indices: Any, causal: bool = True) -> Mask:
+        """See `gossamer.masks.from_flashmask`."""
+        from .masks import from_flashmask
+
+        return from_flashmask(startend_row_indices, causal)
+
+    @staticmethod
+    def from_dense(array: Any) -> Mask:
+        """The mask of a 0/1 matrix, torch or NumPy, of shape (q_len, kv_len): closed forms where they fit.
+
+        Rows and columns outside the array belong to whatever closed form was found. Raises InputError
+        when the array is no matrix of zeros and ones.
+        """
+        from ..passes.recover import recover
+
+        matrix = _zero_one_matrix(array)
+        found = recover(matrix)
+        ir, tensors = found if isinstance(found, tuple) else (found, ())
+        return Mask.from_ir(ir, tensors=tuple(tensors))
+
+    @staticmethod
+    def from_ir(ir: IRMask, values: tuple[int, ...] = (), tensors: tuple[Any, ...] = ()) -> Mask:
+        """An IR mask bound to its runtime integers and its tensors."""
+        from .term import from_expr
+
+        for name, wanted, got in (("values", ir.params, values), ("tensors", ir.captures, tensors)):
+            if len(wanted) != len(got):
+                raise InputError(f"Mask.from_ir.{name}", f"{len(wanted)} for {ir}", len(got))
+        names = {p: f"p{i}" for i, p in enumerate(ir.params)}
+        names |= {c.name: f"c{i}" for i, c in enumerate(ir.captures)}
+        signature = tuple((c.dtype, c.rank) for c in ir.captures)
+        return Mask(rename(from_expr(ir.predicate), names), tuple(values), tuple(tensors), signature)
+
+    @staticmethod
+    def _from_table(table: Any) -> Mask:
+        if dtype_name(table.dtype) != "bool":
+            raise InputError(
+                "mask",
+                "a boolean tensor, True = attend",
+                f"dtype {table.dtype}",
+                "Add numbers to scores with a score_mod, such as score + bias[h, q_idx, kv_idx]",
+            )
+        shape = tuple(table.shape)
+        if len(shape) > 4:
+            raise InputError("mask", "a tensor broadcastable to (B, Hq, q_len, kv_len)", f"shape {shape}")
+        kept = [d for d, n in enumerate(shape) if n != 1]
+        indices = [("b", "h", "q", "k")[d + 4 - len(shape)] for d in kept]
+        table = table.reshape([shape[d] for d in kept])
+        return Mask(("ne", ("read", "c0", *indices), 0), (), (table,), (("bool", len(kept)),))
+
+    # ---- what a call needs ----
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        return ("mask", self._term, self._signature)
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        return tuple(t.current() if isinstance(t, Derived) else t for t in self._tensors)
+
+    @cached_property
+    def segments(self) -> tuple[int, ...]:
+        """The captured tensors read only as segment ids: c[q] == c[k], or c[b, q] == c[b, k].
+
+        Where such ids never decrease (`is_monotone`), the keys of a row are one interval.
+        """
+        as_ids, elsewhere = set(), set()
+        pairs: set[Term] = set()
+        for node in walk(self._term):
+            if isinstance(node, tuple) and node[0] in ("eq", "ne") and _is_segment_test(node):
+                as_ids.add(node[1][1])
+                pairs |= {node[1], node[2]}
+        for node in walk(self._term):
+            if isinstance(node, tuple) and node[0] in ("read", "readf") and node not in pairs:
+                elsewhere.add(node[1])
+        return tuple(sorted(int(name[1:]) for name in as_ids - elsewhere))
+
+    # ---- algebra ----
+
+    def __and__(self, other: Any) -> Mask:
+        return self._join(other, both)
+
+    def __or__(self, other: Any) -> Mask:
+        return self._join(other, either)
+
+    def __rand__(self, other: Any) -> Mask:
+        return Mask.of(other)._join(self, both)
+
+    def __ror__(self, other: Any) -> Mask:
+        return Mask.of(other)._join(self, either)
+
+    def __invert__(self) -> Mask:
+        return Mask(negate(self._term), self.values, self._tensors, self._signature)
+
+    def _join(self, other: Any, join: Callable[[Term, Term], Term]) -> Mask:
+        right = Mask.of(other)
+        term = shifted(right._term, {"p": len(self.values), "c": len(self._tensors)})
+        return _compact(
+            join(self._term, term),
+            self.values + right.values,
+            self._tensors + right._tensors,
+            self._signature + right._signature,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both masks hold the same pairs, whatever the lengths, with their integers and tensors.
+
+        Proven by isl for affine masks. Masks that isl cannot hold are equal when their predicates are
+        written alike and their tensors are the same objects.
+        """
+        if not isinstance(other, Mask):
+            return NotImplemented
+        if len(self._tensors) != len(other._tensors):
+            return False
+        if any(a is not b for a, b in zip(self._tensors, other._tensors, strict=True)):
+            return False
+        if self.key == other.key and self.values == other.values:
+            return True
+        return self._bound.equal(other._bound)
+
+    @cached_property
+    def _hash(self) -> int:
+        if self._signature:
+            return hash(self._signature)
+        try:  # equal sets look alike through any window, however they are written
+            seen = [self.to_dense(40, 40, b, h).tobytes() for b, h in ((0, 0), (1, 1))]
+        except InputError:
+            seen = []
+        return hash(tuple(seen))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    # ---- geometry and text ----
+
+    @cached_property
+    def ir(self) -> IRMask:
+        """The mask as an IR value, in which the integers are parameters."""
+        return self._to_ir(self._term, tuple(f"p{i}" for i in range(len(self.values))))
+
+    @cached_property
+    def _bound(self) -> IRMask:
+        numbers = {f"p{i}": v for i, v in enumerate(self.values)}
+        return self._to_ir(rename(self._term, numbers), ())
+
+    def _to_ir(self, term: Term, params: tuple[str, ...]) -> IRMask:
+        from ..ir.mask import Capture
+        from ..ir.mask import Mask as IRMask
+
+        captures = tuple(Capture(f"c{i}", *s) for i, s in enumerate(self._signature))
+        return IRMask(to_expr(term), params, captures)
+
+    def to_dense(self, q_len: int, kv_len: int, b: int = 0, h: int = 0) -> np.ndarray:
+        """The mask of one batch and query head as a bool array of shape (q_len, kv_len)."""
+        import numpy as np
+
+        q, k = np.arange(q_len)[:, None], np.arange(kv_len)[None, :]
+        tensors = [as_numpy(t) for t in self.tensors]
+        return np.array(self.ir.evaluate(b, h, q, k, self.values, tensors, q_len, kv_len))
+
+    def analyze(self, q_len: int, kv_len: int, *, batch: int = 1, heads: int = 1) -> Geometry:
+        """The geometry at these lengths: terms, tiles, count of pairs, and how they were proven."""
+        from ..passes.geometry import analyze
+
+        tensors = tuple(as_numpy(t) for t in self.tensors)
+        return analyze(self.ir, q_len, kv_len, params=self.values, captures=tensors, batch=batch, heads=heads)
+
+    def plot(self, path: Any, q_len: int, kv_len: int, **options: Any) -> None:
+        """Write a picture of the mask, its terms and its tiles. Needs the extra `plot`."""
+        from .plot import plot
+
+        plot(self, path, q_len, kv_len, **options)
+
+    @property
+    def text(self) -> str:
+        """The mask as IR text; `gossamer.ir.mask.Mask.parse` reads it back."""
+        return self.ir.to_text()
+
+    def __repr__(self) -> str:
+        bound = "".join(f", p{i}={v}" for i, v in enumerate(self.values))
+        bound += "".join(f", c{i}: {d}[{r}]" for i, (d, r) in enumerate(self._signature))
+        return f"Mask({show(self._term)}{bound})"
+
+    def __bool__(self) -> bool:
+        raise UnsupportedError("a Mask has no truth value: join masks with & | ~ in place of 'and', 'or', 'not'")
+
+
+def _is_segment_test(node: Term) -> bool:
+    """Whether an equality compares one tensor at q with itself at k, other indices alike."""
+    a, b = node[1], node[2]
+    if not (isinstance(a, tuple) and isinstance(b, tuple) and a[0] == b[0] == "read" and a[1] == b[1]):
+        return False
+    return {a[-1], b[-1]} == {"q", "k"} and a[2:-1] == b[2:-1] and a[2:-1] in ((), ("b",), ("h",), ("b", "h"))
+
+
+def _compact(term: Term, values: tuple[int, ...], tensors: tuple[Any, ...], signature: Signature) -> Mask:
+    """A mask in which one tensor has one name, and what the term does not read is left out."""
+    names: dict[str, str] = {}
+    integers: list[int] = []
+    first: dict[int, str] = {}
+    kept: list[int] = []
+    for node in walk(term):
+        name = node[1] if isinstance(node, tuple) and node[0] in ("read", "readf") else node
+        if not isinstance(name, str) or name in names or not name[1:].isdecimal():
+            continue
+        i = int(name[1:])
+        if name[0] == "p":
+            names[name] = f"p{len(integers)}"
+            integers.append(values[i])
+        elif name[0] == "c":
+            if id(tensors[i]) not in first:
+                first[id(tensors[i])] = f"c{len(kept)}"
+                kept.append(i)
+            names[name] = first[id(tensors[i])]
+    arrays, kinds = tuple(tensors[i] for i in kept), tuple(signature[i] for i in kept)
+    return Mask(rename(term, names), tuple(integers), arrays, kinds)
+
+
+def _zero_one_matrix(array: Any) -> np.ndarray:
+    import numpy as np
+
+    matrix = as_numpy(array)
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise InputError("Mask.from_dense", "a matrix of shape (q_len, kv_len)", f"shape {matrix.shape}")
+    if matrix.dtype != bool and not np.isin(matrix, (0, 1)).all():
+        wrong = matrix[~np.isin(matrix, (0, 1))][0]
+        raise InputError("Mask.from_dense", "zeros and ones, 1 = attend", f"the entry {wrong}")
+    return matrix.astype(bool)
+
+
