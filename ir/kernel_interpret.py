@@ -44,20 +44,20 @@ def interpret(value: K.Kernel | K.Program, arguments: Arguments) -> dict[str, np
 
 
 def _program(program: K.Program, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
-    buffers = {b.name for b in program.buffers}
+    made = {t.name for t in program.intermediates}
     names = {a.name for k in program.kernels for a in k.args}
     if set(arguments) - names:
         raise InputError(
-            "program", f"arguments {', '.join(sorted(names - buffers))}", sorted(set(arguments) - names)
+            "program", f"arguments {', '.join(sorted(names - made))}", sorted(set(arguments) - names)
         )
     written: dict[str, np.ndarray] = {}
     for kernel in program.kernels:
         given = {a.name: arguments[a.name] for a in kernel.args if a.name in arguments}
-        machine = _Machine(kernel, given, fresh=buffers)
+        machine = _Machine(kernel, given, fresh=made)
         machine.run()
         written |= machine.outputs()
         arguments |= machine.outputs()
-    return {name: array for name, array in written.items() if name not in buffers}
+    return {name: array for name, array in written.items() if name not in made}
 
 
 @dataclass(frozen=True)

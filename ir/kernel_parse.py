@@ -26,7 +26,7 @@ def parse(text: str) -> K.Kernel:
 
 
 def parse_program(text: str) -> K.Program:
-    """The program (buffers and kernels in launch order) a text spells. Raises ParseError."""
+    """The program (kernels in launch order and what they share) a text spells. Raises ParseError."""
     reader = _Reader(text)
     program = reader.program()
     reader.end()
@@ -58,17 +58,27 @@ class _Reader:
         c.expect("program", after_lines=True)
         c.expect("{")
         c.lines()
-        buffers = []
-        while c.take("buffer"):
-            name = c.name("the name of a buffer")
+        text = ""
+        if c.take("text"):
+            text = c.string("the text the kernels were made from")
+            c.end_statement()
+        checks = []
+        while c.take("check"):
+            condition = c.string("a condition")
             c.expect(":")
-            buffers.append(self.tensor(name, self.dtype()))
+            checks.append((condition, c.string("a message")))
+            c.end_statement()
+        intermediates = []
+        while c.take("intermediate"):
+            name = c.name("the name of a tensor")
+            c.expect(":")
+            intermediates.append(self.tensor(name, self.dtype()))
             c.end_statement()
         kernels = []
         while not c.take("}"):
             kernels.append(self.kernel())
             c.end_statement()
-        return K.Program(tuple(kernels), tuple(buffers))
+        return K.Program(tuple(kernels), tuple(intermediates), text, tuple(checks))
 
     def kernel(self) -> K.Kernel:
         c = self.cursor

@@ -35,7 +35,9 @@ def to_text(value: K.Kernel | K.Program) -> str:
     """
     if isinstance(value, K.Kernel):
         return "\n".join(_kernel(value)) + "\n"
-    lines = [f"{INDENT}buffer {_tensor(b)}" for b in value.buffers]
+    lines = [f"{INDENT}text {value.text!r}"] if value.text else []
+    lines += [f"{INDENT}check {fails!r}: {message!r}" for fails, message in value.checks]
+    lines += [f"{INDENT}intermediate {_tensor(t)}" for t in value.intermediates]
     for kernel in value.kernels:
         lines += ["", *(f"{INDENT}{line}".rstrip() for line in _kernel(kernel))]
     return "\n".join(["program {", *lines, "}"]) + "\n"

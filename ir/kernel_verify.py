@@ -46,9 +46,9 @@ def verify(value: K.Kernel | K.Program) -> None:
         raise VerifyError(
             f"program: expected kernels of different names; got {[k.name for k in value.kernels]}"
         )
-    for buffer in value.buffers:
-        if buffer.name not in seen:
-            raise VerifyError(f"program: buffer {buffer.name!r} is an argument of no kernel")
+    for tensor in value.intermediates:
+        if tensor.name not in seen:
+            raise VerifyError(f"program: the intermediate {tensor.name!r} is an argument of no kernel")
 
 
 class _Verifier:

@@ -7,6 +7,7 @@ attribute values are cut out as text (`until`) and handed to their own parsers.
 
 from __future__ import annotations
 
+import ast
 import keyword
 import re
 from collections.abc import Callable, Mapping
@@ -32,7 +33,21 @@ _JOINING = {"and", "or", "not"}
 
 RESERVED = frozenset(
     {*keyword.kwlist, *DTYPES, *FUNCTIONS, "true", "false", "inf", "nan"}
-    | {"kernel", "program", "buffer", "grid", "axes", "lanes", "meta", "unit", "of", "out", "inout"}
+    | {
+        "kernel",
+        "program",
+        "intermediate",
+        "text",
+        "check",
+        "grid",
+        "axes",
+        "lanes",
+        "meta",
+        "unit",
+        "of",
+        "out",
+        "inout",
+    }
     | {"let", "tile", "load", "store", "dot", "over", "precision", "sum", "any", "graph"}
 )
 """Words that no argument, axis, tile or scalar may be called."""
@@ -116,9 +131,14 @@ class Cursor:
             self.fail(f"expected {what}; {word!r} is a word of the language", at)
         return word
 
-    def quoted(self, what: str) -> str:
-        """The source of a string literal, quotes included."""
-        return self._match(_QUOTED, what)
+    def string(self, what: str) -> str:
+        """The value of a string literal."""
+        at = self.at
+        source = self._match(_QUOTED, what)
+        try:
+            return str(ast.literal_eval(source))
+        except (SyntaxError, ValueError) as error:
+            self.fail(f"expected {what}; got {source} ({error})", at)
 
     def _match(self, pattern: re.Pattern[str], what: str) -> str:
         self.spaces()
