@@ -27,7 +27,9 @@ from ..ir.errors import BackendError
 from ..ir.kernel import Kernel, Scalar, Tensor
 from .layout import INDENT, wrap
 from .triton_body import Body, scalar_name
-from .triton_expr import ATOM, HELPERS, TL, Name, Scope, Speller, Value
+from .triton_expr import Speller
+from .triton_helpers import HELPERS
+from .triton_scope import ATOM, TL, Name, Scope, Value
 
 TYPES = {
     "f64": "fp64",

@@ -11,7 +11,9 @@ from ..ir import expr as ex
 from ..ir.expr import Expr
 from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Stmt, Store
 from .layout import INDENT, WIDTH, wrap
-from .triton_expr import AND, ATOM, FLOATS, HELPERS, PRODUCT, SUM, TL, Name, Scope, Speller, Value
+from .triton_expr import Speller
+from .triton_helpers import HELPERS
+from .triton_scope import AND, ATOM, FLOATS, PRODUCT, SUM, TL, Name, Scope, Value
 
 # The least extent of the summed axis that tl.dot takes on every target; shorter sums are spelled out.
 DOT_MIN = 16

@@ -11,8 +11,7 @@ Rules, in one place:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import sympy
@@ -20,69 +19,24 @@ import sympy
 from ..ir import expr as ex
 from ..ir.errors import BackendError
 from ..ir.expr import Expr
-from ..ir.kernel import Axis, Tensor
-
-TL = {
-    "f64": "tl.float64",
-    "f32": "tl.float32",
-    "f16": "tl.float16",
-    "bf16": "tl.bfloat16",
-    "i64": "tl.int64",
-    "i32": "tl.int32",
-    "i16": "tl.int16",
-    "i8": "tl.int8",
-    "u8": "tl.uint8",
-    "bool": "tl.int1",
-}
-FLOATS = ("f64", "f32", "f16", "bf16")
-
-# A tile's own offsets stay 32-bit up to this coordinate, so strides below 2**16 elements always fit.
-NARROW = 1 << 15
-
-# How tightly Python's operators bind.
-COMPARE, OR, XOR, AND, SHIFT, SUM, PRODUCT, UNARY, ATOM = range(9)
-
-HELPERS = {
-    "floor_div": '''\
-@triton.jit
-def floor_div(a, b):
-    """a / b rounded down; Triton's // rounds towards zero."""
-    return (a - (a % b + b) % b) // b
-''',
-    "floor_mod": '''\
-@triton.jit
-def floor_mod(a, b):
-    """The remainder with the sign of b; Triton's % takes the sign of a."""
-    return (a % b + b) % b
-''',
-    "tanh": '''\
-@triton.jit
-def tanh(x, small):
-    """tanh; below `small` by its series, because 1 - exp cancels there."""
-    a = tl.abs(x)
-    t = tl.exp(-2.0 * a)
-    a2 = a * a
-    series = a * (1.0 - a2 * (1.0 / 3 - a2 * (2.0 / 15 - a2 * (17.0 / 315 - a2 * (62.0 / 2835)))))
-    y = tl.where(a < small, series, (1.0 - t) / (1.0 + t))
-    return tl.where(x < 0, -y, y)
-''',
-    "trunc": '''\
-@triton.jit
-def trunc(x):
-    """x rounded towards zero."""
-    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
-''',
-    "power": '''\
-@triton.jit
-def power(x, y):
-    """x ** y as C's pow: negative bases for whole exponents, 1 for y = 0."""
-    size = tl.exp2(y * tl.log2(tl.abs(x)))
-    odd = tl.floor(y * 0.5) * 2.0 != y
-    whole = tl.floor(y) == y
-    signed = tl.where(whole, tl.where(odd, -size, size), float("nan"))
-    return tl.where(y == 0, 1.0, tl.where(x < 0, signed, size))
-''',
-}
+from ..ir.kernel import Tensor
+from .triton_scope import (
+    AND,
+    ATOM,
+    COMPARE,
+    FLOATS,
+    NARROW,
+    OR,
+    PRODUCT,
+    SHIFT,
+    SUM,
+    TL,
+    UNARY,
+    XOR,
+    Name,
+    Scope,
+    Value,
+)
 
 _UNARY = {
     ex.exp2: "tl.exp2({})",
@@ -109,100 +63,6 @@ _BITWISE = {
     ex.shl: ("<<", SHIFT),
     ex.shr: (">>", SHIFT),
 }
-
-
-@dataclass(frozen=True)
-class Value:
-    """Text of a value: its dtype, the axes it varies over, how tightly it binds, whether it is a literal."""
-
-    text: str
-    dtype: str
-    axes: frozenset[str] = frozenset()
-    level: int = ATOM
-    literal: bool = False
-
-    def at(self, level: int) -> str:
-        """The text, in parentheses when it binds less tightly than level."""
-        return self.text if self.level >= level else f"({self.text})"
-
-
-@dataclass(frozen=True)
-class Name:
-    """What a name of the kernel is spelled as: a scalar (no axes) or a tile."""
-
-    text: str
-    dtype: str
-    axes: tuple[str, ...] = ()
-
-
-@dataclass
-class Scope:
-    """What is known while a kernel is spelled: its names, and what was used on the way.
-
-    nonnegative: integer scalars that cannot be negative. definitions: integer tiles that are plain
-    functions of scalars and coordinates. helpers: the helper functions used. narrow: for (tensor,
-    dimension) the largest coordinate that is multiplied with the stride in 32 bits."""
-
-    axes: tuple[Axis, ...]
-    tensors: Mapping[str, Tensor]
-    names: dict[str, Name] = field(default_factory=dict)
-    nonnegative: set[str] = field(default_factory=set)
-    definitions: dict[str, Expr] = field(default_factory=dict)
-    helpers: set[str] = field(default_factory=set)
-    narrow: dict[tuple[str, int], int] = field(default_factory=dict)
-
-    def order(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Axes in the kernel's order, which is the order of every tile's dimensions."""
-        wanted = set(names)
-        return tuple(a.name for a in self.axes if a.name in wanted)
-
-    def axis(self, name: str) -> Axis:
-        return next(a for a in self.axes if a.name == name)
-
-    def varies(self, expr: Expr) -> bool:
-        """Whether an expression differs within a tile."""
-        names = {str(s) for s in expr.free_symbols}
-        tiles = (n for n, name in self.names.items() if name.axes)
-        return not names.isdisjoint([*(a.name for a in self.axes), *tiles])
-
-    def is_nonnegative(self, expr: Expr) -> bool:
-        """Whether an integer expression is known to be >= 0; False when in doubt."""
-        match expr:
-            case sympy.Symbol():
-                return expr.name in self.nonnegative or any(a.name == expr.name for a in self.axes)
-            case sympy.Integer():
-                return int(expr) >= 0
-            case sympy.Add() | sympy.Mul() | ex.minimum() | ex.floordiv() | ex.bitor() | ex.shr() | ex.shl():
-                return all(self.is_nonnegative(a) for a in expr.args)
-            case ex.maximum() | ex.bitand():
-                return any(self.is_nonnegative(a) for a in expr.args)
-            case ex.floormod():
-                return self.is_nonnegative(expr.args[1])
-            case ex.where():
-                return all(self.is_nonnegative(a) for a in expr.args[1:])
-            case _:
-                return isinstance(expr, sympy.Abs)
-
-    def bound(self, expr: Expr) -> int | None:
-        """The largest absolute value of an expression of coordinates and numbers; None when unknown."""
-        match expr:
-            case sympy.Integer():
-                return abs(int(expr))
-            case sympy.Symbol():
-                return next((a.size - 1 for a in self.axes if a.name == expr.name), None)
-            case sympy.Add() | sympy.Mul():
-                parts = [self.bound(a) for a in expr.args]
-                known = [p for p in parts if p is not None]
-                if len(known) < len(parts):
-                    return None
-                return sum(known) if isinstance(expr, sympy.Add) else int(sympy.prod(known))
-            case ex.floordiv(args=(a, sympy.Integer() as b)) if self.is_nonnegative(a) and b > 0:
-                whole = self.bound(a)
-                return None if whole is None else whole // int(b)
-            case ex.floormod(args=(_, sympy.Integer() as b)) if b > 0:
-                return int(b) - 1
-            case _:
-                return None
 
 
 def literal(value: float, floats: str) -> Value:
