@@ -70,7 +70,7 @@ def _spans(order: Order, schedule: Schedule, touched: isl.Set) -> tuple[tuple[tu
         seen = touched.project_out(SET, kept + d + 1, rank - d - 1).coalesce()
         spans, sharp = spans_of(seen, name, known, _last(order, schedule, d))
         exact = exact and sharp
-        out.append(spans)
+        out.append(spans or (Span(sympy.Integer(0), sympy.Integer(0)),))
         known = known.intersect(flatten(seen).params())
     return tuple(out), exact
 
