@@ -58,8 +58,8 @@ def _join_extremes(parts: list[_Part]) -> list[_Part]:
 def _affine(aff: isl.Aff) -> Expr:
     """An isl affine form with floor divisions as an expression; `e - c * (e // c)` becomes `e % c`."""
     scale = int(aff.get_denominator_val().to_python())
-    if scale != 1:
-        raise UnsupportedError(f"a rational affine form has no integer expression: {aff}")
+    if scale != 1:  # fractions in an integer function cancel where it is defined
+        return floordiv(_affine(aff.scale_val(isl.Val(scale))), sympy.Integer(scale))
     total: Expr = sympy.Integer(int(aff.get_constant_val().to_python()))
     for kind_ in (PARAM, IN):
         for i in range(aff.dim(kind_)):

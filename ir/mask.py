@@ -190,7 +190,7 @@ class Mask:
         Raises InputError when the values do not fit params and captures, or when a captured tensor is
         read outside its bounds at a point that is asked for.
         """
-        self._check_values(params, captures)
+        self.check_values(params, captures)
         values: dict[str, object] = {"b": b, "h": h, "q": q, "k": k, "q_len": q_len, "kv_len": kv_len}
         values |= dict(zip(self.params, params, strict=True))
         values |= {c.name: a for c, a in zip(self.captures, captures, strict=True)}
@@ -204,7 +204,7 @@ class Mask:
         shape = np.broadcast_shapes(*(np.shape(v) for v in (b, h, q, k)))
         return np.broadcast_to(np.asarray(found, bool), shape)
 
-    def _check_values(self, params: Sequence[int], captures: Sequence[np.ndarray]) -> None:
+    def check_values(self, params: Sequence[int], captures: Sequence[np.ndarray]) -> None:
         if len(params) != len(self.params):
             raise InputError(
                 "mask", f"{len(self.params)} integers for {', '.join(self.params)}", tuple(params)

@@ -65,7 +65,7 @@ def decompose(mask: Mask) -> tuple[Term, ...]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A region with the widths in which it is regular and its lines (progression.regular), None if it is not."""
+    """A region, the widths in which it is regular, its lines (progression.regular; None: it is not)."""
 
     points: isl.Set
     widths: tuple[int, ...]
@@ -127,7 +127,7 @@ def _split_best(region: isl.Set, parts: list[isl.Set], widths: tuple[int, ...]) 
         left = region
         for part in order:
             limit = (_cost(best) - 1 if best else MAX_TERMS) - _cost(pieces)
-            pieces += _split(part.intersect(left).coalesce(), widths, limit)
+            pieces += split(part.intersect(left).coalesce(), widths, limit)
             left = left.subtract(part).coalesce()
             if best and _cost(pieces) >= _cost(best):
                 break
@@ -161,7 +161,7 @@ def _depends(part: isl.Set, dim: int) -> bool:
     return not free.intersect(isl.Set("{ [q, k] : q >= 0 and k >= 0 }")).is_subset(part)
 
 
-def _split(points: isl.Set, widths: tuple[int, ...], limit: int) -> list[Piece]:
+def split(points: isl.Set, widths: tuple[int, ...], limit: int = MAX_TERMS) -> list[Piece]:
     """A region as disjoint pieces, each regular where few (up to about the limit) suffice."""
     if points.is_empty():
         return []
@@ -173,7 +173,7 @@ def _split(points: isl.Set, widths: tuple[int, ...], limit: int) -> list[Piece]:
         pieces: list[Piece] = []
         left = points
         for b in basics:
-            pieces += _split(b.intersect(left).coalesce(), widths, limit)
+            pieces += split(b.intersect(left).coalesce(), widths, limit)
             left = left.subtract(b).coalesce()
         return _merged(pieces, widths)
     return _by_residue(points, widths, limit) or [Piece(points, (), None)]
