@@ -9,11 +9,29 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers
+    from .frontend.attention import attention as attention
+    from .frontend.kernel import compile as compile
+    from .frontend.kernel import load as load
+    from .frontend.mask import Mask as Mask
+    from .frontend.score import ScoreMod as ScoreMod
+    from .ir.plan import Schedule as Schedule
+    from .passes.spec import AttentionSpec as AttentionSpec
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
-_NAMES: dict[str, str] = {}
+_NAMES: dict[str, str] = {
+    "AttentionSpec": "passes.spec",
+    "Mask": "frontend.mask",
+    "Schedule": "ir.plan",
+    "ScoreMod": "frontend.score",
+    "attention": "frontend.attention",
+    "compile": "frontend.kernel",
+    "load": "frontend.kernel",
+}
 
 # Public module -> the module it is another name of, as ``os.path`` is of ``posixpath``.
 _MODULES = {

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
+from .captured import is_monotone
 from .mask import Mask
 from .score import ScoreMod
 
 if TYPE_CHECKING:
     import torch
 
+    from ..ir.kernel import Program
     from ..runtime.driver import Executable
 
 BACKENDS = ("auto", "tvm", "reference")
@@ -190,40 +192,41 @@ def run(
     schedule: Any = None,
 ) -> Any:
     """Launch the compiled kernel of a checked problem, compiling it first if it is new."""
-    import torch
-
     executable = executable_for(problem, mask, score, return_lse, schedule)
-    query = problem.query
-    shape = (problem.batch, problem.heads, problem.q_len)
-    out = torch.empty((*shape, problem.v_size), dtype=query.dtype)
-    call: dict[str, Any] = {
-        "q": query.detach(),
+    return launch(executable, call_values(problem, mask, score, scale), problem, return_lse)
+
+
+def call_values(problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None) -> dict[str, Any]:
+    """What kernels are called with, by name, outputs aside."""
+    values: dict[str, Any] = {
+        "q": problem.query.detach(),
         "k": problem.key.detach(),
         "v": problem.value.detach(),
-        "o": out,
+        "scale": 1 / math.sqrt(problem.qk_size) if scale is None else float(scale),
     }
-    lse = None
-    if return_lse:
-        lse = torch.empty(shape, dtype=torch.float64 if problem.dtype == "f64" else torch.float32)
-        call["lse"] = lse
-    call["scale"] = 1 / math.sqrt(problem.qk_size) if scale is None else float(scale)
-    _bind(call, "p", "c", mask.values, mask.tensors)
-    if score is not None:
-        _bind(call, "s", "t", score.values, score.tensors)
-    executable(call, allocate=_allocate)
-    return (out, lse) if return_lse else out
+    for stem, tensor, source in (("p", "c", mask), ("s", "t", score)):
+        if source is not None:
+            values |= {f"{stem}{i}": number for i, number in enumerate(source.values)}
+            values |= {f"{tensor}{i}": captured(t) for i, t in enumerate(source.tensors)}
+    return values
 
 
-def _bind(
-    call: dict[str, Any], scalar: str, tensor: str, values: tuple[Any, ...], tensors: tuple[Any, ...]
-) -> None:
-    for i, number in enumerate(values):
-        call[f"{scalar}{i}"] = number
-    for i, captured in enumerate(tensors):
-        call[f"{tensor}{i}"] = _captured(captured)
+def launch(executable: Executable, values: dict[str, Any], problem: Problem, return_lse: bool) -> Any:
+    """Allocate the outputs and run."""
+    import torch
+
+    shape = (problem.batch, problem.heads, problem.q_len)
+    values["o"] = out = torch.empty((*shape, problem.v_size), dtype=problem.query.dtype)
+    if not return_lse:
+        executable(values, allocate=_allocate)
+        return out
+    wide = torch.float64 if problem.dtype == "f64" else torch.float32
+    values["lse"] = lse = torch.empty(shape, dtype=wide)
+    executable(values, allocate=_allocate)
+    return out, lse
 
 
-def _captured(tensor: Any) -> Any:
+def captured(tensor: Any) -> Any:
     """A captured tensor as kernels take it: on the CPU, booleans as bytes."""
     import torch
 
@@ -233,7 +236,8 @@ def _captured(tensor: Any) -> Any:
         raise InputError("attention: a captured tensor", "a CPU tensor, as the query is", tensor.device)
     if tensor.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError(
-            "attention: a captured tensor requires a gradient, and gradients are not built yet. Call under torch.no_grad(), or capture tensor.detach()"
+            "attention: a captured tensor requires a gradient, and gradients are not built yet. "
+            "Call under torch.no_grad(), or capture tensor.detach()"
         )
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
 
@@ -250,29 +254,16 @@ def executable_for(
     """The compiled kernel of a problem's structure: from memory, from disk, or compiled now."""
     from ..runtime.driver import get_or_compile
 
-    structure = (
-        problem.dtype,
-        problem.qk_size,
-        problem.v_size,
-        problem.contiguous,
-        return_lse,
-        None if schedule is None else repr(schedule),
-    )
-    quick = ("attention", mask.key, None if score is None else score.key, structure)
+    sizes = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, return_lse)
+    ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
+    chosen = None if schedule is None else repr(schedule)
+    quick = ("attention", mask.key, None if score is None else score.key, sizes, ids, chosen)
 
-    def make() -> Any:
+    def make() -> Program:
         from ..passes.pipeline import compile_spec
         from ..passes.spec import AttentionSpec
 
-        spec = AttentionSpec(
-            mask.ir,
-            None if score is None else score.ir,
-            problem.dtype,
-            problem.qk_size,
-            problem.v_size,
-            problem.contiguous,
-            return_lse,
-        )
-        return compile_spec(spec, schedule)
+        maps = None if score is None else score.ir
+        return compile_spec(AttentionSpec(mask.ir, maps, *sizes, monotone=frozenset(ids)), schedule)
 
     return get_or_compile(quick, make, "cpu")
