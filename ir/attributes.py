@@ -1,0 +1,19 @@
+"""The classes that attributes of graph operations may hold, beside numbers, strings and tuples.
+
+A pass that attaches a dataclass of its own registers it: `@register` of `ir.text`.
+"""
+
+from __future__ import annotations
+
+from .formats import ACSR, Blocks, Dense, Progression, StoredACSR
+from .kernel import Span
+from .mask import Capture, Mask
+from .order import Order, OrderDim
+from .plan import Group, Loops, Schedule
+from .score import ScoreMap
+from .text import register
+
+for _cls in (ACSR, Blocks, Capture, Dense, Group, Loops, Mask, Order, OrderDim, Progression):
+    register(_cls)
+for _cls in (Schedule, ScoreMap, Span, StoredACSR):
+    register(_cls)

@@ -1,0 +1,158 @@
+"""Reference semantics of graphs in NumPy: the oracle that every lower level must agree with.
+
+Operations compute in float64 where an operand or result is f64, else in float32, and round each
+result to its dtype once. Scores are held densely, -inf where the mask does not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+from .evaluate import evaluate, round_to
+from .graph import Graph, Op, Value
+from .graph_verify import verify
+from .mask import Mask
+from .score import ScoreMap
+
+Array = np.ndarray
+Operands = list[Any]
+
+
+def interpret(graph: Graph, arguments: Mapping[str, Any]) -> dict[str, Array]:
+    """Run a graph on an array (or a number) for every input; its outputs by name.
+
+    Raises VerifyError, InputError (a missing input, shapes that do not fit the declared ones).
+    """
+    verify(graph)
+    names = {v.name for v in graph.inputs}
+    if set(arguments) != names:
+        raise InputError(f"graph @{graph.name}", f"arguments {', '.join(sorted(names))}", sorted(arguments))
+    lengths: dict[str, int] = {}
+    values: dict[str, Any] = {}
+    for value in graph.inputs:
+        values[value.name] = _bind(value, np.asarray(arguments[value.name]), lengths)
+    with np.errstate(all="ignore"):
+        for op in graph.ops:
+            results = RULES[op.kind](op, [values[i] for i in op.inputs], _floats(graph, op))
+            for value, result in zip(op.outputs, results, strict=False):
+                values[value.name] = np.asarray(round_to(result, value.dtype))
+    return {name: values[name] for name in graph.outputs}
+
+
+def _bind(value: Value, array: Array, lengths: dict[str, int]) -> Array:
+    """The array in its declared dtype; names of its shape are bound or compared."""
+    expected = tuple(lengths.get(n, n) if isinstance(n, str) else n for n in value.shape)
+    fits = array.ndim == len(expected) and all(
+        isinstance(e, str) or e == n for e, n in zip(expected, array.shape, strict=True)
+    )
+    if not fits:
+        raise InputError(f"%{value.name}", f"shape [{', '.join(map(str, expected))}]", array.shape)
+    lengths |= {n: size for n, size in zip(value.shape, array.shape, strict=True) if isinstance(n, str)}
+    return np.asarray(round_to(array, value.dtype))
+
+
+def _floats(graph: Graph, op: Op) -> type:
+    dtypes = {graph.values[i].dtype for i in op.inputs} | {v.dtype for v in op.outputs}
+    return np.float64 if "f64" in dtypes else np.float32
+
+
+def _heads(x: Array, queries: int) -> Array:
+    """[B, Hk, ...] as [B, Hq, ...]: query head h reads key head h // (Hq // Hk)."""
+    return np.repeat(x, queries // x.shape[1], axis=1)
+
+
+def _grid(shape: tuple[int, ...]) -> tuple[Array, ...]:
+    """b, h, q, k of scores [B, H, q_len, kv_len], broadcastable."""
+    return tuple(np.ogrid[tuple(slice(n) for n in shape)])
+
+
+def _runtime(holder: Mask | ScoreMap, operands: Operands) -> tuple[list[Any], list[Array]]:
+    """The values of a mask's or score map's runtime numbers, and of its captured tensors."""
+    count = len(holder.params)
+    return [v.item() for v in operands[:count]], operands[count : count + len(holder.captures)]
+
+
+def _scores(op: Op, q: Array, k: Array, operands: Operands, floats: type) -> Array:
+    product = q.astype(floats) @ _heads(k, q.shape[1]).astype(floats).swapaxes(2, 3)
+    product = product * floats(op.attr("scale", 1.0))
+    mask = op.attr("mask")
+    if mask is None:
+        return product
+    params, captures = _runtime(mask, operands)
+    attends = mask.evaluate(*_grid(product.shape), params, captures, *product.shape[2:])
+    return np.where(attends, product, floats(-np.inf))
+
+
+def _mapped(score: ScoreMap, scores: Array, operands: Operands, floats: type) -> Array:
+    params, captures = _runtime(score, operands)
+    found = score.evaluate(scores, *_grid(scores.shape), params, captures, floats=floats)
+    return np.where(np.isneginf(scores), scores, found)
+
+
+def _normalised(scores: Array) -> tuple[Array, Array]:
+    """Softmax of the last axis and its log-sum-exp; rows of -inf give zeros and -inf."""
+    peak = scores.max(-1, keepdims=True, initial=-np.inf)
+    safe = np.where(np.isneginf(peak), 0, peak)
+    weights = np.exp(scores - safe)
+    total = weights.sum(-1, keepdims=True)
+    empty = total == 0
+    lse = np.where(empty, -np.inf, np.log(np.where(empty, 1, total)) + safe)
+    return weights / np.where(empty, 1, total), lse[..., 0]
+
+
+def _matmul(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    b = x[1].swapaxes(-1, -2) if op.attr("transpose_b") else x[1]
+    return (x[0].astype(floats) @ b.astype(floats),)
+
+
+def _sddmm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    return (_scores(op, x[0], x[1], x[2:], floats),)
+
+
+def _score_map(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    return (_mapped(op.attr("score"), x[0].astype(floats), x[1:], floats),)
+
+
+def _softmax(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    return _normalised(x[0].astype(floats))
+
+
+def _spmm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    weights = x[0].astype(floats)
+    return (weights @ _heads(x[1], weights.shape[1]).astype(floats),)
+
+
+def _reduce(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    reduction = {"sum": np.sum, "max": np.max, "min": np.min, "mean": np.mean}[op.attr("op")]
+    return (reduction(x[0].astype(floats) if x[0].dtype.kind == "f" else x[0], axis=op.attr("axis")),)
+
+
+def _map(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    found = evaluate(op.attr("expr"), {f"x{i}": v for i, v in enumerate(x)}, floats=floats)
+    return (np.broadcast_to(found, np.broadcast_shapes(*(v.shape for v in x))),)
+
+
+def _attention(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    q, k, v, *rest = x
+    scores = _scores(op, q, k, rest, floats)
+    if op.attr("score") is not None:
+        taken = sum(map(len, _runtime(op.attr("mask"), rest))) if op.attr("mask") is not None else 0
+        scores = _mapped(op.attr("score"), scores, rest[taken:], floats)
+    weights, lse = _normalised(scores)
+    return weights @ _heads(v, q.shape[1]).astype(floats), lse
+
+
+RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
+    "matmul": _matmul,
+    "sddmm": _sddmm,
+    "score_map": _score_map,
+    "softmax": _softmax,
+    "spmm": _spmm,
+    "reduce": _reduce,
+    "map": _map,
+    "attention": _attention,
+}
