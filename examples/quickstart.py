@@ -1,0 +1,33 @@
+"""From a Python function to a kernel: the four texts of one attention.
+
+python examples/quickstart.py
+"""
+
+import torch
+
+import gossamer
+
+
+def mask_mod(b, h, q_idx, kv_idx):
+    return (q_idx >= kv_idx) & (q_idx - kv_idx <= 128)
+
+
+print("---- capture: what the function computes, read once")
+mask = gossamer.Mask.trace(mask_mod)
+print(mask)
+
+print("---- IR: the mask with its integers as parameters, and what isl proves about it")
+print(mask.text)
+print(mask.analyze(2048, 2048).explain())
+
+print("---- IR after the passes: a tile program, its loops in closed form")
+kernel = gossamer.compile(gossamer.AttentionSpec(mask.ir, dtype="f32", qk_size=64, v_size=64), target="cpu")
+print(kernel.ir)
+
+print("---- kernel: what LLVM compiles")
+print(kernel.source)
+
+q, k, v = torch.randn(3, 1, 8, 2048, 64)
+out = gossamer.attention(q, k, v, mask=mask)
+exact = gossamer.attention(q, k, v, mask=mask, backend="reference")
+print(f"---- largest error against float64: {(out - exact).abs().max():.1e}")
