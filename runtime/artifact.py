@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from ..ir.errors import ArtifactError, InputError
 from . import host
@@ -55,6 +56,12 @@ class Artifact:
             _check_name(name)
         sums = {name: sha256(parts[name]).hexdigest() for name in sorted(parts)}
         return Artifact(replace(manifest, parts=sums), MappingProxyType(dict(parts)))
+
+    def amended(self, quick_keys: Iterable[str], extra: Mapping[str, Any]) -> Artifact:
+        """This artifact, answering these digests and carrying this data too; itself if it does already."""
+        keys = tuple(dict.fromkeys((*self.manifest.quick_keys, *quick_keys)))
+        manifest = replace(self.manifest, quick_keys=keys, extra={**self.manifest.extra, **extra})
+        return self if manifest == self.manifest else Artifact(manifest, self.parts)
 
     def text(self, part: str) -> str:
         """A part that is text: IR or source. Raises KeyError."""

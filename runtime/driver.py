@@ -11,8 +11,8 @@ in one that has not, and the passes and a compiler only where nobody has.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from .artifact import Artifact
 from .cache import Cache, Counts
@@ -64,9 +64,26 @@ class Driver:
             (quick_key, target), lambda: self._prepare(quick_key, make_program, Target.parse(target))
         )
 
-    def compile(self, program: Program, target: str = "cpu", *, quick_keys: Iterable[str] = ()) -> Executable:
-        """The executable of a program that the passes have made, from the cache if it is there."""
-        return self._compile(program, Target.parse(target), tuple(quick_keys))[1]
+    def compile(
+        self,
+        program: Program,
+        target: str = "cpu",
+        *,
+        quick_keys: Iterable[Hashable] = (),
+        extra: Mapping[str, Any] | None = None,
+    ) -> Executable:
+        """The executable of a program that the passes have made, from the cache if it is there.
+
+        quick_keys: the structural keys it answers, here and where its artifact is loaded. extra: JSON
+        data of the caller's own for the artifact's manifest. Raises as `get_or_compile` does.
+        """
+        parsed = Target.parse(target)
+        key, executable = self._compile(program, parsed)
+        digests = [quick_digest(quick_key, parsed) for quick_key in quick_keys]
+        for digest in digests:
+            self.cache.link(host_digest(digest, parsed), key)
+        artifact = executable.artifact.amended(digests, extra or {})
+        return executable if artifact is executable.artifact else Executable(artifact)
 
     def install(self, artifact: Artifact) -> Executable:
         """Let a loaded artifact answer the structural keys it was compiled for, without any compiler."""
@@ -95,7 +112,7 @@ class Driver:
         return None if found is None else self._executable(*found)
 
     def _compile(
-        self, program: Program, target: Target, quick_keys: tuple[str, ...]
+        self, program: Program, target: Target, quick_keys: tuple[str, ...] = ()
     ) -> tuple[str, Executable]:
         key = artifact_key(program, target)
         artifact = self.cache.get_or_build(

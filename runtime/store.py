@@ -171,7 +171,7 @@ class Store:
                 self._unusable(error)
                 return None
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                _wait_for(handle, name)
                 if _is_open_as(handle, path):
                     return handle
             except OSError as error:
@@ -192,6 +192,14 @@ class Store:
                 CacheWarning,
                 stacklevel=3,
             )
+
+
+def _wait_for(handle: int, name: str) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log(LOG_CACHE, f"cache: {name[:12]} is being built by another process, waiting")
+        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _is_open_as(handle: int, path: Path) -> bool:

@@ -280,6 +280,24 @@ def test_loaded_artifact_answers_without_compiling(
     assert program.made == [1]
 
 
+def test_compiled_program_answers_and_carries_what_it_is_given(
+    driver: Driver, backend: RecordingBackend, tmp_path: Path
+) -> None:
+    first = driver.get_or_compile(("sum", "of a lambda"), Program)
+    compiled = driver.compile(Program(), quick_keys=[("sum", 64)], extra={"spec": {"sizes": [64, 80]}})
+    assert len(backend.compiled) == 2
+    assert first.artifact.manifest.extra == {}
+
+    loaded = Artifact.load(compiled.save(tmp_path / "sum"))
+    assert loaded.manifest.extra["spec"]["sizes"] == (64, 80)
+    elsewhere, program = Driver(Cache(Store(tmp_path / "empty", 0))), Program()
+    executable = elsewhere.install(loaded)
+    for key in (("sum", "of a lambda"), ("sum", 64)):
+        assert elsewhere.get_or_compile(key, program.make) is executable
+    assert Driver(Cache(driver.cache.store)).get_or_compile(("sum", 64), program.make).source == first.source
+    assert program.made == []
+
+
 def test_artifact_says_what_it_is(backend: RecordingBackend) -> None:
     artifact = compile_kernels(Program().kernels, "cpu", ir_text="graph @g { }\n", extra={"spec": [1]})
     assert list(artifact.parts) == [
