@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 def is_array(value: Any) -> bool:
     """Whether value is a torch, NumPy or JAX array."""
-    return all(hasattr(value, name) for name in ("shape", "dtype", "__getitem__")) and not isinstance(value, type)
+    looks_like_one = all(hasattr(value, name) for name in ("shape", "dtype", "__getitem__"))
+    return looks_like_one and not isinstance(value, type)
 
 
 def as_numpy(array: Any) -> np.ndarray:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
 from .captured import Derived, as_numpy, is_array
-from .term import TRUE, Term, both, either, negate, rename, shifted, show, to_expr, walk
+from .term import TRUE, Term, both, either, negate, rename, shifted, show, walk
+from .term_expr import from_expr, to_expr
 from .trace import dtype_name, trace_mask
 
 if TYPE_CHECKING:
@@ -125,8 +126,6 @@ class Mask:
     @staticmethod
     def from_ir(ir: IRMask, values: tuple[int, ...] = (), tensors: tuple[Any, ...] = ()) -> Mask:
         """An IR mask bound to its runtime integers and its tensors."""
-        from .term import from_expr
-
         for name, wanted, got in (("values", ir.params, values), ("tensors", ir.captures, tensors)):
             if len(wanted) != len(got):
                 raise InputError(f"Mask.from_ir.{name}", f"{len(wanted)} for {ir}", len(got))
@@ -262,12 +261,12 @@ class Mask:
         tensors = [as_numpy(t) for t in self.tensors]
         return np.array(self.ir.evaluate(b, h, q, k, self.values, tensors, q_len, kv_len))
 
-    def analyze(self, q_len: int, kv_len: int, *, batch: int = 1, heads: int = 1) -> Geometry:
-        """The geometry at these lengths: terms, tiles, count of pairs, and how they were proven."""
+    def analyze(self, q_len: int, kv_len: int, b: int = 0, h: int = 0) -> Geometry:
+        """The geometry at these lengths, for one batch and query head: pairs, terms, tiles. Lazy."""
         from ..passes.geometry import analyze
 
         tensors = tuple(as_numpy(t) for t in self.tensors)
-        return analyze(self.ir, q_len, kv_len, params=self.values, captures=tensors, batch=batch, heads=heads)
+        return analyze(self.ir, q_len, kv_len, self.values, tensors, b, h)
 
     def plot(self, path: Any, q_len: int, kv_len: int, **options: Any) -> None:
         """Write a picture of the mask, its terms and its tiles. Needs the extra `plot`."""
@@ -286,7 +285,7 @@ class Mask:
         return f"Mask({show(self._term)}{bound})"
 
     def __bool__(self) -> bool:
-        raise UnsupportedError("a Mask has no truth value: join masks with & | ~ in place of 'and', 'or', 'not'")
+        raise UnsupportedError("a Mask has no truth value: use & | ~ in place of 'and', 'or', 'not'")
 
 
 def _is_segment_test(node: Term) -> bool:
@@ -330,5 +329,3 @@ def _zero_one_matrix(array: Any) -> np.ndarray:
         wrong = matrix[~np.isin(matrix, (0, 1))][0]
         raise InputError("Mask.from_dense", "zeros and ones, 1 = attend", f"the entry {wrong}")
     return matrix.astype(bool)
-
-

@@ -240,8 +240,8 @@ def neighborhood(
 
     def near(b: Any, h: Any, q: Any, k: Any) -> Any:
         attends: Any = True
-        dims = zip(_coordinates(q, sizes), _coordinates(k, sizes), sizes, kernels, steps, causals, strict=True)
-        for x, y, size, width, step, ahead in dims:
+        at_q, at_k = _coordinates(q, sizes), _coordinates(k, sizes)
+        for x, y, size, width, step, ahead in zip(at_q, at_k, sizes, kernels, steps, causals, strict=True):
             attends = attends & _near(x, y, int(size), int(width), int(step), ahead, edges == "shift")
         return attends
 

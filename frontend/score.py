@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .term import show, to_expr
+from .term import show
+from .term_expr import to_expr
 from .trace import trace_score
 
 if TYPE_CHECKING:

@@ -8,20 +8,23 @@ trace_capture.py); numbers and tensors are always read anew.
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..ir.errors import GossamerError, TraceError
+from ..ir.errors import GossamerError
 from .term import Term, constant
-from .trace_capture import Path, Trace, code_of, holds, lift_root, resolve, settle
+from .trace_capture import Trace, code_of, lift_root, settle
 from .trace_error import at_definition, wrapped
+from .trace_guard import Guard, Path, holds, resolve
+from .trace_operate import value_of
+from .trace_tensor import Captured, dtype_name
 from .trace_torch import maximum, minimum, where
-from .trace_value import Captured, Number, Value, dtype_name, is_number, run_recipe, value_of
+from .trace_value import Value, is_number, run_recipe
 
-__all__ = ["Traced", "kv_length", "maximum", "minimum", "trace_mask", "trace_score", "where"]
+__all__ = ["Traced", "dtype_name", "kv_length", "maximum", "minimum", "trace_mask", "trace_score", "where"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class _Recorded:
     slots: tuple[Path, ...]
     captures: tuple[Path, ...]
     signature: tuple[tuple[str, int], ...]
-    guards: tuple[tuple[str, Path, Any], ...]
+    guards: tuple[Guard, ...]
     expected: tuple[tuple[Any, Any], ...]
 
     def replay(self, function: Any) -> Traced | None:
@@ -125,28 +128,30 @@ def _call(trace: Trace, function: Callable[..., Any], code: Any, indices: list[V
 
 def _positional(function: Any) -> tuple[int, float] | None:
     """The fewest and most positional arguments that a function takes; None when that cannot be told."""
-    code = code_of(function)
-    bound = 0
-    while isinstance(function, functools.partial):
-        if function.keywords:
-            return None
-        bound += len(function.args)
-        function = function.func
-    if code is None:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
         return None
-    bound += 0 if hasattr(function, "__code__") and not hasattr(function, "__self__") else 1
-    defaults = len(getattr(function, "__defaults__", None) or getattr(_inner(function), "__defaults__", None) or ())
-    most = float("inf") if code.co_flags & 0x04 else code.co_argcount - bound
-    return code.co_argcount - bound - defaults, most
-
-
-def _inner(function: Any) -> Any:
-    return getattr(type(function), "forward", None) or getattr(type(function), "__call__", None)
+    kinds = [p.kind for p in parameters if p.default is p.empty]
+    if inspect.Parameter.KEYWORD_ONLY in kinds:
+        return None
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    most = (
+        float("inf")
+        if inspect.Parameter.VAR_POSITIONAL in kinds
+        else sum(p.kind in by_position for p in parameters)
+    )
+    return sum(k in by_position for k in kinds), most
 
 
 def _range(counts: tuple[int, float]) -> str:
     fewest, most = counts
-    return f"{fewest}" if fewest == most else f"{fewest} or more" if most == float("inf") else f"{fewest} to {most}"
+    if most == float("inf"):
+        return f"{fewest} or more"
+    return f"{fewest}" if fewest == most else f"{fewest} to {most}"
+
+
+_KINDS = {"int": "an integer", "float": "a float", "bool": "a truth value", "NoneType": "None"}
 
 
 def _result(trace: Trace, result: Any, code: Any) -> Value:
@@ -157,11 +162,10 @@ def _result(trace: Trace, result: Any, code: Any) -> Value:
     if wanted == "float" and value is not None and value.kind == "int":
         return value_of(trace, 1.0) * value
     if value is None or value.kind != wanted:
-        got = value.kind if value is not None else type(result).__name__
-        got = {"int": "an integer", "float": "a float", "bool": "a truth value", "NoneType": "None"}.get(got, got)
-        fix = "Compare it (such as != 0)" if wanted == "bool" and value is not None else "Return an expression"
-        kind = "a truth value" if wanted == "bool" else "a number"
-        raise at_definition(code, f"{trace.role} returns {got}; expected {kind}, such as {like}", fix)
+        got = type(result).__name__ if value is None else value.kind
+        fix = "Compare it, such as != 0" if wanted == "bool" and value is not None else ""
+        said = f"{trace.role} returns {_KINDS.get(got, got)}; expected {_KINDS[wanted]}, such as {like}"
+        raise at_definition(code, said, fix)
     return value
 
 

@@ -4,7 +4,7 @@ A function reaches its surroundings through closure cells, globals, defaults, bo
 attributes. `Trace.lift` replaces what it finds there: numbers by `Number`, arrays by `Captured`,
 functions by copies whose own surroundings are lifted, objects by `Watched`, which lifts attributes as
 they are read. Each find has a *path* from the traced function (("cell", 0), ("attr", "width")), so that
-the next call reads it again (`resolve`), and a guard: what has to hold for the trace to be valid again.
+the next call reads it again, and a guard (trace_guard.py): what has to hold for the trace to stand.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ import enum
 import functools
 import numbers as abstract
 from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from .captured import is_array
 from .term import Term, constant
 from .trace_error import at_definition, trace_error
-from .trace_value import Captured, Number, Value, dtype_name, run_recipe
+from .trace_guard import Guard, Path
+from .trace_objects import Copied, Watched, call_of
+from .trace_operate import operate, value_of
+from .trace_tensor import Captured, dtype_name
+from .trace_value import Number, Value, run_recipe
 
-Path = tuple[tuple[str, Any], ...]
 LIBRARIES = frozenset(
     ("torch", "numpy", "jax", "math", "operator", "functools", "itertools", "builtins", "typing", "enum")
 )
@@ -41,12 +45,19 @@ class Trace:
         self.slots: list[Path] = []
         self.values: list[int | float] = []
         self.captures: list[tuple[Any, Path]] = []
-        self.guards: list[tuple[str, Path, Any]] = []
+        self.guards: list[Guard] = []
         self.expected: dict[Any, Any] = {}
         self.baked: set[int] = set()
         self.memo = True
         self.builtins = _builtins(self)
         self._seen: dict[Any, tuple[Any, Path]] = {}
+
+    # what stand-ins ask for
+
+    operate = staticmethod(operate)
+
+    def value_of(self, x: Any) -> Value:
+        return value_of(self, x)
 
     # numbers
 
@@ -78,7 +89,7 @@ class Trace:
         return self._number(int(tensor.shape[d]), (*path, ("size", d)), ("size", capture, d))
 
     def _number(self, value: Any, path: Path, origin: Any) -> Number:
-        plain = float(value) if isinstance(value, float) or not isinstance(value, abstract.Integral) else int(value)
+        plain = int(value) if isinstance(value, abstract.Integral) else float(value)
 
         def make() -> Number:
             self.guards.append(("number", path, type(plain)))
@@ -112,7 +123,7 @@ class Trace:
             return self._same_object(value, path)
         if isinstance(value, (abstract.Integral, abstract.Real)):
             return self._number(value, path, origin)
-        if _is_array(value):
+        if is_array(value):
             return self._once(("tensor", id(value)), path, lambda: self._tensor(value, path))
         if isinstance(value, (FunctionType, MethodType, functools.partial)):
             return self._callable(value, path)
@@ -173,110 +184,6 @@ class Trace:
         return Copied(self, value, path)
 
 
-class Copied:
-    """A captured function; called, it runs a copy whose cells, globals and defaults are lifted."""
-
-    def __init__(self, trace: Trace, function: FunctionType, path: Path) -> None:
-        self.trace, self.function, self.path = trace, function, path
-        self.copy: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.copy is None:
-            self.copy = self._build()
-        return self.copy(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return self.trace.lift(getattr(self.function, name), (*self.path, ("attr", name)))
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
-
-    def _build(self) -> Callable[..., Any]:
-        f, lift, path = self.function, self.trace.lift, self.path
-        cells = tuple(self._cell(i, c) for i, c in enumerate(f.__closure__ or ()))
-        names: dict[str, Any] = {"__builtins__": self.trace.builtins, "__name__": f.__globals__.get("__name__")}
-        for name in _names_in(f.__code__):
-            if name in f.__globals__ and name not in names:
-                value = f.__globals__[name]
-                names[name] = lift(value, (*path, ("global", name)), ("global", id(f.__globals__), name))
-        defaults = tuple(lift(v, (*path, ("default", i))) for i, v in enumerate(f.__defaults__ or ()))
-        copy = FunctionType(f.__code__, names, f.__name__, defaults or None, cells or None)
-        keywords = f.__kwdefaults__ or {}
-        copy.__kwdefaults__ = {k: lift(v, (*path, ("kwdefault", k))) for k, v in keywords.items()}
-        return copy
-
-    def _cell(self, i: int, cell: CellType) -> CellType:
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not assigned yet; reading it raises NameError as it would outside
-            self.trace.memo = False
-            return CellType()
-        return CellType(self.trace.lift(value, (*self.path, ("cell", i)), ("cell", id(cell))))
-
-
-class Watched:
-    """A captured object: what is read from it is lifted; writing to it is refused."""
-
-    __slots__ = ("_object", "_path", "_trace")
-    __hash__ = object.__hash__
-
-    def __init__(self, trace: Trace, value: Any, path: Path) -> None:
-        for name, part in (("_trace", trace), ("_object", value), ("_path", path)):
-            object.__setattr__(self, name, part)
-
-    def __getattr__(self, name: str) -> Any:
-        return self._lifted(getattr(self._object, name), ("attr", name))
-
-    def _lifted(self, value: Any, step: tuple[str, Any]) -> Any:
-        method_of_mine = isinstance(value, MethodType) and value.__self__ is self._object
-        if not method_of_mine:
-            return self._trace.lift(value, (*self._path, step))
-        function = self._trace.lift(value.__func__, (*self._path, step, ("attr", "__func__")))
-        return functools.partial(function, self)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise trace_error(f"{self._trace.role} assigns .{name}", "It may compute, but not change what it captures")
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, Number):
-            key = key.bake()
-        return self._lifted(self._object[key], ("item", key))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self._object, type):  # what its instances capture is out of sight
-            self._trace.memo = False
-            return self._object(*args, **kwargs)
-        if hasattr(self._object, "forward"):
-            return self.forward(*args, **kwargs)
-        if isinstance(getattr(type(self._object), "__call__", None), FunctionType):
-            return self.__getattr__("__call__")(*args, **kwargs)
-        self._trace.memo = False
-        return self._object(*args, **kwargs)
-
-    def __iter__(self) -> Iterator[Any]:
-        self._trace.memo = False
-        return iter(self._object)
-
-    def __len__(self) -> int:
-        self._trace.memo = False
-        return len(self._object)
-
-    def __contains__(self, item: Any) -> bool:
-        self._trace.memo = False
-        return item in self._object
-
-    def __bool__(self) -> bool:
-        self._trace.memo = False
-        return bool(self._object)
-
-    def __eq__(self, other: object) -> bool:
-        self._trace.memo = False
-        return self._object == (other._object if isinstance(other, Watched) else other)
-
-    def __instancecheck__(self, instance: object) -> bool:
-        return isinstance(instance._object if type(instance) is Watched else instance, self._object)
-
-
 def lift_root(trace: Trace, function: Callable[..., Any]) -> Callable[..., Any]:
     """The traced function itself, ready to be called with stand-ins."""
     if not callable(function):
@@ -292,66 +199,8 @@ def code_of(function: Any) -> CodeType | None:
         return code_of(function.__func__)
     if isinstance(function, FunctionType):
         return function.__code__
-    call = getattr(type(function), "forward", None) or getattr(type(function), "__call__", None)
-    return call.__code__ if isinstance(call, FunctionType) else None
-
-
-def resolve(root: Any, path: Path) -> Any:
-    """What stands at a path today. Raises LookupError, AttributeError or ValueError when nothing does."""
-    for step, name in path:
-        match step:
-            case "cell":
-                root = root.__closure__[name].cell_contents
-            case "global":
-                root = root.__globals__[name]
-            case "attr":
-                root = getattr(root, name)
-            case "item":
-                root = root[name]
-            case "default":
-                root = root.__defaults__[name]
-            case "kwdefault":
-                root = root.__kwdefaults__[name]
-            case "size":
-                root = int(root.shape[name])
-    return root
-
-
-def holds(guard: tuple[str, Path, Any], root: Any) -> bool:
-    """Whether a guard of an earlier trace holds for `root`."""
-    kind, path, expected = guard
-    value = resolve(root, path)
-    match kind:
-        case "number":
-            whole = isinstance(value, abstract.Integral) and not isinstance(value, bool)
-            return whole if expected is int else isinstance(value, abstract.Real) and not whole
-        case "tensor":
-            return _is_array(value) and (dtype_name(value.dtype), len(value.shape)) == expected
-        case "code":
-            return isinstance(value, FunctionType) and value.__code__ is expected
-        case "is":
-            return value is expected
-        case "type":
-            return type(value) is expected
-        case "equal":
-            return type(value) is type(expected) and bool(value == expected)
-        case "keys":
-            now = list(value) if isinstance(value, dict) else list(range(len(value)))
-            return (type(value), now) == expected
-        case "same":
-            other = resolve(root, expected)
-            return value is other or (isinstance(value, (int, float)) and (type(value), value) == (type(other), other))
-    return False
-
-
-def _is_array(value: Any) -> bool:
-    return (
-        hasattr(value, "shape")
-        and hasattr(value, "dtype")
-        and hasattr(value, "__getitem__")
-        and not isinstance(value, type)
-        and not isinstance(value, abstract.Number)
-    )
+    call = call_of(function)
+    return None if call is None else call.__code__
 
 
 def _is_tracer(function: FunctionType) -> bool:
@@ -360,7 +209,8 @@ def _is_tracer(function: FunctionType) -> bool:
 
 
 def _is_truth(value: Any) -> bool:
-    return isinstance(value, bool) or (_library(type(value)) == "numpy" and type(value).__name__ in ("bool", "bool_"))
+    numpy_s = _library(type(value)) == "numpy" and type(value).__name__ in ("bool", "bool_")
+    return isinstance(value, bool) or numpy_s
 
 
 def _is_library_constant(value: Any) -> bool:
@@ -371,15 +221,6 @@ def _is_library_constant(value: Any) -> bool:
 def _library(value: Any) -> str:
     module = getattr(value, "__module__", None) or getattr(type(value), "__module__", None) or ""
     return module.partition(".")[0] if isinstance(module, str) else ""
-
-
-def _names_in(code: CodeType) -> list[str]:
-    """Names that the code and the functions inside it may read as globals."""
-    names = list(code.co_names)
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            names += _names_in(inner)
-    return names
 
 
 def _builtins(trace: Trace) -> dict[str, Any]:

@@ -13,19 +13,9 @@ from typing import Any
 
 from .term import negate
 from .trace_error import trace_error
-from .trace_value import (
-    Captured,
-    Number,
-    Value,
-    as_bool,
-    as_float,
-    as_int,
-    dtype_name,
-    numbers,
-    operate,
-    select,
-    value_of,
-)
+from .trace_operate import as_bool, as_float, as_int, operate, select, value_of
+from .trace_tensor import Captured, dtype_name
+from .trace_value import Number, Value, numbers
 
 Function = Callable[..., Any]
 
@@ -69,7 +59,8 @@ def method(x: Value | Captured, name: str) -> Any:
 def _run(function: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     kwargs = {_KEYWORDS.get(k, k): v for k, v in kwargs.items() if k not in _PLACEMENT}
     first = [kwargs.pop(k) for k in ("condition", "input", "self") if k in kwargs]
-    args = (*first, *args, *(kwargs.pop(k) for k in ("other", "exponent", "value", "fill_value") if k in kwargs))
+    last = [kwargs.pop(k) for k in ("other", "exponent", "value", "fill_value") if k in kwargs]
+    args = (*first, *args, *last)
     try:
         return function(*args, **kwargs)
     except TypeError as error:
@@ -102,7 +93,8 @@ def _move(x: Captured, *args: Any, **kwargs: Any) -> Captured:
     for dtype in (*args, *kwargs.values()):
         if dtype_name(dtype) is not None and dtype != x.tensor.dtype:
             raise trace_error(
-                f"{x.trace.role} converts a whole captured tensor to {dtype}", "Convert the element read from it"
+                f"{x.trace.role} converts a whole captured tensor to {dtype}",
+                "Convert the element read from it",
             )
     return x
 
@@ -348,8 +340,9 @@ METHODS: dict[str, Function] = {
     "short": _casting("i16"),
     "char": _casting("i8"),
     "byte": _casting("u8"),
-    **{name: (lambda x, *_: x) for name in ("detach", "contiguous", "cpu", "cuda", "squeeze", "view", "reshape")},
-    **{name: (lambda x: 0) for name in ("dim", "numel")},
+    **dict.fromkeys(("detach", "contiguous", "cpu", "cuda", "squeeze"), lambda x, *_: x),
+    "dim": lambda _: 0,
+    "numel": lambda _: 1,
 }
 _READS = frozenset(("item", "tolist", "numpy", "any", "all", "nonzero", "is_nonzero"))
 _KEYWORDS = {"min": "low", "max": "high", "a_min": "low", "a_max": "high"}

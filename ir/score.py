@@ -13,7 +13,7 @@ The expression is a float over `score` (already scaled), the batch `b`, the quer
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,18 +59,18 @@ class ScoreMap:
 
     @staticmethod
     def parse(text: str) -> ScoreMap:
-        """The score map of a text. Raises ParseError when it is malformed, VerifyError when it breaks a rule."""
+        """The score map of a text. Raises ParseError when malformed, VerifyError when it breaks a rule."""
         head = _HEAD.fullmatch(text)
         if head is None:
-            raise ParseError(f"expected score(s0: float, ...; t0: f32[1], ...) {{ expression }}; got {text!r}")
+            raise ParseError(f"expected score(s0: float; t0: f32[1]) {{ expression }}; got {text!r}")
         numbers, _, tensors = head["header"].partition(";")
-        params = tuple(_fields(_PARAM, "a param like s0: float", numbers))
+        params = tuple((name, number) for name, number in _fields(_PARAM, "a param like s0: float", numbers))
         captures = tuple(
             Capture(name, dtype, int(rank))
             for name, dtype, rank in _fields(_CAPTURE, "a capture like t0: f32[1]", tensors)
         )
-        names: dict[str, Expr] = {"score": real("score")} | {n: integer(n) for n in INDICES}
-        names |= _symbols(params) | {c.name: c.symbol for c in captures}
+        names: dict[str, Expr] = {"score": real("score"), **{n: integer(n) for n in INDICES}}
+        names |= {**_symbols(params), **{c.name: c.symbol for c in captures}}
         return ScoreMap(parse(head["body"], names), params, captures)
 
     def evaluate(
@@ -95,7 +95,8 @@ class ScoreMap:
             raise InputError("score map", f"{len(self.params)} numbers for ({names})", tuple(params))
         ranks = tuple(np.ndim(a) for a in captures)
         if ranks != tuple(c.rank for c in self.captures):
-            raise InputError("score map", f"tensors for ({', '.join(map(str, self.captures))})", f"ranks {ranks}")
+            expected = f"tensors for ({', '.join(map(str, self.captures))})"
+            raise InputError("score map", expected, f"ranks {ranks}")
         values: dict[str, Any] = {"b": b, "h": h, "q": q, "k": k, "score": np.asarray(score, floats)}
         for (name, number), value in zip(self.params, params, strict=True):
             values[name] = floats(value) if number == "float" else int(value)
@@ -114,7 +115,9 @@ def verify(score_map: ScoreMap) -> None:
     names = [*(n for n, _ in score_map.params), *(c.name for c in score_map.captures)]
     taken = {*INDICES, "score"}
     if len({*names, *taken}) != len(names) + len(taken):
-        raise VerifyError(f"names of a score map are distinct and none of score, b, h, q, k; got {', '.join(names)}")
+        raise VerifyError(
+            f"names of a score map are distinct and none of score, b, h, q, k; got {', '.join(names)}"
+        )
     for name, number in score_map.params:
         if number not in KINDS:
             raise VerifyError(f"a param of a score map is an int or a float; got {name}: {number}")
@@ -125,7 +128,7 @@ def verify(score_map: ScoreMap) -> None:
             )
     if kind(score_map.expr) == "bool":
         raise VerifyError(f"a score map gives a number; got the truth value {to_text(score_map.expr)}")
-    captures = {c.symbol: c for c in score_map.captures}
+    captures: dict[Expr, Capture] = {c.symbol: c for c in score_map.captures}
     for r in score_map.expr.atoms(read, readf):
         c = captures.get(r.args[0])
         if c is None:
@@ -143,7 +146,7 @@ def verify(score_map: ScoreMap) -> None:
         )
 
 
-def _symbols(params: Sequence[tuple[str, str]]) -> Mapping[str, sympy.Symbol]:
+def _symbols(params: Sequence[tuple[str, str]]) -> dict[str, sympy.Symbol]:
     return {name: integer(name) if number == "int" else real(name) for name, number in params}
 
 
