@@ -38,10 +38,8 @@ from .spec import AttentionSpec
 
 LOG2E = sympy.Float(math.log2(math.e))
 LN2 = sympy.Float(math.log(2))
-LOWEST = {
-    "f32": sympy.Float(-3.4028234663852886e38),
-    "f64": sympy.Float(-1.7976931348623157e308),
-}  # only -inf is below
+# Only -inf is below these (the least finite number itself is folded away by TVM's simplifier).
+LOWEST = {"f32": sympy.Float(-3.4028232635611926e38), "f64": sympy.Float(-1.797693134862315e308)}
 STALE = 8  # a row maximum may lag by 2^8 before accumulators are rescaled
 SCALE = real("scale")
 E_AXIS, D_AXIS = integer("e"), integer("d")
