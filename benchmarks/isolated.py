@@ -95,6 +95,25 @@ def first_calls() -> dict[str, Any]:
     return {"seconds": first, "compilations_of_other_sizes": compilations() - before}
 
 
+def analysis(length: str) -> dict[str, Any]:
+    """Milliseconds to capture each closed-form mask and find its terms, nothing of it known before."""
+    from cases import cases
+
+    import gossamer
+
+    def terms(mask_mod: Any) -> int:
+        return len(gossamer.Mask.trace(mask_mod).analyze(int(length), int(length)).terms)
+
+    terms(lambda b, h, q, k: (q + k) % 3 == 0)  # imports sympy and isl
+    found = {}
+    for name, case in cases(2048).items():
+        if case.closed:
+            start = perf_counter()
+            count = terms(case.mask_mod)
+            found[name] = {"ms": (perf_counter() - start) * 1e3, "terms": count}
+    return found
+
+
 def memory(length: str) -> dict[str, int]:
     """Bytes at the peak of one window attention beyond q, k, v and the output."""
     import torch

@@ -10,11 +10,8 @@ import argparse
 
 import torch
 
-from gossamer.flex import (
-    and_masks,
-    create_block_mask,
-    flex_attention,
-)  # was: torch.nn.attention.flex_attention
+# from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
+from gossamer.flex import and_masks, create_block_mask, flex_attention
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--length", type=int, default=2048)
