@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
 from .captured import Derived, as_numpy, is_array
-from .term import TRUE, Term, both, either, negate, rename, shifted, show, walk
+from .term import TRUE, Term, both, children, either, negate, rename, shifted, show, walk
 from .term_expr import from_expr, to_expr
 from .trace import dtype_name, trace_mask
 
@@ -116,9 +116,9 @@ class Mask:
         Rows and columns outside the array belong to whatever closed form was found. Raises InputError
         when the array is no matrix of zeros and ones.
         """
+        matrix = _zero_one_matrix(array)
         from ..passes.recover import recover
 
-        matrix = _zero_one_matrix(array)
         found = recover(matrix)
         ir, tensors = found if isinstance(found, tuple) else (found, ())
         return Mask.from_ir(ir, tensors=tuple(tensors))
@@ -167,16 +167,19 @@ class Mask:
 
         Where such ids never decrease (`is_monotone`), the keys of a row are one interval.
         """
-        as_ids, elsewhere = set(), set()
-        pairs: set[Term] = set()
-        for node in walk(self._term):
+        compared, read = set(), set()
+
+        def visit(node: Term) -> None:
             if isinstance(node, tuple) and node[0] in ("eq", "ne") and _is_segment_test(node):
-                as_ids.add(node[1][1])
-                pairs |= {node[1], node[2]}
-        for node in walk(self._term):
-            if isinstance(node, tuple) and node[0] in ("read", "readf") and node not in pairs:
-                elsewhere.add(node[1])
-        return tuple(sorted(int(name[1:]) for name in as_ids - elsewhere))
+                compared.add(node[1][1])
+                return
+            if isinstance(node, tuple) and node[0] in ("read", "readf"):
+                read.add(node[1])
+            for child in children(node):
+                visit(child)
+
+        visit(self._term)
+        return tuple(sorted(int(name[1:]) for name in compared - read))
 
     # ---- algebra ----
 
