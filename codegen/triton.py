@@ -146,6 +146,11 @@ def _programs(kernel: Kernel, scope: Scope) -> list[str]:
     lines, passed = [f"{INDENT}pid = tl.program_id(0)"], []
     for n, dim in enumerate(kernel.grid):
         name = scalar_name(dim.name)
+        scope.names[dim.name] = Name(name, "i32")
+        scope.nonnegative.add(dim.name)
+        if dim.extent == 1:
+            lines.append(f"{INDENT}{name} = 0")
+            continue
         over = f" // ({' * '.join(passed)})" if len(passed) > 1 else f" // {passed[0]}" if passed else ""
         within = ""
         if n < len(kernel.grid) - 1:
@@ -156,8 +161,6 @@ def _programs(kernel: Kernel, scope: Scope) -> list[str]:
             passed.append(extent.text)
             within = f" % {extent.text}"
         lines.append(f"{INDENT}{name} = pid{over}{within}")
-        scope.names[dim.name] = Name(name, "i32")
-        scope.nonnegative.add(dim.name)
     return lines
 
 

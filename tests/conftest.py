@@ -1,5 +1,6 @@
 """What every test run needs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,22 @@ class RootIsNoTestPackage:
 def pytest_configure(config: pytest.Config) -> None:
     # A plugin of its own, because a conftest's hooks are not asked about the folders above it.
     config.pluginmanager.register(RootIsNoTestPackage())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden instead of comparing")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden("triton/gemm.py", text)`: text is what tests/golden holds, or becomes it (--update-golden)."""
+
+    def compare(name: str, text: str) -> None:
+        path = ROOT / "tests" / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert path.is_file(), f"tests/golden/{name} is missing: run `make golden`"
+        assert text == path.read_text(), f"tests/golden/{name} differs: `make golden`, then read the diff"
+
+    return compare
