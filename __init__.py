@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.kernel import load as load
     from .frontend.mask import Mask as Mask
     from .frontend.score import ScoreMod as ScoreMod
+    from .frontend.splat import ACSRTensor as ACSRTensor
+    from .frontend.splat import sddmm as sddmm
+    from .frontend.splat import sparse_softmax as sparse_softmax
+    from .frontend.splat import spmm as spmm
     from .ir.plan import Schedule as Schedule
     from .passes.spec import AttentionSpec as AttentionSpec
 
@@ -25,12 +29,16 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _NAMES: dict[str, str] = {
     "AttentionSpec": "passes.spec",
+    "ACSRTensor": "frontend.splat",
     "Mask": "frontend.mask",
     "Schedule": "ir.plan",
     "ScoreMod": "frontend.score",
     "attention": "frontend.attention",
     "compile": "frontend.kernel",
     "load": "frontend.kernel",
+    "sddmm": "frontend.splat",
+    "sparse_softmax": "frontend.splat",
+    "spmm": "frontend.splat",
 }
 
 # Public module -> the module it is another name of, as ``os.path`` is of ``posixpath``.

@@ -218,11 +218,11 @@ def launch(executable: Executable, values: dict[str, Any], problem: Problem, ret
     shape = (problem.batch, problem.heads, problem.q_len)
     values["o"] = out = torch.empty((*shape, problem.v_size), dtype=problem.query.dtype)
     if not return_lse:
-        executable(values, allocate=_allocate)
+        executable(values, allocate=allocate)
         return out
     wide = torch.float64 if problem.dtype == "f64" else torch.float32
     values["lse"] = lse = torch.empty(shape, dtype=wide)
-    executable(values, allocate=_allocate)
+    executable(values, allocate=allocate)
     return out, lse
 
 
@@ -242,7 +242,7 @@ def captured(tensor: Any) -> Any:
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
 
 
-def _allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+def allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     import torch
 
     return torch.empty(shape, dtype=next(t for t, name in DTYPE_NAMES.items() if name == dtype))

@@ -18,13 +18,16 @@ from ..ir.formats import ACSR
 from ..ir.mask import Mask
 from ..ir.order import Order, OrderDim
 from ..ir.plan import Group
+from .decompose import Term
 from .progression import as_set
 
 PARAM = isl.dim_type.param
 
 
-def align_mask(mask: Mask, terms: tuple[ACSR, ...]) -> tuple[Group, ...]:
-    """Groups of a decomposed mask, natural order first. An empty mask is one group without points."""
+def align_mask(mask: Mask, terms: tuple[Term, ...], *, whole: bool = True) -> tuple[Group, ...]:
+    """Groups of a decomposed mask, natural order first. An empty mask is one group without points.
+
+    whole: the terms make up the mask, so that a single group may keep the mask's own predicate."""
     with ISL_LOCK:
         by_order: dict[Order, isl.Map] = {}
         for term in terms:
@@ -35,7 +38,8 @@ def align_mask(mask: Mask, terms: tuple[ACSR, ...]) -> tuple[Group, ...]:
             by_order[Order()] = isl.Map("{ [q] -> [k] : false }")
         ranked = sorted(by_order.items(), key=lambda item: (not item[0].natural, str(item[0])))
         return tuple(
-            _group(mask, order, region.coalesce(), alone=len(ranked) == 1) for order, region in ranked
+            _group(mask, order, region.coalesce(), alone=whole and len(ranked) == 1)
+            for order, region in ranked
         )
 
 

@@ -58,7 +58,7 @@ class Scaffold:
         return inner
 
     def bind(self, expr: Expr) -> Expr:
-        """An expression of q and k over the tiles that hold them; indices of captured tensors stay in range."""
+        """An expression of q and k over the tiles that hold them; captured tensors are read in range."""
         row, col = ROW, COL
         if expr.has(read, readf):
             row, col, expr = self.safe_row, minimum(COL, KV_LEN - 1), clamp(expr)
@@ -66,6 +66,11 @@ class Scaffold:
             expr = _delinearised(expr, self.order.dims, "q", self.row_names)
             expr = _delinearised(expr, self.order.dims, "k", self.col_names)
         return expr.xreplace({integer("q"): row, integer("k"): col})
+
+    def coordinates(self, form: Expr) -> Expr:
+        """A closed form of a row (over q, or q0, q1, ...) over the tiles that hold it."""
+        names = {integer(f"q{d}"): name for d, name in enumerate(self.row_names)} if self.boxes else {}
+        return form.xreplace(names | {integer("q"): ROW})
 
     def _tiles(
         self, stem: str, axis: str, index: object, sizes: tuple[int, ...]
