@@ -1,0 +1,128 @@
+"""What the emitters of statements share: output, names, tiles, registers, and loops over tile axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import sympy
+
+from ..ir.expr import Expr
+from ..ir.kernel import Compute, Dot, Kernel, Load, Reduce
+from .tvm_expr import SCALAR_CALLS, Names, Printer, contains
+from .tvm_layout import Piece, Tile, Workspace, pieces, walk
+from .tvm_text import Lines
+
+
+class Context:
+    """The state of one emission."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.meta = dict(kernel.meta)
+        self.workspace = Workspace(kernel)
+        self.names = Names(kernel, self.workspace.tiles)
+        self.out = Lines()
+        self.registers: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.definitions = _definitions(kernel)
+
+    @property
+    def tiles(self) -> dict[str, Tile]:
+        return self.workspace.tiles
+
+    def extent(self, axis: str) -> int:
+        return self.kernel.axis(axis).extent
+
+    def register(self, stem: str, shape: tuple[int, ...], dtype: str) -> str:
+        """A local buffer, shared by uses of the same shape."""
+        name, n = f"r_{stem}", 1
+        while self.registers.get(name, (shape, dtype)) != (shape, dtype):
+            n += 1
+            name = f"r_{stem}_{n}"
+        self.registers[name] = shape, dtype
+        return name
+
+    # expressions ----------------------------------------------------------------------------------
+
+    def printer(self, *exprs: Expr, dtype: str = "", address: bool = False) -> Printer:
+        """A printer for use at this place; floats are as wide as `dtype` or the tiles that are read."""
+        wide = dtype == "float64"
+        if dtype[:5] != "float":
+            names = {str(s) for e in exprs for s in e.free_symbols}
+            wide = any(self.tiles[n].storage == "float64" for n in names & set(self.tiles))
+        return Printer(self.names, self.out.let, "float64" if wide else "float32", address=address)
+
+    def scalar(self, expr: Expr, dtype: str = "int64") -> str:
+        """A scalar of the kernel: a bound, a condition."""
+        return self.printer(expr, address=True).text(expr, dtype)
+
+    def depends(self, expr: Expr, axis: str) -> bool:
+        """Whether an expression differs along an axis, through tiles too."""
+        names = {str(s) for s in expr.free_symbols}
+        return axis in names or any(axis in self.tiles[n].axes for n in names & set(self.tiles))
+
+    # loops ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def loops(self, *axes: str) -> Iterator[None]:
+        """Nested serial loops over whole axes."""
+        with ExitStack() as stack:
+            for axis in axes:
+                if self.extent(axis) == 1:
+                    stack.enter_context(self.names.at(**{axis: "0"}))
+                    continue
+                stack.enter_context(self.out.block(f"for i_{axis} in range({self.extent(axis)}):"))
+                stack.enter_context(self.names.at(**{axis: f"i_{axis}"}))
+            yield
+
+    def each(self, axis: str | None, dtype: str, body: Callable[[], None], *exprs: Expr) -> None:
+        """body for every coordinate of an axis, in vectors unless one of exprs has no vector form."""
+        if axis is None:
+            body()
+        elif any(contains(e, SCALAR_CALLS) for e in exprs):
+            with self.loops(axis):
+                body()
+        else:
+            for piece in pieces(self.extent(axis), dtype):
+                with self.outer(axis, piece), self.vector(axis, piece):
+                    body()
+
+    @contextmanager
+    def outer(self, axis: str, piece: Piece) -> Iterator[None]:
+        """The loop over the vectors of a piece."""
+        if piece.count == 1:
+            yield
+            return
+        with self.out.block(f"for i_{axis}0 in range({piece.count}):"):
+            yield
+
+    @contextmanager
+    def vector(self, axis: str, piece: Piece) -> Iterator[None]:
+        """The lanes of one vector of a piece, inside `outer`."""
+        with ExitStack() as stack:
+            terms = (
+                [f"i_{axis}0 * {piece.width}" if piece.width > 1 else f"i_{axis}0"] if piece.count > 1 else []
+            )
+            if piece.width > 1:
+                stack.enter_context(self.out.block(f"for i_{axis} in T.vectorized({piece.width}):"))
+                terms.append(f"i_{axis}")
+            if piece.start or not terms:
+                terms.insert(0, str(piece.start))
+            stack.enter_context(self.names.at(**{axis: " + ".join(terms)}))
+            yield
+
+
+def _definitions(kernel: Kernel) -> dict[sympy.Symbol, Expr]:
+    """Integer tiles that are written once, from coordinates and scalars only: what they stand for."""
+    written: dict[str, list[object]] = {}
+    for stmt in walk(kernel.body):
+        if isinstance(stmt, (Compute, Load, Dot, Reduce)):
+            written.setdefault(stmt.dst, []).append(stmt)
+    known: dict[sympy.Symbol, Expr] = {}
+    for name, (first, *more) in written.items():
+        if more or not isinstance(first, Compute) or first.dtype not in ("i32", "i64"):
+            continue
+        expr = first.expr.xreplace(known)
+        if not {str(s) for s in expr.free_symbols} & set(written):
+            known[sympy.Symbol(name, integer=True)] = expr
+    return known

@@ -1,0 +1,493 @@
+"""Expressions of the Kernel IR as TVMScript text, typed as they are written.
+
+Integers that vary inside a tile are computed in 32 bits, so that a vector holds as many of them as
+of floats; scalars and products that may be larger in 64. Floats are computed in the precision of the
+tile that is written.
+"""
+
+from __future__ import annotations
+
+import keyword
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import sympy
+
+from ..ir.errors import UnsupportedError
+from ..ir.expr import Expr
+from ..ir.kernel import Kernel, Tensor
+from .tvm_layout import TENSOR_DTYPES, TILE_DTYPES, Tile
+from .tvm_math import VECTOR, literal
+
+RESERVED = {
+    "T",
+    "cell",
+    "ws",
+    "ws_bytes",
+    "worker",
+    "workers",
+    "True",
+    "False",
+    "None",
+    "range",
+    "min",
+    "max",
+}
+SMALL = 64  # 32 bits hold a coordinate times this much
+RANK = {"bool": 0, "int32": 1, "int64": 2, "float32": 3, "float64": 4}
+SCALAR_CALLS = {"erf": "T.erf"}  # TVM has them for scalars only
+VECTOR_CALLS = {"sin": "T.sin", "cos": "T.cos", "tan": "T.tan", "floor": "T.floor", "trunc": "T.trunc"}
+COMPARE = {
+    sympy.StrictLessThan: "<",
+    sympy.LessThan: "<=",
+    sympy.StrictGreaterThan: ">",
+    sympy.GreaterThan: ">=",
+    sympy.Equality: "==",
+    sympy.Unequality: "!=",
+}
+ATOM, PRODUCT, SUM, RELATION, NOT, AND, OR = range(7)
+
+
+@dataclass(frozen=True)
+class Text:
+    """An expression as text: its dtype, whether it differs inside a tile, how loosely it binds."""
+
+    text: str
+    dtype: str
+    varying: bool = False
+    binding: int = ATOM
+    number: bool = False  # an integer literal: takes the dtype of what it meets
+
+    def inside(self, binding: int) -> str:
+        """The text as an operand of an operator that binds so tightly."""
+        return self.text if self.binding <= binding else f"({self.text})"
+
+
+def safe(name: str) -> str:
+    """A name of the IR as a name of the script."""
+    return f"{name}_" if name in RESERVED or keyword.iskeyword(name) else name
+
+
+def contains(expr: Expr, functions: tuple[str, ...] | dict[str, str]) -> bool:
+    """Whether an expression calls one of these functions."""
+    return any(type(node).__name__ in functions for node in sympy.preorder_traversal(expr))
+
+
+class Names:
+    """What the names of a kernel stand for at the current place: tiles, coordinates, scalars, tensors."""
+
+    def __init__(self, kernel: Kernel, tiles: Mapping[str, Tile]) -> None:
+        self.tiles = tiles
+        self.tensors: dict[str, Tensor] = {t.name: t for t in kernel.tensors}
+        self.floats = {s.name: TENSOR_DTYPES[s.dtype] for s in kernel.scalars if s.dtype[0] == "f"}
+        self.truths: set[str] = set()
+        self.never_negative = {n for t in kernel.tensors for n in t.shape if isinstance(n, str)}
+        self.never_negative |= {g.name for g in kernel.grid} | {a.name for a in kernel.axes}
+        self.coordinates: dict[str, str] = {}
+
+    @contextmanager
+    def at(self, **coordinates: str) -> Iterator[None]:
+        """Axes have these coordinates inside the block."""
+        saved = self.coordinates
+        self.coordinates = {**saved, **coordinates}
+        yield
+        self.coordinates = saved
+
+    def natural(self, expr: Expr) -> bool:
+        """Whether an integer is known not to be negative."""
+        if expr.is_Integer or expr.is_Symbol:
+            return int(expr) >= 0 if expr.is_Integer else str(expr) in self.never_negative
+        known = [self.natural(a) for a in expr.args]
+        match type(expr).__name__:
+            case "Add" | "Mul" | "floordiv" | "minimum" | "shr" | "Pow":
+                return all(known)
+            case "maximum" | "bitand":
+                return any(known)
+            case "floormod":
+                return known[1]
+            case "where":
+                return known[1] and known[2]
+        return type(expr).__name__ == "Abs"
+
+    def element(self, tile: Tile) -> str:
+        """The element of a tile at the current coordinates."""
+        index = [self.coordinates[a] for a in tile.axes]
+        return f"b_{tile.name}[{', '.join(index or ['0'])}]"
+
+
+class Printer:
+    """Prints one statement's expressions. let: binds text to a fresh name. floats: dtype of float arithmetic.
+
+    address=True keeps integers at 64 bits for indexing memory.
+    """
+
+    def __init__(
+        self, names: Names, let: Callable[[str, str], str], floats: str, *, address: bool = False
+    ) -> None:
+        self.names, self.let, self.floats, self.address = names, let, floats, address
+        self.shared: dict[Expr, Text] = {}
+        self.often: Counter[Expr] = Counter()
+
+    def text(self, expr: Expr, dtype: str) -> str:
+        """The value of an expression as a dtype of TVM."""
+        return self._to(self.print(expr), dtype).text
+
+    def operand(self, expr: Expr, dtype: str) -> str:
+        """The same as an operand of a sum."""
+        return self._to(self.print(expr), dtype).inside(PRODUCT)
+
+    def print(self, expr: Expr) -> Text:
+        """An expression; what it repeats is computed once."""
+        self.often = _repeats(expr)
+        return self._print(expr)
+
+    def _print(self, expr: Expr) -> Text:
+        if expr in self.shared:
+            return self.shared[expr]
+        value = self._node(expr)
+        if (
+            self.often[expr] > 1 and not value.text.isidentifier() and value.dtype != "bool"
+        ):  # TVM has no vectors of them
+            value = Text(self.let("c", value.text), value.dtype, value.varying)
+            self.shared[expr] = value
+        return value
+
+    def _node(self, expr: Expr) -> Text:
+        if expr in (sympy.true, sympy.false):
+            return Text(f"T.bool({expr})", "bool")
+        if expr.is_Integer:
+            return self._integer(int(expr))
+        if expr in (sympy.oo, -sympy.oo, sympy.nan):
+            return Text(literal(str(expr).replace("oo", "inf"), self.floats), self.floats)
+        if expr.is_number and (expr.is_Float or expr.is_Rational or expr.is_NumberSymbol):
+            return Text(literal(float(expr), self.floats), self.floats)
+        if expr.is_Symbol:
+            return self._symbol(str(expr))
+        if type(expr) in COMPARE:
+            a, b = self._join(*(self._print(a) for a in expr.args))
+            text = f"{a.inside(SUM)} {COMPARE[type(expr)]} {b.inside(SUM)}"
+            return Text(text, "bool", a.varying or b.varying, RELATION)
+        method = getattr(self, f"_{type(expr).__name__}", None)
+        if method is not None:
+            return method(expr)
+        name = type(expr).__name__
+        if name in VECTOR or name in VECTOR_CALLS or name in SCALAR_CALLS:
+            return self._call(name, expr.args[0])
+        raise UnsupportedError(f"CPU kernels cannot compute {name} in {expr}")
+
+    # leaves ---------------------------------------------------------------------------------------
+
+    def _integer(self, value: int) -> Text:
+        if -(2**31) <= value < 2**31:
+            return Text(str(value), "int32", binding=ATOM if value >= 0 else SUM, number=True)
+        return Text(f"T.int64({value})", "int64")
+
+    def _symbol(self, name: str) -> Text:
+        names = self.names
+        if name in names.coordinates:
+            text = names.coordinates[name]
+            return Text(text, "int32", True, ATOM if text.isidentifier() or text.isdigit() else SUM)
+        if name in names.tiles:
+            tile = names.tiles[name]
+            return Text(names.element(tile), tile.storage, bool(tile.axes))
+        if name in names.floats:
+            return self._to(Text(safe(name), names.floats[name]), self.floats)
+        return Text(safe(name), "bool" if name in names.truths else "int64")
+
+    def _read(self, expr: Expr) -> Text:
+        tensor = self.names.tensors[str(expr.args[0])]
+        index, varying = [], False
+        for size, i in zip(tensor.shape, expr.args[1:], strict=True):
+            value = self._print(i)
+            varying |= value.varying
+            last = safe(size) if isinstance(size, str) else str(size)
+            last = f'T.Cast("int32", {last} - 1)' if value.dtype == "int32" else f"{last} - 1"
+            index.append(value.text if value.number else f"T.max(T.min({value.text}, {last}), 0)")
+        text = f"{safe(tensor.name)}[{', '.join(index)}]"
+        return self._element(Text(text, TENSOR_DTYPES[tensor.dtype], varying), tensor.dtype)
+
+    _readf = _read
+
+    def _element(self, value: Text, dtype: str) -> Text:
+        """An element of a tensor in the dtype of a tile."""
+        wide = TILE_DTYPES[dtype]
+        return value if wide == value.dtype else Text(f'T.Cast("{wide}", {value.text})', wide, value.varying)
+
+    # dtypes ---------------------------------------------------------------------------------------
+
+    def _to(self, value: Text, dtype: str) -> Text:
+        if value.dtype == dtype:
+            return value
+        if value.number:
+            text = literal(float(value.text), dtype) if dtype[0] == "f" else f"T.{dtype}({value.text})"
+            return Text(text, dtype)
+        if dtype == "bool":
+            return Text(f"{value.inside(SUM)} != 0", dtype, value.varying, RELATION)
+        return Text(f'T.Cast("{dtype}", {value.text})', dtype, value.varying)
+
+    def _join(self, *values: Text, widening: bool = False) -> list[Text]:
+        """The values in their common dtype: scalars follow what varies, unless they index memory.
+
+        widening: they meet in an operator that widens integers by itself."""
+        typed = [v for v in values if not v.number]
+        if not typed:
+            return list(values)
+        leading = [v for v in typed if v.varying or RANK[v.dtype] >= RANK["float32"]]
+        dtype = max((leading if leading and not self.address else typed), key=lambda v: RANK[v.dtype]).dtype
+        if dtype == "bool":
+            dtype = "int32" if len(typed) < len(values) else dtype
+        keep = dtype in ("int32", "int64")
+        if widening and self.address and dtype == "int64":
+            return [replace(v, dtype=dtype) if not v.number else v for v in values]
+        return [v if keep and v.number else self._to(v, dtype) for v in values]
+
+    # arithmetic -----------------------------------------------------------------------------------
+
+    def _Add(self, expr: Expr) -> Text:
+        # Terms that are subtracted come last.
+        signed = sorted(((_negative(a), a) for a in expr.as_ordered_terms()), key=lambda t: t[0])
+        terms = [(minus, self._print(-a if minus else a)) for minus, a in signed]
+        fixed = [t for t in terms if not t[1].varying]
+        moving = [t for t in terms if t[1].varying]
+        if not self.address and fixed and moving and all(RANK[v.dtype] < RANK["float32"] for _, v in terms):
+            # The scalar part first, in 64 bits; it is the same for the whole tile.
+            if not all(minus for minus, _ in fixed):
+                terms = [(False, self._sum(fixed)), *moving]
+        return self._sum(terms)
+
+    def _sum(self, terms: list[tuple[bool, Text]]) -> Text:
+        if len(terms) == 1 and not terms[0][0]:
+            return terms[0][1]
+        parts = self._join(*(v for _, v in terms), widening=True)
+        text = ""
+        for (minus, _), p in zip(terms, parts, strict=True):
+            if text:
+                text += f" - {p.inside(PRODUCT)}" if minus else f" + {p.inside(PRODUCT)}"
+            else:
+                text = (
+                    f"{self._to(Text('0', 'int32', number=True), p.dtype).text} - {p.inside(PRODUCT)}"
+                    if minus
+                    else p.inside(SUM)
+                )
+        return Text(text, _widest(parts), any(p.varying for p in parts), SUM)
+
+    def _Mul(self, expr: Expr) -> Text:
+        if expr.as_coeff_Mul()[0] == -1:
+            return self._sum([(True, self._print(-expr))])
+        above, below = [], []
+        coefficient, rest = expr.as_coeff_Mul()
+        factors = [] if coefficient == 1 else [coefficient]
+        for factor in [*factors, *sympy.Mul.make_args(rest)]:
+            if factor.is_Pow and factor.exp.is_number and factor.exp.is_negative:
+                below.append(self._print(1 / factor))
+            elif factor.is_Rational and not factor.is_Integer and factor.p == 1:
+                below.append(self._print(sympy.Integer(factor.q)))
+            else:
+                above.append(self._print(factor))
+        parts = self._join(*(above or [self._print(sympy.Integer(1))]), *below, widening=True)
+        if (below and parts[0].dtype[0] != "f") or (parts[0].number and below):
+            parts = [self._to(p, self.floats) for p in parts]
+        top, bottom = parts[: len(parts) - len(below)], parts[len(parts) - len(below) :]
+        top = self._wide(top)
+        text = " * ".join(p.inside(PRODUCT) for p in top)
+        for p in bottom:
+            text += f" / {p.inside(ATOM)}"
+        return Text(text, _widest(parts if not below else top), any(p.varying for p in parts), PRODUCT)
+
+    def _wide(self, factors: list[Text]) -> list[Text]:
+        """Products of 32-bit integers that may not fit are taken in 64 bits."""
+        if _widest(factors) != "int32" or all(f.number for f in factors):
+            return factors
+        small = all(abs(int(f.text)) <= SMALL for f in factors if f.number)
+        if small and sum(not f.number for f in factors) == 1:
+            return factors
+        return [f if f.number else Text(f'T.Cast("int64", {f.text})', "int64", f.varying) for f in factors]
+
+    def _Pow(self, expr: Expr) -> Text:
+        base, exponent = expr.args
+        if exponent.is_Integer and 2 <= int(exponent) <= 16:
+            return self._power(self._named(self._print(base)), int(exponent))
+        if exponent.is_number and exponent.is_negative:
+            one, bottom = self._join(Text(literal(1.0, self.floats), self.floats), self._print(1 / expr))
+            return Text(f"{one.text} / {bottom.inside(ATOM)}", one.dtype, bottom.varying, PRODUCT)
+        value = self._float(self._print(base))
+        if exponent == sympy.Rational(1, 2):
+            return Text(f"T.sqrt({value.text})", value.dtype, value.varying)
+        value, power = self._join(value, self._float(self._print(exponent)))
+        return Text(f"T.pow({value.text}, {power.text})", value.dtype, value.varying or power.varying)
+
+    def _power(self, base: Text, n: int) -> Text:
+        if base.dtype == "int32":
+            base = self._to(base, "int64")
+        if n == 1:
+            return base
+        half = self._named(self._power(base, n // 2))
+        text = f"{half.text} * {half.text}" + (f" * {base.text}" if n % 2 else "")
+        return Text(text, base.dtype, base.varying, PRODUCT)
+
+    def _named(self, value: Text) -> Text:
+        if value.text.isidentifier():
+            return value
+        return Text(self.let("x", value.text), value.dtype, value.varying)
+
+    def _float(self, value: Text) -> Text:
+        return value if value.dtype[0] == "f" else self._to(value, self.floats)
+
+    def _call(self, name: str, argument: Expr) -> Text:
+        value = self._float(self._print(argument))
+        if name in VECTOR:
+            return Text(
+                VECTOR[name](value.inside(ATOM), value.dtype, self.let), value.dtype, value.varying, SUM
+            )
+        function = VECTOR_CALLS.get(name) or SCALAR_CALLS[name]
+        return Text(f"{function}({value.text})", value.dtype, value.varying)
+
+    def _Abs(self, expr: Expr) -> Text:
+        value = self._print(expr.args[0])
+        return Text(f"T.abs({value.text})", value.dtype, value.varying)
+
+    # integers -------------------------------------------------------------------------------------
+
+    def _operator(self, expr: Expr, symbol: str, binding: int = PRODUCT) -> Text:
+        a, b = self._join(*(self._print(x) for x in expr.args))
+        if a.number and not b.number:
+            a = self._to(a, b.dtype)
+        text = f"{a.inside(PRODUCT)} {symbol} {b.inside(ATOM)}"
+        return Text(text, _widest([a, b]), a.varying or b.varying, binding)
+
+    def _floordiv(self, expr: Expr) -> Text:
+        return self._quotient(expr, "//", "truncdiv")
+
+    def _floormod(self, expr: Expr) -> Text:
+        return self._quotient(expr, "%", "truncmod")
+
+    def _quotient(self, expr: Expr, symbol: str, plain: str) -> Text:
+        """TVM rounds towards negative infinity by repeating the operands, which nests badly: only where needed."""
+        if not all(self.names.natural(a) for a in expr.args):
+            return self._operator(expr, symbol)
+        a, b = self._join(*(self._print(x) for x in expr.args))
+        if a.number:
+            a = self._to(a, b.dtype)
+        return Text(f"T.{plain}({a.text}, {b.text})", _widest([a, b]), a.varying or b.varying)
+
+    def _bitwise(self, expr: Expr, function: str, *, wide: bool = False) -> Text:
+        a, b = self._join(*(self._print(x) for x in expr.args))
+        if wide or a.number:
+            a, b = (self._to(v, "int64" if wide else b.dtype) for v in (a, b))
+        elif b.number:
+            b = self._to(b, a.dtype)
+        return Text(f"T.{function}({a.text}, {b.text})", a.dtype, a.varying or b.varying)
+
+    def _bitand(self, expr: Expr) -> Text:
+        return self._bitwise(expr, "bitwise_and")
+
+    def _bitor(self, expr: Expr) -> Text:
+        return self._bitwise(expr, "bitwise_or")
+
+    def _bitxor(self, expr: Expr) -> Text:
+        return self._bitwise(expr, "bitwise_xor")
+
+    def _shl(self, expr: Expr) -> Text:
+        return self._bitwise(expr, "shift_left", wide=True)
+
+    def _shr(self, expr: Expr) -> Text:
+        return self._bitwise(expr, "shift_right")
+
+    # choice ---------------------------------------------------------------------------------------
+
+    def _minimum(self, expr: Expr) -> Text:
+        return self._extreme(expr, "T.min", "<")
+
+    def _maximum(self, expr: Expr) -> Text:
+        return self._extreme(expr, "T.max", ">")
+
+    def _extreme(self, expr: Expr, function: str, better: str) -> Text:
+        """The better of two numbers; a NaN on either side stays."""
+        constant = [x.is_number for x in expr.args]
+        a, b = self._join(*(self._print(x) for x in expr.args))
+        varying = a.varying or b.varying
+        if a.dtype[0] != "f":
+            return Text(f"{function}({a.text}, {b.text})", _widest([a, b]), varying)
+        if constant[0]:
+            a, b, constant = b, a, [False, True]
+        a = self._named(a)
+        if constant[1]:
+            return Text(f"T.Select({b.inside(SUM)} {better} {a.text}, {b.text}, {a.text})", a.dtype, varying)
+        b = self._named(b)
+        return Text(nan_aware(a.text, b.text, better, a.dtype), a.dtype, varying)
+
+    def _where(self, expr: Expr) -> Text:
+        c = self._print(expr.args[0])
+        a, b = self._join(*(self._print(x) for x in expr.args[1:]))
+        if a.number and b.number:
+            a, b = self._to(a, "int64"), self._to(b, "int64")
+        elif a.number or b.number:
+            dtype = b.dtype if a.number else a.dtype
+            a, b = self._to(a, dtype), self._to(b, dtype)
+        varying = c.varying or a.varying or b.varying
+        return Text(f"T.Select({c.text}, {a.text}, {b.text})", a.dtype, varying)
+
+    def _cast(self, expr: Expr) -> Text:
+        dtype, value = str(expr.args[0]), self._print(expr.args[1])
+        narrow = self._to(value, TENSOR_DTYPES[dtype])
+        return self._element(narrow, dtype)
+
+    def rounded(self, value: str, dtype: str) -> str:
+        """A value of a tile's storage dtype, rounded to the tile's own dtype."""
+        if TENSOR_DTYPES[dtype] == TILE_DTYPES[dtype]:
+            return value
+        return f'T.Cast("{TILE_DTYPES[dtype]}", T.Cast("{TENSOR_DTYPES[dtype]}", {value}))'
+
+    # truth ----------------------------------------------------------------------------------------
+
+    def _And(self, expr: Expr) -> Text:
+        return self._logical(expr, " and ", AND)
+
+    def _Or(self, expr: Expr) -> Text:
+        return self._logical(expr, " or ", OR)
+
+    def _logical(self, expr: Expr, word: str, binding: int) -> Text:
+        parts = [self._print(a) for a in sorted(expr.args, key=sympy.default_sort_key)]
+        text = word.join(p.inside(RELATION) for p in parts)
+        return Text(text, "bool", any(p.varying for p in parts), binding)
+
+    def _Not(self, expr: Expr) -> Text:
+        value = self._print(expr.args[0])
+        return Text(f"not {value.inside(ATOM)}", "bool", value.varying, NOT)
+
+    def _Xor(self, expr: Expr) -> Text:
+        return self._print(expr.to_nnf())
+
+    def _ITE(self, expr: Expr) -> Text:
+        return self._print(expr.to_nnf())
+
+
+def _negative(term: Expr) -> bool:
+    return bool(term.as_coeff_Mul()[0].is_negative)
+
+
+def nan_aware(a: str, b: str, better: str, dtype: str) -> str:
+    """The better of two floats (names), or the NaN among them."""
+    # A NaN in b fails the inner comparison, one in a the outer; TVM would take `a == a` for true.
+    return f"T.Select({a} <= {literal('inf', dtype)}, T.Select({a} {better} {b}, {a}, {b}), {a})"
+
+
+def _widest(parts: list[Text]) -> str:
+    typed = [p for p in parts if not p.number] or parts
+    return max(typed, key=lambda p: RANK[p.dtype]).dtype
+
+
+def _repeats(expr: Expr) -> Counter[Expr]:
+    """How often each compound subexpression is needed; the inside of a repeated one counts once."""
+    often: Counter[Expr] = Counter()
+    todo = [expr]
+    while todo:
+        node = todo.pop()
+        if not node.args:
+            continue
+        often[node] += 1
+        if often[node] == 1:
+            todo += node.args
+    return often

@@ -1,0 +1,113 @@
+"""CPU kernels: TVMScript to an object file, an object file to a function, and a function on all cores.
+
+Only `build_object` imports tvm. Objects are loaded by the ORC JIT of apache-tvm-ffi-orcjit, so that a
+first call and a call from the cache run the same code, with no compiler on PATH.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..ir.errors import BackendError, MissingDependencyError
+from .workers import POOL
+
+Kernel = Callable[..., None]  # (*arguments, worker, workers, workspace)
+
+# Levels 2 and 3 only add a search for vectors in code that is vectors already (0.4 s).
+_LLVM_LEVEL = 1
+_SHARES = 2  # a thread: more even out cores that are busy elsewhere, at some microseconds each
+_LINE = 64
+
+
+def build_object(source: str, target: str) -> bytes:
+    """Compile TVMScript to an object file for target 'cpu' (this machine) or 'cpu:<LLVM CPU name>'.
+
+    Raises MissingDependencyError without tvm, BackendError when TVM refuses the source.
+    """
+    try:
+        import tvm
+        from tvm.script import tirx
+    except ImportError:
+        raise MissingDependencyError("apache-tvm", "cpu", "compiling CPU kernels") from None
+    cpu = target.partition(":")[2] or str(tvm.get_global_func("target.llvm_get_system_cpu")())
+    llvm = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "opt-level": _LLVM_LEVEL})
+    try:
+        function = tvm.script.from_source(source, extra_vars={"T": tirx})
+        module = tvm.tirx.build(function, target=llvm, pipeline="tirx")
+    except Exception as error:
+        raise BackendError(f"TVM refused a generated kernel for {target}: {error}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.o"
+        module.write_to_file(str(path), "o")
+        return path.read_bytes()
+
+
+def load_object(data: bytes, entry: str) -> Kernel:
+    """The function `entry` of an object file. It stays loaded for the life of the process.
+
+    Raises MissingDependencyError without the JIT, BackendError when the object does not load."""
+    try:
+        # Kernels need no C++ runtime: without a compiler's name the session would run `c++` to find one.
+        module = _session().load_module(data, cxx=os.devnull, keep_module_alive=True)
+        return module.get_function(entry)
+    except (AttributeError, RuntimeError, ValueError) as error:
+        raise BackendError(
+            f"cannot load kernel {entry!r} from an object of {len(data)} bytes: {error}"
+        ) from error
+
+
+def launch(function: Kernel, arguments: Sequence[Any], threads: int, workspace_bytes: int) -> None:
+    """Run a kernel on the calling thread and up to threads - 1 others.
+
+    arguments: tensors (anything with DLPack) and numbers, in the kernel's order. Errors of any worker
+    are raised here. Safe from several threads at once, and after a fork."""
+    if threads <= 1:
+        function(*arguments, 0, 1, _workspace(workspace_bytes))
+        return
+    shares = threads * _SHARES
+
+    def run(share: int) -> None:
+        function(*arguments, share, shares, _workspace(workspace_bytes))
+
+    POOL.run(run, shares, threads)
+
+
+@cache
+def _session() -> Any:
+    try:
+        import tvm_ffi_orcjit
+    except ImportError:
+        raise MissingDependencyError("apache-tvm-ffi-orcjit", "cpu", "running CPU kernels") from None
+    return tvm_ffi_orcjit.default_session()
+
+
+class _Scratch(threading.local):
+    """One thread's workspace: it grows and is used again."""
+
+    size = 0
+    tensor: Any = None
+
+
+_SCRATCH = _Scratch()
+
+
+def _workspace(size: int) -> Any:
+    if size > _SCRATCH.size or _SCRATCH.tensor is None:
+        _SCRATCH.tensor, _SCRATCH.size = _aligned(max(size, _LINE)), size
+    return _SCRATCH.tensor
+
+
+def _aligned(size: int) -> Any:
+    """A byte tensor that starts on a cache line."""
+    import numpy
+    import tvm_ffi
+
+    memory = numpy.empty(size + _LINE, numpy.uint8)
+    start = -memory.ctypes.data % _LINE
+    return tvm_ffi.from_dlpack(memory[start : start + size])
