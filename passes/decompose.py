@@ -15,7 +15,7 @@ union is a term again are merged. Disjointness, coverage and each closed form ar
 isl decides; VerifyError says which one fails.
 
 Leaves alone: what isl cannot hold. The terms of an opaque mask cover its affine bound `may`; a part
-of which no few terms are found is one `Remainder`, its exact region beside the least term around it.
+of which no few terms are found in good time is one `Remainder`, an exact region.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import islpy as isl
 import sympy
 
-from ..ir.affine import DIV, SET, locked, to_sets
+from ..ir.affine import DIV, SET, QuotaExceeded, locked, quota, to_sets
 from ..ir.errors import VerifyError
 from ..ir.expr import Expr, to_text
 from ..ir.formats import ACSR, Progression
@@ -39,6 +40,7 @@ from .progression import as_map, as_set, build, is_closed_form, regular
 
 MAX_TERMS = 24  # beyond this, walking terms costs more than walking the columns between them
 MAX_ORDERS = 24
+MAX_OPERATIONS = 300_000  # of isl: about 0.2 s, several times what the pattern library takes
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,12 @@ def decompose(mask: Mask) -> tuple[Term, ...]:
     region, widths = as_set(mask.may), widths_of(mask)
     if region.is_empty():
         return ()
-    pieces = _merged(_split_best(region, _parts(mask), widths), widths)
-    prove(region, [p.points for p in pieces])
-    return tuple(p.term() for p in pieces)
+    for attempt in (_split_best, _split_once):
+        with suppress(QuotaExceeded), quota(MAX_OPERATIONS):
+            pieces = attempt(region, _parts(mask), widths)
+            prove(region, [p.points for p in pieces])
+            return tuple(p.term() for p in pieces)
+    return (Remainder(str(mask.may)),)
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,18 @@ def _split_best(region: isl.Set, parts: list[isl.Set], widths: tuple[int, ...]) 
             best = pieces
         if _cost(best) <= len(parts):
             break
-    return best
+    return _merged(best, widths)
+
+
+def _split_once(region: isl.Set, parts: list[isl.Set], widths: tuple[int, ...]) -> list[Piece]:
+    """One piece a part, less what came before: a term where it happens to be one."""
+    pieces, left = [], region
+    for part in next(_orders(parts, widths)):
+        here = part.intersect(left).coalesce()
+        left = left.subtract(part).coalesce()
+        if not here.is_empty():
+            pieces.append(_piece(here, widths) or Piece(here, (), None))
+    return pieces
 
 
 def _cost(pieces: list[Piece]) -> int:
@@ -185,7 +201,8 @@ def _by_residue(points: isl.Set, widths: tuple[int, ...], limit: int) -> list[Pi
     for modulus, form in itertools.product(_moduli(points), ("q - k", "k", "q + k")):
         pieces: list[Piece] = []
         for residue in range(modulus):
-            here = points.intersect(isl.Set(f"{{ [q, k] : ({form}) mod {modulus} = {residue} }}")).coalesce()
+            form_class = isl.Set(f"{{ [q, k] : ({form} - {residue}) mod {modulus} = 0 }}")
+            here = points.intersect(form_class).coalesce()
             if here.is_empty():
                 continue
             piece = _piece(here, widths)
