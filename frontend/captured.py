@@ -30,6 +30,12 @@ def is_monotone(array: Any) -> bool:
     return array.shape[-1] < 2 or bool((array[..., 1:] >= array[..., :-1]).all())
 
 
+def readable(tensor: Any) -> Any:
+    """The tensor that a kernel reads for a captured one, with at least one dimension."""
+    tensor = tensor.current() if isinstance(tensor, Derived) else tensor
+    return tensor if len(tensor.shape) else tensor.reshape(1)
+
+
 class Derived:
     """A tensor computed from another: again whenever that one was written to.
 

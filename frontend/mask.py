@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
-from .captured import Derived, as_numpy, is_array
+from .captured import as_numpy, is_array, readable
 from .term import TRUE, Term, both, children, either, negate, rename, shifted, show, walk
 from .term_expr import from_expr, to_expr
 from .trace import dtype_name, trace_mask
@@ -149,7 +149,8 @@ class Mask:
         kept = [d for d, n in enumerate(shape) if n != 1]
         indices = [("b", "h", "q", "k")[d + 4 - len(shape)] for d in kept]
         table = table.reshape([shape[d] for d in kept])
-        return Mask(("ne", ("read", "c0", *indices), 0), (), (table,), (("bool", len(kept)),))
+        signature = (("bool", max(1, len(kept))),)
+        return Mask(("ne", ("read", "c0", *(indices or [0])), 0), (), (table,), signature)
 
     # ---- what a call needs ----
 
@@ -159,7 +160,7 @@ class Mask:
 
     @property
     def tensors(self) -> tuple[Any, ...]:
-        return tuple(t.current() if isinstance(t, Derived) else t for t in self._tensors)
+        return tuple(map(readable, self._tensors))
 
     @cached_property
     def segments(self) -> tuple[int, ...]:

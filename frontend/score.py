@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from .captured import readable
 from .term import show
 from .term_expr import to_expr
 from .trace import trace_score
@@ -28,8 +29,6 @@ class ScoreMod:
     ScoreMod(score / (1 + (abs(score) / s0)), s0=20.0)
     """
 
-    __slots__ = ("__dict__", "_signature", "_term", "tensors", "values")
-
     def __init__(
         self,
         term: Any,
@@ -37,8 +36,8 @@ class ScoreMod:
         tensors: tuple[Any, ...],
         signature: tuple[tuple[str, int], ...],
     ) -> None:
-        self._term, self._signature = term, signature
-        self.values, self.tensors = values, tensors
+        self._term, self._signature, self._tensors = term, signature, tensors
+        self.values = values
 
     @staticmethod
     def trace(score_mod: Callable[..., Any]) -> ScoreMod:
@@ -54,6 +53,10 @@ class ScoreMod:
     @property
     def kinds(self) -> tuple[str, ...]:
         return tuple("float" if isinstance(v, float) else "int" for v in self.values)
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        return tuple(map(readable, self._tensors))
 
     @cached_property
     def key(self) -> tuple[Any, ...]:

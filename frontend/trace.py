@@ -33,7 +33,7 @@ class Traced:
 
     term: over b h q k (and score), params p0.. (s0..) and captures c0.. (t0..), by first appearance.
     values: of the params, ints (in a score_mod also floats). tensors: the captured tensors themselves.
-    signature: (dtype, rank) of each tensor.
+    signature: (dtype, rank) of each tensor; one without dimensions is read as if it had one, of size 1.
     """
 
     term: Term
@@ -225,7 +225,7 @@ def _finish(trace: Trace, result: Value) -> _Recorded:
         tuple(recipes),
         tuple(trace.slots),
         tuple(path for _, path in tensors),
-        tuple((dtype_name(t.dtype) or "", len(t.shape)) for t, _ in tensors),
+        tuple((dtype_name(t.dtype) or "", max(1, len(t.shape))) for t, _ in tensors),
         tuple(trace.guards),
         tuple(trace.expected.items()),
     )

@@ -79,7 +79,8 @@ class Captured(Operators):
             )
         kind = dtype_name(self.tensor.dtype) or ""
         floating = kind[0] == "f" or kind == "bf16"
-        read = ("readf" if floating else "read", self.number, *self.indices)
+        indices = self.indices or (0,)  # a tensor without dimensions counts as one of one entry
+        read = ("readf" if floating else "read", self.number, *indices)
         if kind == "bool":
             return Value(self.trace, ("ne", read, 0), "bool")
         return Value(self.trace, read, "float" if floating else "int")

@@ -346,7 +346,9 @@ METHODS: dict[str, Function] = {
 }
 _READS = frozenset(("item", "tolist", "numpy", "any", "all", "nonzero", "is_nonzero"))
 _KEYWORDS = {"min": "low", "max": "high", "a_min": "low", "a_max": "high"}
-_PLACEMENT = frozenset(("device", "out", "layout", "memory_format", "non_blocking", "copy", "requires_grad"))
+_PLACEMENT = frozenset(
+    ("device", "out", "layout", "memory_format", "non_blocking", "copy", "requires_grad", "inplace")
+)
 
 
 def _torch_dtype(x: Value) -> Any:
