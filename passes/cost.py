@@ -26,7 +26,7 @@ from ..ir.errors import InputError
 from ..ir.evaluate import evaluate
 from ..ir.expr import integer
 from ..ir.plan import Group, Loops, Schedule
-from .tile import coordinates
+from .tilesets import coordinates
 
 BYTES = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 MAX_COUNTED = 1 << 20  # tiles evaluated one by one; beyond it, row tiles are sampled evenly
@@ -59,7 +59,9 @@ class Device:
 
 @dataclass(frozen=True)
 class Size:
-    """One problem. kv_heads: 0 stands for as many as heads. params: the mask's integers by name."""
+    """One problem. kv_heads: 0 stands for as many as heads.
+
+    params: the mask's integers and captured tensors (arrays), by name."""
 
     q_len: int
     kv_len: int
@@ -69,7 +71,7 @@ class Size:
     qk_size: int = 64
     v_size: int = 64
     dtype: str = "f32"
-    params: Mapping[str, int] | None = None
+    params: Mapping[str, Any] | None = None
 
     @property
     def io_bytes(self) -> int:
@@ -183,7 +185,9 @@ def count_tiles(plan: Plan, size: Size) -> Tiles:
 
 def _values(size: Size) -> dict[str, Any]:
     lengths = {"q_len": size.q_len, "kv_len": size.kv_len, "b": 0, "h": 0}
-    return {**lengths, "B": size.batch, "Hq": size.heads, **(size.params or {})}
+    given = dict(size.params or {})
+    extents = {f"{name}_{d}": n for name, a in given.items() for d, n in enumerate(np.shape(a))}
+    return {**lengths, "B": size.batch, "Hq": size.heads, **given, **extents}
 
 
 def _grid(group: Group, schedule: Schedule, loops: Loops, size: Size) -> tuple[list[str], tuple[int, ...]]:

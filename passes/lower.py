@@ -34,14 +34,13 @@ from ..ir.kernel import (
 )
 from ..ir.plan import Group, Loops, Schedule
 from .scaffold import COL, ROW, B, H, Scaffold
-from .spec import AttentionSpec
+from .spec import SCALE, AttentionSpec
 
 LOG2E = sympy.Float(math.log2(math.e))
 LN2 = sympy.Float(math.log(2))
 # Only -inf is below these (the least finite number itself is folded away by TVM's simplifier).
 LOWEST = {"f32": sympy.Float(-3.4028232635611926e38), "f64": sympy.Float(-1.797693134862315e308)}
 STALE = 8  # a row maximum may lag by 2^8 before accumulators are rescaled
-SCALE = real("scale")
 E_AXIS, D_AXIS = integer("e"), integer("d")
 
 
@@ -91,6 +90,9 @@ class _Builder:
         )  # tensor cores: operands keep their dtype, axes are powers of two
         self.operand = spec.dtype if self.wide else self.acc
         self.lowest = LOWEST[self.acc]
+        assert spec.score_map is not None, "lower takes specs whose score map holds the scale"
+        self.score = spec.score_map.expr
+        self.folded = not self.wide and self.score == real("score") * SCALE  # the scale goes into Q once
 
     def kernel(self) -> Kernel:
         axes = [Axis("i", self.over.rows, self.over.rows), Axis("j", self.over.cols, self.over.cols)]
@@ -136,7 +138,6 @@ class _Builder:
             args += _state(spec)
         args += [Scalar(name, "i64") for name in spec.params]
         args += [Scalar(name, kind) for name, kind in spec.score_params]
-        args.append(Scalar("scale", "f64" if self.acc == "f64" else "f32"))
         return tuple(args)
 
     def _rows(self) -> list[Stmt]:
@@ -147,7 +148,7 @@ class _Builder:
             share,
             *self.over.make_rows,
             load,
-            *([] if self.wide or self.spec.score is not None else [fold]),
+            *([fold] if self.folded else []),
         ]
 
     def _begin(self) -> list[Stmt]:
@@ -194,11 +195,9 @@ class _Builder:
             Load("K", self.operand, ("j", "d"), "k", key, self.over.valid_col),
             Dot("S", self.acc, ("i", "j"), "Q", "K", "d", precision=self.spec.precision),
         ]
-        if self.spec.score is not None:
-            score = self.over.bind(self.spec.score).xreplace({real("score"): real("S") * SCALE})
+        if not self.folded:
+            score = self.over.bind(self.score).xreplace({real("score"): real("S")})
             out.append(self._set("S", self.acc, ("i", "j"), score * LOG2E))
-        elif self.wide:
-            out.append(self._set("S", self.acc, ("i", "j"), real("S") * SCALE * LOG2E))
         return out
 
     def _softmax(self) -> list[Stmt]:

@@ -1,13 +1,26 @@
-"""The pipeline (provisional shape)."""
+"""The compiler's table of contents: the passes, in order.
+
+Each is a pure function from graph to graph; `lower` turns the last graph into kernels. `run` calls a
+watcher after every pass: printing, timing, verifying and bisecting are watchers, not passes. Anybody's
+pass can be inserted by name with `inserted`.
+"""
+
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..ir.errors import InputError
 from ..ir.expr import to_text
+from ..ir.graph import Graph, Op
+from ..ir.graph_text import to_text as graph_text
 from ..ir.kernel import Program
 from .align import align_mask
-from .decompose import decompose
+from .build import build, spec_of
+from .decompose import decompose as terms_of
+from .delinearize import widths
+from .fuse import fuse
 from .lower import lower_attention
 from .normalize import normalize_mask
 from .reads import checks
@@ -15,13 +28,122 @@ from .schedule import choose
 from .spec import AttentionSpec
 from .tile import plan_loops
 
+Pass = Callable[[Graph], Graph]
+Watcher = Callable[[str, Any], None]
 
-def compile_spec(spec: AttentionSpec, schedule: Any = None) -> Program:
-    mask = normalize_mask(spec.mask)
-    groups = align_mask(mask, decompose(mask))
-    plans = tuple((g, s := choose(spec, g), plan_loops(g, s, spec.monotone)) for g in groups)
-    program = lower_attention(spec, plans)
-    found = checks(spec.mask, spec.mask.predicate, attending=False)
-    if spec.score is not None:
-        found += checks(spec.mask, spec.score, attending=True)
-    return replace(program, text=spec.mask_text, checks=tuple((to_text(c.fails), c.text) for c in found))
+
+def normalize(graph: Graph) -> Graph:
+    """Masks in their shortest affine form."""
+    return _masked(graph, lambda op: op.with_attrs(mask=normalize_mask(op.attr("mask"))))
+
+
+def delinearize(graph: Graph) -> Graph:
+    """Widths of index spaces that masks divide by: q // W and q % W become coordinates."""
+    return _masked(graph, lambda op: op.with_attrs(widths=widths(op.attr("mask"))))
+
+
+def decompose(graph: Graph) -> Graph:
+    """Masks as disjoint unions of ACSR terms, proven; scores are stored as such."""
+
+    def rule(op: Op) -> Op:
+        stored = tuple(replace(v, format="acsr") for v in op.outputs)
+        return replace(op.with_attrs(terms=terms_of(op.attr("mask"))), outputs=stored)
+
+    return _masked(graph, rule)
+
+
+def align(graph: Graph) -> Graph:
+    """Terms gathered into groups of one row order."""
+    return _masked(graph, lambda op: op.with_attrs(groups=align_mask(op.attr("mask"), op.attr("terms"))))
+
+
+def schedule(graph: Graph) -> Graph:
+    """Tile sizes and hints for every group that has none."""
+
+    def rule(op: Op) -> Op:
+        spec, given = spec_of(graph, op), op.attr("schedules", ())
+        groups = op.attr("groups")
+        if given and len(given) != len(groups):
+            raise InputError("schedule", f"{len(groups)} schedules, one a group", len(given))
+        return op.with_attrs(schedules=given or tuple(choose(spec, group) for group in groups))
+
+    return _fused(graph, rule)
+
+
+def tile(graph: Graph) -> Graph:
+    """Loops over key tiles in closed form."""
+
+    def rule(op: Op) -> Op:
+        plans = zip(op.attr("groups"), op.attr("schedules"), strict=True)
+        sorted_ids = frozenset(op.attr("monotone"))
+        return op.with_attrs(loops=tuple(plan_loops(group, chosen, sorted_ids) for group, chosen in plans))
+
+    return _fused(graph, rule)
+
+
+PIPELINE: tuple[tuple[str, Pass], ...] = (
+    ("normalize", normalize),
+    ("delinearize", delinearize),
+    ("decompose", decompose),
+    ("align", align),
+    ("fuse", fuse),
+    ("schedule", schedule),
+    ("tile", tile),
+)
+
+
+def run(graph: Graph, passes: Sequence[tuple[str, Pass]] = PIPELINE, watch: Watcher | None = None) -> Graph:
+    """Apply passes in order; `watch(name, graph)` sees each result."""
+    for name, apply in passes:
+        graph = apply(graph)
+        if watch is not None:
+            watch(name, graph)
+    return graph
+
+
+def inserted(
+    name: str, apply: Pass, *, after: str | None = None, before: str | None = None
+) -> tuple[tuple[str, Pass], ...]:
+    """The pipeline with one more pass, before or after a named one.
+
+    Raises InputError unless exactly one of the two names a pass."""
+    names = [n for n, _ in PIPELINE]
+    anchor = after if before is None else before
+    if (after is None) == (before is None) or anchor not in names:
+        raise InputError(
+            "inserted", f"after= or before= one of {', '.join(names)}", f"after={after!r}, before={before!r}"
+        )
+    at = names.index(anchor) + (before is None)
+    return (*PIPELINE[:at], (name, apply), *PIPELINE[at:])
+
+
+def lower(graph: Graph) -> Program:
+    """The kernels of a planned graph with one attention. Raises InputError for a graph that has none."""
+    fused = graph.of_kind("attention")
+    if len(fused) != 1 or fused[0].attr("loops") is None:
+        raise InputError("lower", "a graph with one attention that has passed `tile`", graph_text(graph))
+    [op] = fused
+    spec = spec_of(graph, op)
+    plans = tuple(zip(op.attr("groups"), op.attr("schedules"), op.attr("loops"), strict=True))
+    found = [*checks(spec.mask, spec.mask.predicate, attending=False)]
+    if spec.score_map is not None:
+        found += checks(spec.mask, spec.score_map.expr, attending=True)
+    guards = tuple((to_text(c.fails), f"{c.text} reads outside its tensor") for c in found)
+    return replace(lower_attention(spec, plans), text=graph_text(graph), checks=guards)
+
+
+def compile_spec(spec: AttentionSpec, schedules: Any = None, watch: Watcher | None = None) -> Program:
+    """From a spec to kernels. schedules: one Schedule, or one a group, in place of the defaults."""
+    graph = build(spec)
+    if schedules is not None:
+        given = schedules if isinstance(schedules, tuple) else (schedules,)
+        graph = graph.map_ops(lambda op: op.with_attrs(schedules=given) if op.kind == "sddmm" else None)
+    return lower(run(graph, watch=watch))
+
+
+def _masked(graph: Graph, rule: Callable[[Op], Op]) -> Graph:
+    return graph.map_ops(lambda op: rule(op) if op.attr("mask") is not None else None)
+
+
+def _fused(graph: Graph, rule: Callable[[Op], Op]) -> Graph:
+    return graph.map_ops(lambda op: rule(op) if op.kind == "attention" else None)

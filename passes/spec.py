@@ -6,14 +6,15 @@ arguments, so changing them compiles nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..ir.errors import InputError
-from ..ir.expr import Expr
+from ..ir.expr import real
 from ..ir.kernel import Tensor
 from ..ir.mask import Mask
 from ..ir.score import ScoreMap
 
+SCALE = real("scale")
 DTYPES = ("f16", "bf16", "f32", "f64")
 
 
@@ -68,8 +69,14 @@ class AttentionSpec:
         return self.mask.params
 
     @property
-    def score(self) -> Expr | None:
-        return None if self.score_map is None else self.score_map.expr
+    def scaled(self) -> AttentionSpec:
+        """The same attention with the scale inside its score map: score_map(scale * q . k)."""
+        score = real("score") * SCALE
+        if self.score_map is None:
+            return replace(self, score_map=ScoreMap(score, (("scale", "float"),)))
+        inner = self.score_map
+        expr = inner.expr.xreplace({real("score"): score})
+        return replace(self, score_map=ScoreMap(expr, (("scale", "float"), *inner.params), inner.captures))
 
     @property
     def score_params(self) -> tuple[tuple[str, str], ...]:
