@@ -98,15 +98,14 @@ def _trace(function: Callable[..., Any], role: str, names: tuple[str, ...]) -> T
     indices = [Value(trace, name, "float" if name == "score" else "int") for name in names]
     result = _result(trace, _call(trace, function, code, indices), code)
     _check_size(trace, result.term, code)
-    recorded = _finish(trace, result)
+    recorded, tensors = _finish(trace, result)
     if trace.memo and code is not None:
         kept = (recorded, *_MEMO.pop(key, ()))[:_VARIANTS]
         _MEMO[key] = kept
         while len(_MEMO) > _FUNCTIONS:
             _MEMO.popitem(last=False)
     values = tuple(_plain(run_recipe(r, trace.values)) for r in recorded.recipes)
-    paths = dict((path, tensor) for tensor, path in trace.captures)
-    return Traced(recorded.term, values, tuple(paths[p] for p in recorded.captures), recorded.signature)
+    return Traced(recorded.term, values, tensors, recorded.signature)
 
 
 def _call(trace: Trace, function: Callable[..., Any], code: Any, indices: list[Value]) -> Any:
@@ -193,7 +192,7 @@ def _check_size(trace: Trace, term: Term, code: Any) -> None:
         )
 
 
-def _finish(trace: Trace, result: Value) -> _Recorded:
+def _finish(trace: Trace, result: Value) -> tuple[_Recorded, tuple[Any, ...]]:
     """Number params and captures by first appearance; put baked numbers in their places."""
     mask = trace.role == "mask_mod"
     recipes: list[Any] = []
@@ -219,16 +218,17 @@ def _finish(trace: Trace, result: Value) -> _Recorded:
         return (term[0], *parts)
 
     term = place(result.term)
-    tensors = [trace.captures[i] for i in captures]
-    return _Recorded(
+    tensors = tuple(trace.captures[i][0] for i in captures)
+    recorded = _Recorded(
         term,
         tuple(recipes),
         tuple(trace.slots),
-        tuple(path for _, path in tensors),
-        tuple((dtype_name(t.dtype) or "", max(1, len(t.shape))) for t, _ in tensors),
+        tuple(trace.captures[i][1] for i in captures),
+        tuple((dtype_name(t.dtype) or "", max(1, len(t.shape))) for t in tensors),
         tuple(trace.guards),
         tuple(trace.expected.items()),
     )
+    return recorded, tensors
 
 
 def _plain(value: Any) -> int | float:

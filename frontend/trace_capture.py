@@ -36,7 +36,7 @@ class Trace:
     """One tracing: the numbers and tensors found so far, and the guards under which they stand.
 
     slots, values: paths of captured numbers and what they are now. captures: (tensor, path).
-    guards: ("is" | "equal" | "type" | "code" | "keys" | "tensor" | "same", path, expected).
+    guards: (kind, path, expected), see trace_guard.py.
     expected: (recipe, outcome) of numbers that were looked at. memo: whether the trace may be reused.
     """
 
@@ -130,7 +130,11 @@ class Trace:
         if type(value) in (tuple, list, dict) or (isinstance(value, tuple) and hasattr(value, "_fields")):
             return self._container(value, path)
         if isinstance(value, BuiltinFunctionType) or _is_library_constant(value):
+            if not isinstance(getattr(value, "__self__", None), (ModuleType, type(None))):
+                self.memo = False  # a method: what it reads of its object is out of sight
             return self._plain(value, path)
+        if isinstance(value, functools._lru_cache_wrapper):
+            return self.lift(value.__wrapped__, (*path, ("attr", "__wrapped__")))
         if isinstance(value, ModuleType) and value.__name__.partition(".")[0] in LIBRARIES:
             return self._same_object(value, path)
         if isinstance(value, type) and _library(value) in LIBRARIES:

@@ -52,6 +52,8 @@ def holds(guard: Guard, root: Any) -> bool:
             return type(value) is expected
         case "equal":
             return type(value) is type(expected) and bool(value == expected)
+        case "no global":
+            return expected not in value.__globals__
         case "keys":
             now = list(value) if isinstance(value, dict) else list(range(len(value)))
             return (type(value), now) == expected

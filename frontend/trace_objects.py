@@ -41,6 +41,8 @@ class Copied:
             if name in f.__globals__ and name not in names:
                 value = f.__globals__[name]
                 names[name] = lift(value, (*path, ("global", name)), ("global", id(f.__globals__), name))
+            elif name in self.trace.builtins:
+                self.trace.guards.append(("no global", path, name))
         defaults = tuple(lift(v, (*path, ("default", i))) for i, v in enumerate(f.__defaults__ or ()))
         copy = FunctionType(f.__code__, names, f.__name__, defaults or None, cells or None)
         keywords = f.__kwdefaults__ or {}
@@ -67,7 +69,12 @@ class Watched:
             object.__setattr__(self, name, part)
 
     def __getattr__(self, name: str) -> Any:
-        return self._lifted(getattr(self._object, name), ("attr", name))
+        try:
+            value = getattr(self._object, name)
+        except AttributeError:
+            self._trace.memo = False  # it may be there the next time
+            raise
+        return self._lifted(value, ("attr", name))
 
     def _lifted(self, value: Any, step: tuple[str, Any]) -> Any:
         method_of_mine = isinstance(value, MethodType) and value.__self__ is self._object
@@ -98,7 +105,8 @@ class Watched:
 
     def __iter__(self) -> Iterator[Any]:
         self._trace.memo = False
-        return iter(self._object)
+        for i, item in enumerate(self._object):
+            yield self._lifted(item, ("iteration", i))
 
     def __len__(self) -> int:
         self._trace.memo = False

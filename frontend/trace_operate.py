@@ -6,6 +6,7 @@ Kinds follow torch: `&` and `|` on truth values are logical, a truth value among
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from .term import FALSE, TRUE, Term, both, constant, either, negate
@@ -24,12 +25,37 @@ def operate(op: str, *args: Any) -> Any:
     """One operation on stand-ins and numbers, by its name in terms (bitand serves `&` on truth values)."""
     if all(map(is_number, args)):
         return numbers(op, *args)
+    if op in ("eq", "ne") and any(a is None or isinstance(a, str) for a in args):
+        return NotImplemented
     trace = next(a.trace for a in args if type(a) in (Value, Number, Captured))
     if op in _BAKES_RIGHT or (op in _BAKES and not trace.float_params):
         bakes_left = op in _BAKES
         args = tuple(a.bake() if type(a) is Number and (i or bakes_left) else a for i, a in enumerate(args))
+    if op in _ROUNDS:
+        args = _rounded(op, *args)
     values = [value_of(trace, a) for a in args]
     return _OPERATE[op](op, *values)
+
+
+# An integer is at most 2.5 exactly when it is at most 2: how a float on the (left, right) is rounded.
+_ROUNDS = {"lt": ("floor", "ceil"), "le": ("ceil", "floor"), "gt": ("ceil", "floor"), "ge": ("floor", "ceil")}
+
+
+def _rounded(op: str, a: Any, b: Any) -> tuple[Any, Any]:
+    """An order between an integer and a float number, as one between integers."""
+    if type(a) is Value and a.kind == "int" and _is_finite_float(b):
+        return a, _round(_ROUNDS[op][1], b)
+    if type(b) is Value and b.kind == "int" and _is_finite_float(a):
+        return _round(_ROUNDS[op][0], a), b
+    return a, b
+
+
+def _is_finite_float(x: Any) -> bool:
+    return is_number(x) and isinstance(x, float) and math.isfinite(x.value if type(x) is Number else x)
+
+
+def _round(way: str, x: Any) -> Any:
+    return numbers(way, x) if type(x) is Number else getattr(math, way)(x)
 
 
 def value_of(trace: Trace, x: Any) -> Value:

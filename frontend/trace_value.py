@@ -8,6 +8,7 @@ number has to be known it *bakes*: its value enters the term, and so the key.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +149,7 @@ _PYTHON = {
     **{n: getattr(operator, n) for n in ("lt", "le", "gt", "ge", "eq", "ne", "invert")},
     **{"div": operator.truediv, "bitand": operator.and_, "bitor": operator.or_, "bitxor": operator.xor},
     **{"shl": operator.lshift, "shr": operator.rshift, "min": min, "max": max},
+    **{"floor": math.floor, "ceil": math.ceil},
 }
 COMPARISONS = frozenset(("lt", "le", "gt", "ge", "eq", "ne"))
 

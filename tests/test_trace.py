@@ -5,6 +5,7 @@ import operator
 import re
 import subprocess
 import sys
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,10 @@ from gossamer.ir.mask import Mask as IRMask
 from gossamer.ir.score import ScoreMap
 
 BATCH, HEADS, Q, K = 2, 3, 9, 11
+
+
+# NumPy functions on torch tensors, which some tests compare with, warn.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 
 
 def indices():
@@ -270,6 +275,19 @@ def test_python_decisions_on_integers_are_part_of_the_key():
     assert Mask.trace(maybe(True, 4, {"sinks": 1})).key != key
 
 
+@pytest.mark.parametrize("compare", [operator.lt, operator.le, operator.gt, operator.ge, operator.eq])
+@pytest.mark.parametrize("width", [5, 6, -3])
+def test_half_an_integer_is_still_a_parameter(compare, width):
+    def by(width):
+        return lambda b, h, q, k: compare(q - k, width / 2) | compare(width / 2 + 1, k)
+
+    same_as_torch(by(width))
+    if compare is not operator.eq:
+        assert Mask.trace(by(width)).ir.exact
+        assert Mask.trace(by(width)).key == Mask.trace(by(width + 2)).key
+    same_as_torch(lambda b, h, q, k: compare(2.5, q) | compare(k, 3.0))
+
+
 GLOBAL_WIDTH = 3
 
 
@@ -320,6 +338,52 @@ def test_object_that_changes_is_read_again():
     assert Mask.trace(window).values == (3, 2)
     window.left = 7
     assert Mask.trace(window).values == (7, 6)
+
+
+def test_what_is_out_of_sight_is_traced_each_time():
+    config, order = OrderedDict(width=3), deque([2, 4])
+
+    def looks_around(b, h, q, k):
+        extra = getattr(holder, "extra", 0)
+        return (q - k < config.get("width") + extra) & (k != next(iter(order)))
+
+    class Holder:
+        pass
+
+    holder = Holder()
+    same_as_torch(looks_around)
+    config["width"] = 5
+    same_as_torch(looks_around)
+    holder.extra = 2
+    same_as_torch(looks_around)
+    order.rotate()
+    same_as_torch(looks_around)
+
+
+def shadowed(b, h, q, k):
+    return abs(q - k) < 3
+
+
+def test_a_global_may_come_to_hide_a_builtin(monkeypatch):
+    same_as_torch(shadowed)
+    monkeypatch.setitem(globals(), "abs", lambda x: x)
+    same_as_torch(shadowed)
+
+
+def test_cached_helpers_and_strings():
+    @functools.lru_cache
+    def near(width, q, k):
+        return q - k < width
+
+    modes = {"mode": "near"}
+
+    def by_mode(b, h, q, k):
+        return near(W, q, k) if modes["mode"] == "near" and W != "auto" else q > k
+
+    same_as_torch(by_mode)
+    modes["mode"] = "far"
+    same_as_torch(by_mode)
+    assert Mask.trace(lambda b, h, q, k: near(3, q, k)).values == ()
 
 
 def test_nested_functions_and_pytorch_combinators():
