@@ -162,7 +162,9 @@ def _from_ir(text: str) -> Mask:
         missing = ", ".join(n for n in params if not _PARAM.fullmatch(n))
         raise InputError("mask", "a value for each integer, as in mask(p0=128) { ... }", missing)
     if tensors.strip() and not captures:
-        raise InputError("mask", 'a file for each tensor, as in c0: i32[1] = "ids.npy"', repr(tensors.strip()))
+        raise InputError(
+            "mask", 'a file for each tensor, as in c0: i32[1] = "ids.npy"', repr(tensors.strip())
+        )
     declared = "; " + ", ".join(m["declared"] for m in captures) if captures else ""
     mask = ir.Mask.parse(f"mask({', '.join(values)}{declared}) {{{found['body']}}}")
     arrays = [_load_array(m["path"]) for m in captures]
@@ -190,7 +192,9 @@ def _from_file(path: Path, name: str) -> Mask:
     for part in name.split("."):
         if not hasattr(value, part):
             functions = [n for n, v in vars(value).items() if callable(v) and not n.startswith("_")]
-            raise InputError("mask", f"one of {', '.join(functions) or 'its functions'} of {path}", repr(part))
+            raise InputError(
+                "mask", f"one of {', '.join(functions) or 'its functions'} of {path}", repr(part)
+            )
         value = getattr(value, part)
     return Mask.of(value)
 
