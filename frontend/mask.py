@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
 from .captured import as_numpy, is_array, readable
-from .term import TRUE, Term, both, children, either, negate, rename, shifted, show, walk
+from .term import TRUE, Term, negate, rename, show
 from .term_expr import from_expr, to_expr
+from .term_mask import segments
 from .trace import dtype_name, trace_mask
 
 if TYPE_CHECKING:
@@ -168,45 +169,38 @@ class Mask:
 
         Where such ids never decrease (`is_monotone`), the keys of a row are one interval.
         """
-        compared, read = set(), set()
-
-        def visit(node: Term) -> None:
-            if isinstance(node, tuple) and node[0] in ("eq", "ne") and _is_segment_test(node):
-                compared.add(node[1][1])
-                return
-            if isinstance(node, tuple) and node[0] in ("read", "readf"):
-                read.add(node[1])
-            for child in children(node):
-                visit(child)
-
-        visit(self._term)
-        return tuple(sorted(int(name[1:]) for name in compared - read))
+        return segments(self._term)
 
     # ---- algebra ----
 
     def __and__(self, other: Any) -> Mask:
-        return self._join(other, both)
+        return self._join("and", other)
 
     def __or__(self, other: Any) -> Mask:
-        return self._join(other, either)
+        return self._join("or", other)
 
     def __rand__(self, other: Any) -> Mask:
-        return Mask.of(other)._join(self, both)
+        return Mask.of(other)._join("and", self)
 
     def __ror__(self, other: Any) -> Mask:
-        return Mask.of(other)._join(self, either)
+        return Mask.of(other)._join("or", self)
 
     def __invert__(self) -> Mask:
         return Mask(negate(self._term), self.values, self._tensors, self._signature)
 
-    def _join(self, other: Any, join: Callable[[Term, Term], Term]) -> Mask:
+    def _join(self, how: str, other: Any) -> Mask:
         right = Mask.of(other)
-        term = shifted(right._term, {"p": len(self.values), "c": len(self._tensors)})
-        return _compact(
-            join(self._term, term),
-            self.values + right.values,
-            self._tensors + right._tensors,
-            self._signature + right._signature,
+        values, tensors = self.values + right.values, self._tensors + right._tensors
+        signature = self._signature + right._signature
+        place = {id(t): i for i, t in reversed(list(enumerate(tensors)))}  # where each first occurs
+        same = tuple(place[id(t)] for t in tensors)
+        counts = len(self.values), len(self._tensors)
+        term, params, captures = joined(how, self._term, right._term, counts, same)
+        return Mask(
+            term,
+            tuple(values[i] for i in params),
+            tuple(tensors[i] for i in captures),
+            tuple(signature[i] for i in captures),
         )
 
     def __eq__(self, other: object) -> bool:
@@ -290,37 +284,6 @@ class Mask:
 
     def __bool__(self) -> bool:
         raise UnsupportedError("a Mask has no truth value: use & | ~ in place of 'and', 'or', 'not'")
-
-
-def _is_segment_test(node: Term) -> bool:
-    """Whether an equality compares one tensor at q with itself at k, other indices alike."""
-    a, b = node[1], node[2]
-    if not (isinstance(a, tuple) and isinstance(b, tuple) and a[0] == b[0] == "read" and a[1] == b[1]):
-        return False
-    return {a[-1], b[-1]} == {"q", "k"} and a[2:-1] == b[2:-1] and a[2:-1] in ((), ("b",), ("h",), ("b", "h"))
-
-
-def _compact(term: Term, values: tuple[int, ...], tensors: tuple[Any, ...], signature: Signature) -> Mask:
-    """A mask in which one tensor has one name, and what the term does not read is left out."""
-    names: dict[str, str] = {}
-    integers: list[int] = []
-    first: dict[int, str] = {}
-    kept: list[int] = []
-    for node in walk(term):
-        name = node[1] if isinstance(node, tuple) and node[0] in ("read", "readf") else node
-        if not isinstance(name, str) or name in names or not name[1:].isdecimal():
-            continue
-        i = int(name[1:])
-        if name[0] == "p":
-            names[name] = f"p{len(integers)}"
-            integers.append(values[i])
-        elif name[0] == "c":
-            if id(tensors[i]) not in first:
-                first[id(tensors[i])] = f"c{len(kept)}"
-                kept.append(i)
-            names[name] = first[id(tensors[i])]
-    arrays, kinds = tuple(tensors[i] for i in kept), tuple(signature[i] for i in kept)
-    return Mask(rename(term, names), tuple(integers), arrays, kinds)
 
 
 def _zero_one_matrix(array: Any) -> np.ndarray:

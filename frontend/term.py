@@ -12,7 +12,7 @@ in every process, and it is built without sympy: it is the structural key of a k
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Term = Any  # int | str | tuple
@@ -73,13 +73,6 @@ def children(term: Term) -> tuple[Term, ...]:
     if not isinstance(term, tuple) or term[0] == "f":
         return ()
     return term[2:] if term[0] in ("read", "readf", "cast") else term[1:]
-
-
-def walk(term: Term) -> Iterator[Term]:
-    """Every node of a term, operands after their operation, left to right."""
-    yield term
-    for child in children(term):
-        yield from walk(child)
 
 
 def rewrite(term: Term, leaf: Callable[[Term], Term]) -> Term:

@@ -76,7 +76,7 @@ def from_expr(expr: Any) -> Term:
 
     >>> from gossamer.ir.expr import integer
     >>> from_expr(integer("q") - integer("k") <= 4)
-    ('le', ('add', ('neg', 'k'), 'q'), 4)
+    ('le', ('sub', 'q', 'k'), 4)
     """
     from ..ir import expr as E
 
