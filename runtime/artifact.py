@@ -21,7 +21,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
@@ -47,7 +47,7 @@ class Artifact:
     """
 
     manifest: Manifest
-    parts: Mapping[str, bytes]
+    parts: Mapping[str, bytes] = field(repr=False)
 
     @staticmethod
     def of(manifest: Manifest, parts: Mapping[str, bytes]) -> Artifact:

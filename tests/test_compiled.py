@@ -10,10 +10,10 @@ import torch
 
 from gossamer.ir.errors import ArtifactError, InputError
 from gossamer.ir.expr import ceildiv, integer, real
-from gossamer.ir.kernel import Axis, GridDim, Kernel, Load, Scalar, Store, Tensor
+from gossamer.ir.kernel import Axis, Dot, GridDim, Kernel, Load, Reduce, Scalar, Store, Tensor
 from gossamer.runtime import host
 from gossamer.runtime.artifact import Artifact
-from gossamer.runtime.driver import compile_kernels, compilations
+from gossamer.runtime.driver import compilations, compile_kernels
 from gossamer.runtime.executable import Executable
 
 I = Axis("i", 16, 16)  # noqa: E741
@@ -51,25 +51,49 @@ def test_artifact_tells_what_the_binary_needs(artifact: Artifact) -> None:
     assert compile_kernels([scale_kernel()], "cpu", ir_text="graph @scale { }\n") == artifact
 
 
+def product_kernel() -> Kernel:
+    """c = a b', 16 x 16 of it a grid cell: a dot keeps a block of registers."""
+    j, d = Axis("j", 16, 16), Axis("d", 32, 32)
+    row, n = 16 * integer("t") + I.symbol, integer("n")
+    body = (
+        Load("A", "f32", ("i", "d"), "a", (row, d.symbol), row < n),
+        Load("B", "f32", ("j", "d"), "b", (j.symbol, d.symbol)),
+        Dot("C", "f32", ("i", "j"), "A", "B", "d"),
+        Reduce("top", "f32", ("i",), "max", real("C"), ("j",)),
+        Store("c", (row, j.symbol), real("C") - real("top"), ("i", "j"), row < n),
+    )
+    shapes = {"a": ("n", 32), "b": (16, 32), "c": ("n", 16)}
+    args = tuple(
+        Tensor(name, "f32", shape, "out" if name == "c" else "in", 1) for name, shape in shapes.items()
+    )
+    return Kernel("product", args, (GridDim("t", ceildiv(n, 16)),), (I, j, d), "i", body)
+
+
 RUN_SAVED = """
 import sys, torch
 from gossamer.runtime import driver
+scale, product = map(driver.load, sys.argv[1:])
 x = torch.arange(100.0)
 y = torch.empty_like(x)
-driver.load(sys.argv[1])({"x": x, "y": y, "by": 2.0})
+scale({"x": x, "y": y, "by": 2.0})
 assert torch.equal(y, 2 * x)
+a, b, c = torch.randn(40, 32), torch.randn(16, 32), torch.empty(40, 16)
+product({"a": a, "b": b, "c": c})
+expected = a @ b.T - (a @ b.T).amax(1, keepdim=True)
+assert (c - expected).abs().max() < 1e-4
 print(driver.compilations(), driver.loads(), *{"tvm", "sympy", "islpy", "networkx"} & set(sys.modules))
 """
 
 
-def test_saved_kernel_runs_without_any_compiler(artifact: Artifact, tmp_path: Path) -> None:
-    path = artifact.save(tmp_path / "scale.gossamer")
+def test_saved_kernels_run_without_any_compiler(artifact: Artifact, tmp_path: Path) -> None:
+    paths = [artifact.save(tmp_path / "scale.gossamer")]
+    paths.append(compile_kernels([product_kernel()], "cpu").save(tmp_path / "product"))
     environment = {"PATH": "/nonexistent", "HOME": str(tmp_path)}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", RUN_SAVED, str(path)]
+    command = [sys.executable, "-c", RUN_SAVED, *map(str, paths)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "0 1"
+    assert done.stdout.strip() == "0 2"
 
 
 def test_kernel_for_another_cpu_compiles_but_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,5 +107,7 @@ def test_kernel_for_another_cpu_compiles_but_does_not_run(monkeypatch: pytest.Mo
 
 
 def test_unknown_cpu_is_refused_with_its_neighbours() -> None:
-    with pytest.raises(InputError, match=r"expected an LLVM CPU name after 'cpu:'; got 'znver44'. Did you mean znver4"):
+    with pytest.raises(
+        InputError, match=r"expected an LLVM CPU name after 'cpu:'; got 'znver44'. Did you mean znver4"
+    ):
         compile_kernels([scale_kernel()], "cpu:znver44")
