@@ -15,7 +15,7 @@ from ..ir.errors import InputError, UnsupportedError
 from .captured import as_numpy, is_array, readable
 from .term import TRUE, Term, negate, rename, show
 from .term_expr import from_expr, to_expr
-from .term_mask import segments
+from .term_mask import joined, segments
 from .trace import dtype_name, trace_mask
 
 if TYPE_CHECKING:
