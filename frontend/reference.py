@@ -6,7 +6,6 @@ they are; rows without any pair give zeros and an LSE of -inf.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,23 +24,39 @@ def reference_attention(
     """(out, lse) of a checked problem, computed in float64 and rounded to the result dtypes."""
     import torch
 
-    q, k, v = (t.detach().to(torch.float64) for t in (problem.query, problem.key, problem.value))
+    out, lse = exact_attention(problem, mask, score, scale, np.float64)
+    wide = torch.float64 if problem.dtype == "f64" else torch.float32
+    return torch.from_numpy(out).to(problem.query.dtype), torch.from_numpy(lse).to(wide)
+
+
+def exact_attention(
+    problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None, floats: type
+) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse) in the NumPy dtype `floats`: float64, or longdouble to judge float64 kernels by."""
+    import torch
+
+    q, k, v = (
+        t.detach().to(torch.float64).numpy().astype(floats)
+        for t in (problem.query, problem.key, problem.value)
+    )
     group = problem.heads // k.shape[1] if k.shape[1] else 1
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = (q @ k.transpose(-1, -2)) * (1 / math.sqrt(problem.qk_size) if scale is None else scale)
-    grid = np.ogrid[: problem.batch, : problem.heads, : problem.q_len, : problem.kv_len]
-    lengths = {"q_len": problem.q_len, "kv_len": problem.kv_len}
-    if score is not None:
-        mapped = score.ir.evaluate(
-            scores.numpy(), *grid, score.values, _arrays(score.tensors), floats=np.float64, **lengths
-        )
-        scores = torch.from_numpy(np.ascontiguousarray(np.broadcast_to(mapped, scores.shape)))
-    attends = mask.ir.evaluate(*grid, mask.values, _arrays(mask.tensors), **lengths)
-    scores = scores.masked_fill(~torch.from_numpy(np.ascontiguousarray(attends)), -math.inf)
-    lse = torch.logsumexp(scores, -1) if problem.kv_len else scores.new_full(scores.shape[:-1], -math.inf)
-    weights = torch.exp(scores - torch.where(lse.isneginf(), 0.0, lse)[..., None])
-    lse_dtype = torch.float64 if problem.dtype == "f64" else torch.float32
-    return (weights @ v).to(problem.query.dtype), lse.to(lse_dtype)
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    with np.errstate(all="ignore"):
+        factor = 1 / np.sqrt(floats(problem.qk_size)) if scale is None else floats(scale)
+        scores = (q @ k.swapaxes(-1, -2)) * factor
+        grid = np.ogrid[: problem.batch, : problem.heads, : problem.q_len, : problem.kv_len]
+        if score is not None:
+            mapped = score.ir.evaluate(scores, *grid, score.values, _arrays(score.tensors), floats=floats)
+            scores = np.broadcast_to(mapped, scores.shape)
+        lengths = {"q_len": problem.q_len, "kv_len": problem.kv_len}
+        attends = mask.ir.evaluate(*grid, mask.values, _arrays(mask.tensors), **lengths)
+        scores = np.where(attends, scores, -np.inf)
+        peak = scores.max(-1, keepdims=True, initial=-np.inf)
+        weights = np.exp(scores - np.where(np.isneginf(peak), 0, peak))
+        total = weights.sum(-1, keepdims=True)
+        empty = total == 0
+        lse = np.where(empty, -np.inf, peak + np.log(np.where(empty, 1, total)))[..., 0]
+        return (weights / np.where(empty, 1, total)) @ v, lse
 
 
 def _arrays(tensors: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
