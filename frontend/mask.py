@@ -117,12 +117,10 @@ class Mask:
         Rows and columns outside the array belong to whatever closed form was found. Raises InputError
         when the array is no matrix of zeros and ones.
         """
-        matrix = _zero_one_matrix(array)
         from ..passes.recover import recover
 
-        found = recover(matrix)
-        ir, tensors = found if isinstance(found, tuple) else (found, ())
-        return Mask.from_ir(ir, tensors=tuple(tensors))
+        ir, tensors = recover(as_numpy(array))
+        return Mask.from_ir(ir, tensors=tensors)
 
     @staticmethod
     def from_ir(ir: IRMask, values: tuple[int, ...] = (), tensors: tuple[Any, ...] = ()) -> Mask:
@@ -284,15 +282,3 @@ class Mask:
 
     def __bool__(self) -> bool:
         raise UnsupportedError("a Mask has no truth value: use & | ~ in place of 'and', 'or', 'not'")
-
-
-def _zero_one_matrix(array: Any) -> np.ndarray:
-    import numpy as np
-
-    matrix = as_numpy(array)
-    if matrix.ndim != 2 or 0 in matrix.shape:
-        raise InputError("Mask.from_dense", "a matrix of shape (q_len, kv_len)", f"shape {matrix.shape}")
-    if matrix.dtype != bool and not np.isin(matrix, (0, 1)).all():
-        wrong = matrix[~np.isin(matrix, (0, 1))][0]
-        raise InputError("Mask.from_dense", "zeros and ones, 1 = attend", f"the entry {wrong}")
-    return matrix.astype(bool)

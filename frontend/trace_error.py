@@ -11,7 +11,7 @@ from types import CodeType, FrameType, TracebackType
 from ..ir.errors import TraceError
 
 _HERE = str(Path(__file__).parent)
-_LIBRARIES = ("/torch/", "/numpy/", "/jax/")
+_LIBRARIES = ("torch", "numpy", "jax")
 
 
 def trace_error(message: str, fix: str = "") -> TraceError:
@@ -82,11 +82,11 @@ def _first_user_line(frames: Iterator[tuple[FrameType, int, int]]) -> Place | No
 
 
 def _is_ours(file: str) -> bool:
-    return (
-        (file.startswith(_HERE) and "trace" in Path(file).name)
-        or any(part in file for part in _LIBRARIES)
-        or file.startswith("<frozen")
-    )
+    """Whether a file belongs to the tracer or to a library through which the user's function called it."""
+    if file.startswith("<frozen") or (file.startswith(_HERE) and "trace" in Path(file).name):
+        return True
+    loaded = (getattr(sys.modules.get(name), "__file__", None) for name in _LIBRARIES)
+    return any(at is not None and file.startswith(str(Path(at).parent)) for at in loaded)
 
 
 def _columns(code: CodeType, instruction: int, line: int) -> tuple[int, int] | None:

@@ -234,6 +234,36 @@ def test_boolean_tensor_is_a_table(shape, library):
             np.testing.assert_array_equal(mask.to_dense(5, 7, b, h), whole[b, h])
 
 
+@pytest.mark.parametrize("name", FORMULAS)
+def test_from_dense_finds_the_closed_form(name):
+    mask, _ = FORMULAS[name]
+    dense = mask.to_dense(60, 60)
+    found = Mask.from_dense(torch.from_numpy(dense))
+    assert found.tensors == ()
+    np.testing.assert_array_equal(found.to_dense(60, 60), dense)
+
+
+def test_from_dense_stores_what_has_no_form():
+    dense = np.random.default_rng(0).random((21, 33)) < 0.3
+    found = Mask.from_dense(dense.astype(int))
+    assert found.tensors
+    np.testing.assert_array_equal(
+        (found | masks.causal()).to_dense(21, 33), dense | np.tri(21, 33, dtype=bool)
+    )
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_analyze_counts_pairs(name):
+    mask, formula = FORMULAS[name]
+    assert mask.analyze(29, 17).nnz == formula(*grid(29, 17)).sum()
+
+
+def test_analyze_of_a_batch():
+    ids = np.array([[0, 0, 1], [0, 0, 0]])
+    assert masks.document(ids).analyze(3, 3, b=0).nnz == 5
+    assert masks.document(ids).analyze(3, 3, b=1).nnz == 9
+
+
 def test_mask_of_everything_else():
     assert Mask.of(None) == masks.full()
     window = masks.sliding_window(2)
@@ -356,7 +386,7 @@ def test_repr_shows_values():
         (lambda: masks.from_flashmask(np.zeros((1, 1, 4, 4), int)), "1 or 2 bounds a key when causal"),
         (lambda: masks.from_flashmask(np.zeros((4, 4), int)), "rank 4"),
         (lambda: Mask.from_dense(np.zeros(4)), r"a matrix of shape \(q_len, kv_len\); got shape \(4,\)"),
-        (lambda: Mask.from_dense(np.full((2, 2), 3)), "zeros and ones.*got the entry 3"),
+        (lambda: Mask.from_dense(np.full((2, 2), 3)), "truth values, or of 0 and 1"),
         (lambda: Mask.from_ir(masks.sliding_window(3).ir, (1,)), "Mask.from_ir.values: expected 2"),
     ],
 )
