@@ -143,7 +143,8 @@ def _function(kernel: Kernel) -> list[str]:
 
 def _programs(kernel: Kernel, scope: Scope) -> list[str]:
     """The grid coordinates of this program."""
-    lines, passed = [f"{INDENT}pid = tl.program_id(0)"], []
+    lines = [f"{INDENT}pid = tl.program_id(0)"] if any(dim.extent != 1 for dim in kernel.grid) else []
+    passed = []
     for n, dim in enumerate(kernel.grid):
         name = scalar_name(dim.name)
         scope.names[dim.name] = Name(name, "i32")

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..ir.errors import BackendError, InputError, MissingDependencyError
+from ..ir.errors import BackendError, InputError, MissingDependencyError, UnsupportedError
 
 TARGETS = ("cuda:sm_80", "cuda:sm_90", "cuda:sm_90a", "cuda:sm_100", "hip:gfx942")
 
@@ -84,7 +84,8 @@ def aligned_arguments(source: str) -> tuple[str, ...]:
 def compile_ahead(source: str, target: str, *, aligned: bool = True) -> Binary:
     """Compile emitted text for a target such as 'cuda:sm_90a' or 'hip:gfx942'; no GPU is needed.
 
-    Raises InputError for an unknown target, BackendError where Triton or its assembler fails."""
+    Raises InputError for an unknown target, UnsupportedError for f64 products on AMD, BackendError
+    where Triton or its assembler fails."""
     architecture = _architecture(target)
     triton = _triton()
     if triton.knobs.runtime.interpret:
@@ -101,6 +102,10 @@ def compile_ahead(source: str, target: str, *, aligned: bool = True) -> Binary:
         attrs={(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if name in hinted},
     )
     nvidia = target.startswith("cuda:")
+    if not nvidia and "out_dtype=tl.float64" in source:
+        raise UnsupportedError(
+            f"triton cannot compile products of f64 tiles for {target}; use f32, or the CPU"
+        )
     device = GPUTarget("cuda", int(architecture[3:]), 32) if nvidia else GPUTarget("hip", architecture, 64)
     try:
         # Triton's own cache is put aside: ours keeps the result, and the home folder may be read-only.

@@ -10,7 +10,6 @@ def spans(
     p_y: "*fp32",  # out y[16]
     n: "i32", a: "i32", b: "i32",
 ):
-    pid = tl.program_id(0)
     t = 0
     i_d = tl.arange(0, 16)
 
