@@ -26,6 +26,7 @@ from .trace_operate import operate, value_of
 from .trace_tensor import Captured, dtype_name
 from .trace_value import Number, Value, run_recipe
 
+_COMPILED = "_torchdynamo_orig_callable"  # where torch.compile keeps the function that it wraps
 LIBRARIES = frozenset(
     ("torch", "numpy", "jax", "math", "operator", "functools", "itertools", "builtins", "typing", "enum")
 )
@@ -185,6 +186,10 @@ class Trace:
         if (_library(value) in LIBRARIES and value.__closure__ is None) or _is_tracer(value):
             return self._same_object(value, path)
         self.guards.append(("code", path, value.__code__))
+        if hasattr(value, "_torchdynamo_orig_callable"):  # what torch.compile made a wrapper of
+            return self.lift(
+                value._torchdynamo_orig_callable, (*path, ("attr", "_torchdynamo_orig_callable"))
+            )
         return Copied(self, value, path)
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import and_masks, noop_mask, or_masks
 
+from gossamer import masks
 from gossamer.frontend import trace as tracing
 from gossamer.frontend.mask import Mask
 from gossamer.frontend.score import ScoreMod
@@ -392,6 +393,70 @@ def test_nested_functions_and_pytorch_combinators():
     same_as_torch(or_masks(and_masks(late, noop_mask), near))
     assert Mask.trace(and_masks(near, late)).key == Mask.trace(and_masks(window(9), late)).key
     assert repr(Mask.trace(noop_mask)) == "Mask(true)"
+
+
+def test_neighborhood_as_people_write_it():
+    def natten(width, height, kernel):
+        def position(i):
+            return i // width, i % width
+
+        def mask_mod(b, h, q_idx, kv_idx):
+            (q_x, q_y), (k_x, k_y) = position(q_idx), position(kv_idx)
+            x = q_x.clamp(kernel // 2, (height - 1) - kernel // 2)
+            y = q_y.clamp(kernel // 2, (width - 1) - kernel // 2)
+            return ((x - k_x).abs() <= kernel // 2) & ((y - k_y).abs() <= kernel // 2)
+
+        mask_mod.__name__ = f"natten_{width}x{height}"
+        return mask_mod
+
+    same_as_torch(natten(4, 3, 3))
+    assert Mask.trace(natten(4, 3, 3)) == masks.neighborhood((3, 4), (3, 3))
+    assert Mask.trace(natten(4, 3, 3)).values == (1, 3)
+
+
+def test_documents_as_people_write_them():
+    def packed(inner, offsets):
+        document = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
+
+        def mask_mod(b, h, q_idx, kv_idx):
+            q, k = (i - offsets[document[i]] for i in (q_idx, kv_idx))
+            return (document[q_idx] == document[kv_idx]) & inner(b, h, q, k)
+
+        return mask_mod
+
+    same_as_torch(packed(lambda b, h, q, k: q >= k, torch.tensor([0, 3, 7, 12])))
+
+
+def test_module_and_what_its_lists_hold():
+    class Bias(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slopes = torch.nn.Embedding(2, HEADS)
+            self.rows = torch.nn.ParameterList([torch.randn(Q), torch.randn(K)])
+            self.width = 4
+            self.double().requires_grad_(False)
+
+        def forward(self, score, b, h, q, k):
+            for row, i in zip(self.rows, (q, k), strict=True):
+                score = score + row[i]
+            return score * torch.where(q - k < self.width, self.slopes.weight[1, h], 0.5)
+
+    same_score(Bias())
+    assert ScoreMod.trace(Bias().forward).key == ScoreMod.trace(Bias()).key
+
+
+def test_several_values_at_once():
+    shifts = [1, 2, 5]
+    same_as_torch(lambda b, h, q, k: functools.reduce(operator.or_, [q - k == s for s in shifts]))
+    same_as_torch(lambda b, h, q, k: functools.reduce(torch.logical_or, (q == s for s in shifts)))
+    same_as_torch(lambda b, h, q, k: sum((q == s).int() for s in shifts) > 0)
+    assert Mask.trace(lambda b, h, q, k: (q == shifts[0]) | (k == shifts[2])).values == (1, 5)
+
+
+def test_compiled_mask_mod():
+    compiled = functools.wraps(window(4))(lambda *args: pytest.fail("the wrapper runs"))
+    compiled._torchdynamo_orig_callable = window(4)  # as torch.compile leaves it
+    assert Mask.trace(compiled).values == (4,)
 
 
 def test_one_variable_seen_twice_is_one_parameter():
