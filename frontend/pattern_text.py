@@ -70,7 +70,8 @@ def _patterns() -> dict[str, Callable[..., Mask]]:
     from . import masks
 
     public = getattr(masks, "__all__", None) or [n for n in vars(masks) if not n.startswith("_")]
-    return {n: f for n in public if callable(f := getattr(masks, n)) and not isinstance(f, type)}
+    named = {n: getattr(masks, n) for n in public if n != "from_block_mask"}  # takes an object, no text
+    return {n: f for n, f in named.items() if callable(f) and not isinstance(f, type)}
 
 
 def _from_pattern(text: str) -> Mask:

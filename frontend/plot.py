@@ -11,13 +11,13 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import islpy as isl
 import numpy as np
 
 from ..ir.closed import condition
-from ..ir.errors import InputError, MissingDependencyError
+from ..ir.errors import InputError
 from ..ir.expr import Expr, all_of, integer, to_text
 from ..ir.mask import Mask as IRMask
 from ..ir.sets import ISL_LOCK
@@ -25,25 +25,18 @@ from ..passes.decompose import Remainder, Term, decompose
 from ..passes.progression import as_set
 from .blocks import Values, classify
 from .captured import as_numpy
+from .plot_draw import PAPER, Panel, figure_class, save
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from .mask import Mask
 
 MAX_PIXELS = 1024  # a side; longer masks are drawn with one pixel for a square of pairs
 MAX_TILES = 256  # a side; more tiles are drawn as squares of tiles
-SIDE, DPI = (
-    5.2,
-    220,
-)  # inches, dots an inch; a panel then has more pixels than MAX_PIXELS: no thin line falls between them
 LINE = 84  # characters of a legend's line
 MAX_COLOURS = 7  # terms beyond the sixth share the last colour
 
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F")
-PAPER, GRID, INK = "#FFFFFF", "#B8B8B8", "#222222"
 TILE_COLOURS = {"full": "#1B4F72", "partial": "#F0A83C", "empty": "#F1F1F1"}
 
 
@@ -77,77 +70,15 @@ def plot(
     for name, value in (("q_len", q_len), ("kv_len", kv_len), ("tiles", min(tiles))):
         if value < 1:
             raise InputError(f"plot.{name}", "at least 1", value)
-    figure_class = _figure_class()
+    figure_class()  # what is missing is said before the work
     drawn = mask.ir.substitute({"b": batch, "h": head})
     if drawn.exact:  # closed forms are shorter in numbers; others may be long to take apart
         drawn = drawn.substitute(dict(zip(drawn.params, mask.values, strict=True)))
     values = Values(mask.values[: len(drawn.params)], [as_numpy(t) for t in mask.tensors], q_len, kv_len)
-    terms, kinds = _draw_terms(drawn, values), _draw_tiles(drawn, values, tiles)
-    frame = Frame.around(q_len, kv_len, max(terms.lines, kinds.lines))
-    figure = figure_class(figsize=(frame.width, frame.height), dpi=DPI, facecolor=PAPER)
-    figure.text(
-        0.5, 1 - 0.28 / frame.height, _shorten(title or repr(mask), 110),
-        ha="center", va="center", fontsize=12, weight="bold", color=INK,
-    )  # fmt: skip
-    for place, panel in enumerate((terms, kinds)):
-        _show(figure.add_axes(frame.panel(place)), panel, values, tiles, frame)
+    panels = _draw_terms(drawn, values), _draw_tiles(drawn, values, tiles)
     path = Path(path)
-    figure.savefig(path, format="png")
+    save(path, _shorten(title or repr(mask), 110), panels, (q_len, kv_len), tiles)
     return path
-
-
-def _figure_class() -> type[Figure]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError("matplotlib", "plot", "a picture of a mask") from None
-    return Figure
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Where things are, in inches: two panels of one size side by side, and the legends under them."""
-
-    panel_width: float
-    panel_height: float
-    below: float
-    left: float = 0.8
-    between: float = 0.95
-    above: float = 0.8
-
-    @staticmethod
-    def around(q_len: int, kv_len: int, lines: int) -> Frame:
-        """Panels shaped as the mask is, up to 1 to 3."""
-        shape = min(3.0, max(1 / 3, kv_len / q_len))
-        return Frame(SIDE * max(0.6, min(1.0, shape)), SIDE * min(1.0, 1 / shape), 0.75 + 0.2 * lines)
-
-    @property
-    def width(self) -> float:
-        return self.left + 2 * self.panel_width + self.between + 0.3
-
-    @property
-    def height(self) -> float:
-        return self.above + self.panel_height + self.below
-
-    def panel(self, place: int) -> tuple[float, float, float, float]:
-        """(left, bottom, width, height) of a panel, as shares of the figure."""
-        left = self.left + place * (self.panel_width + self.between)
-        size = self.panel_width / self.width, self.panel_height / self.height
-        return left / self.width, self.below / self.height, *size
-
-
-@dataclass(frozen=True)
-class Panel:
-    """What one half shows. picture: RGB, a pixel for `pixel` (queries, keys). legend: (colour, text)."""
-
-    title: str
-    picture: np.ndarray
-    pixel: tuple[int, int]
-    legend: tuple[tuple[str, str], ...]
-
-    @property
-    def lines(self) -> int:
-        return sum(1 + text.count("\n") for _, text in self.legend)
 
 
 # ---- the terms ----
@@ -243,48 +174,6 @@ def raster(mask: IRMask, values: Values, size: tuple[int, int]) -> Raster:
 
 def _shape(values: Values, size: tuple[int, int]) -> tuple[int, int]:
     return -(-values.q_len // size[0]), -(-values.kv_len // size[1])
-
-
-# ---- drawing ----
-
-
-def _show(axes: Axes, panel: Panel, values: Values, tiles: tuple[int, int], frame: Frame) -> None:
-    down, across = (n * size for n, size in zip(panel.picture.shape, panel.pixel, strict=False))
-    extent = (-0.5, across - 0.5, down - 0.5, -0.5)
-    axes.imshow(panel.picture, extent=extent, interpolation="nearest", aspect="auto")
-    axes.set_xlim(-0.5, values.kv_len - 0.5)
-    axes.set_ylim(values.q_len - 0.5, -0.5)
-    axes.set_title(panel.title, fontsize=10, color=INK)
-    axes.set_xlabel("key k", fontsize=9, color=INK, labelpad=2)
-    axes.set_ylabel("query q", fontsize=9, color=INK)
-    axes.tick_params(labelsize=8, colors=INK, length=3)
-    for spine in axes.spines.values():
-        spine.set_color(GRID)
-    _draw_tile_lines(axes, values, tiles)
-    _draw_legend(axes, panel.legend, frame)
-
-
-def _draw_tile_lines(axes: Axes, values: Values, tiles: tuple[int, int]) -> None:
-    """The borders of tiles, where they are far enough apart to be seen."""
-    down, across = _shape(values, tiles)
-    if max(down, across) <= 32:
-        style: dict[str, Any] = {"colors": GRID, "linewidth": 0.4, "alpha": 0.8}
-        axes.hlines(np.arange(1, down) * tiles[0] - 0.5, -0.5, values.kv_len - 0.5, **style)
-        axes.vlines(np.arange(1, across) * tiles[1] - 0.5, -0.5, values.q_len - 0.5, **style)
-
-
-def _draw_legend(axes: Axes, entries: tuple[tuple[str, str], ...], frame: Frame) -> None:
-    from matplotlib.patches import Patch
-
-    axes.legend(
-        handles=[Patch(facecolor=colour, edgecolor=GRID, label=text) for colour, text in entries],
-        loc="upper left",
-        bbox_to_anchor=(-0.02, -0.42 / frame.panel_height),
-        borderaxespad=0,
-        fontsize=8.5,
-        frameon=False,
-        labelcolor=INK,
-    )
 
 
 def _colour(term: int) -> str:

@@ -1,0 +1,288 @@
+"""``gossamer explain``: what the compiler makes of a mask, step by step, and how long it should take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..ir.errors import InputError
+from .cli_options import (
+    Batch,
+    Debug,
+    DeviceName,
+    Dim,
+    Dtype,
+    Heads,
+    KvHeads,
+    KvLen,
+    MaskText,
+    QLen,
+    Target,
+    VDim,
+    dtype_of,
+)
+
+if TYPE_CHECKING:
+    from ..ir.graph import Graph, Op
+    from ..ir.order import Order
+    from ..passes.cost import Device, Plan, Size
+    from .mask import Mask
+
+WIDTH = 110
+
+
+def explain(
+    mask: MaskText,
+    q_len: QLen = 1024,
+    kv_len: KvLen = None,
+    dtype: Dtype = "f32",
+    dim: Dim = 64,
+    v_dim: VDim = None,
+    heads: Heads = 8,
+    kv_heads: KvHeads = None,
+    batch: Batch = 1,
+    target: Target = "cpu",
+    device: DeviceName = None,
+    ir: Annotated[
+        bool, typer.Option("--ir/--no-ir", help="What each pass changes, and the kernel IR.")
+    ] = True,
+    source: Annotated[bool, typer.Option("--source", help="Also the generated source.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what the compiler makes of a mask: its terms, tiles, schedule, IR, and predicted time.
+
+    \b
+    Prints, in this order
+      mask      as captured: integers p0, p1, ..., tensors c0, c1, ...
+      geometry  number of pairs, disjoint terms in closed form, tiles, proofs
+      schedule  kernels: row order, tile shape, tiles visited
+      passes    what each pass adds to the IR, then the kernel IR
+      source    the generated kernels, with --source
+      time      predicted by a roofline model, and the floor of any kernel
+
+    Nothing is compiled or run.
+
+    \b
+    Examples:
+      gossamer explain causal
+      gossamer explain "strided(64, 64) & causal" --q-len 4096 --no-ir
+      gossamer explain "longformer(128, 16)" --target cuda:sm_90 --source
+      gossamer explain causal --device a100 --dtype bf16 --q-len 16384
+    """
+    from ..passes.cost import Size
+    from ..passes.pipeline import compile_spec
+    from ..passes.spec import AttentionSpec
+    from ..runtime.target import Target as ParsedTarget
+    from . import cli_output as show
+    from .pattern_text import parse_mask
+
+    dtype = dtype_of(dtype)
+    ParsedTarget.parse(target)
+    if kv_heads is not None and heads % kv_heads:
+        raise InputError("--kv-heads", f"a number that divides --heads {heads}", kv_heads)
+    graphs: list[tuple[str, Any]] = []
+    with show.working("reading the mask") as say:
+        bound = parse_mask(mask)
+        values = _values(bound)
+        size = Size(q_len, kv_len or q_len, batch, heads, kv_heads or heads, dim, v_dim or dim, dtype, values)
+        say("running the passes")
+        spec = AttentionSpec(
+            bound.ir, None, dtype, dim, v_dim or dim, target=target, monotone=_sorted_ids(bound)
+        )
+        program = compile_spec(spec, watch=lambda name, graph: graphs.append((name, graph)))
+        plans = _plans(graphs[-1][1])
+        say("counting pairs")
+        geometry = bound.analyze(size.q_len, size.kv_len)
+        findings = geometry.explain(*_tile_shape(plans))
+        nnz = count_pairs(bound, size, geometry.nnz)
+        say("measuring this machine")
+        machine = device_for(target, device)
+
+    show.heading("mask")
+    show.text(f"{mask}\n{bound!r}")
+    show.heading("geometry")
+    show.text(findings)
+    show.heading("schedule")
+    _print_schedule(plans, size)
+    if ir:
+        from ..ir.kernel_text import to_text
+
+        show.heading("passes")
+        print_passes(graphs)
+        show.heading("kernel IR")
+        for kernel in program.kernels:
+            show.text(to_text(kernel))
+    if source:
+        from importlib import import_module
+
+        emitter = "tvm" if spec.target_kind == "cpu" else "triton"
+        emit = import_module(f"...codegen.{emitter}", __name__).emit
+        for kernel in program.kernels:
+            show.heading(f"source of {kernel.name}")
+            show.code(emit(kernel), "python")
+    show.heading("time")
+    _print_time(machine, size, plans, nnz, target)
+
+
+# ---- what is needed ----
+
+
+def _values(mask: Mask) -> dict[str, Any]:
+    """The mask's integers and captured tensors by name."""
+    from .captured import as_numpy
+
+    values: dict[str, Any] = {f"p{i}": v for i, v in enumerate(mask.values)}
+    return values | {f"c{i}": as_numpy(t) for i, t in enumerate(mask.tensors)}
+
+
+def _sorted_ids(mask: Mask) -> frozenset[str]:
+    from .captured import is_monotone
+
+    return frozenset(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i]))
+
+
+def _plans(graph: Graph) -> tuple[Plan, ...]:
+    [op] = graph.of_kind("attention")
+    return tuple(zip(op.attr("groups"), op.attr("schedules"), op.attr("loops"), strict=True))
+
+
+def _tile_shape(plans: tuple[Plan, ...]) -> tuple[int, int]:
+    """The tile shape of the first kernel that tiles plain indices; else 64 by 64."""
+    for group, schedule, _ in plans:
+        if group.order.natural:
+            return schedule.rows[0], schedule.cols[0]
+    return 64, 64
+
+
+def count_pairs(mask: Mask, size: Size, one: int | None = None) -> int:
+    """Pairs that attend, over all batches and heads. one: of batch and head 0, where it is known."""
+    used = {str(s) for s in mask.ir.predicate.free_symbols}
+    batches, heads = (n if name in used else 1 for name, n in (("b", size.batch), ("h", size.heads)))
+    total = 0
+    for b in range(batches):
+        for h in range(heads):
+            known = one is not None and b == h == 0
+            total += one if known else mask.analyze(size.q_len, size.kv_len, b, h).nnz  # type: ignore[operator]
+    return total * (size.batch // batches) * (size.heads // heads)
+
+
+def device_for(target: str, name: str | None) -> Device | None:
+    """The machine whose time is predicted; None where the target has no description."""
+    from ..passes import devices
+
+    return devices.device(name) if name else devices.device_of(target)
+
+
+# ---- printing ----
+
+
+def _print_schedule(plans: tuple[Plan, ...], size: Size) -> None:
+    from ..ir.expr import integer, to_text
+    from ..passes.cost import count_tiles
+    from . import cli_output as show
+
+    table = show.table(
+        "kernel", "row order", "tile", "keys start at", "row tiles", "key tiles", "full", "partial",
+        right=(4, 5, 6, 7),
+    )  # fmt: skip
+    for i, plan in enumerate(plans):
+        group, schedule, _ = plan
+        counted = count_tiles(plan, size)
+        shape = " by ".join("x".join(map(str, s)) for s in (schedule.rows, schedule.cols))
+        anchors = [schedule.anchor(d) for d in range(len(group.order.dims))]
+        start = ", ".join("the grid" if a is None else to_text(integer("row") + a) for a in anchors)
+        near = "" if counted.exact else "~"
+        counts = (counted.rows, counted.visited, counted.full, counted.partial)
+        table.add_row(str(i), order_text(group.order), shape, start, *(f"{near}{n}" for n in counts))
+    show.console().print(table)
+    hints = [f"{name} {value}" for name, value in plans[0][1].meta]
+    notes = [f"{len(plans)} kernel{'s' * (len(plans) > 1)}"]
+    if len(plans) > 1:
+        notes.append("the online softmax is carried from each to the next")
+    show.text("; ".join([*notes, *([f"hints: {', '.join(hints)}"] if hints else [])]))
+
+
+def order_text(order: Order) -> str:
+    """An order in words."""
+    if order.natural:
+        return "natural"
+    parts = []
+    for d, dim in enumerate(order.dims):
+        part = f"q{d}, k{d}" if len(order.dims) > 1 else ""
+        part += f" mod {dim.width}" if dim.width is not None else ""
+        if dim.col_stride > 1:
+            shift = f" + {dim.shift}" if dim.shift else ""
+            residue = {0: str(dim.shift), 1: f"q{shift}"}.get(dim.slope, f"{dim.slope}q{shift}")
+            part = f"{part} k = {residue} (mod {dim.col_stride})"
+        parts.append(part.strip())
+    return ("boxes of " if len(order.dims) > 1 else "by residue: ") + "; ".join(parts)
+
+
+def print_passes(graphs: list[tuple[str, Graph]]) -> None:
+    """The operations that each pass has changed, with the attributes that it has added or changed."""
+    from . import cli_output as show
+
+    ops: list[str] = []
+    known: set[tuple[str, str]] = set()
+    for name, graph in graphs:
+        kinds = [_signature(op) for op in graph.ops]
+        found = [_attributes(op) for op in graph.ops]
+        lines = []
+        for op, kind, texts in zip(graph.ops, kinds, found, strict=True):
+            news = {a: value for a, value in texts.items() if (a, value) not in known}
+            if news or kind not in ops:
+                lines += _operation(op, kind, news)
+        show.text("\n".join([f"[{name}]", *(lines or ["  changes nothing"]), ""]))
+        ops, known = kinds, {item for texts in found for item in texts.items()}
+
+
+def _attributes(op: Op) -> dict[str, str]:
+    from ..ir.text import dump
+
+    return {name: dump(value) for name, value in op.attrs}
+
+
+def _signature(op: Op) -> str:
+    results = ", ".join(f"%{v.name}" for v in op.outputs)
+    operands = ", ".join(f"%{name}" for name in op.inputs)
+    kinds = ", ".join(f"{v.dtype}[{', '.join(map(str, v.shape))}] {v.format}" for v in op.outputs)
+    return f"{results} = {op.kind} {operands} : {kinds}"
+
+
+def _operation(op: Op, signature: str, news: dict[str, str]) -> list[str]:
+    from ..ir.text import dump
+
+    lines = [f"  {signature}"]
+    for name, value in news.items():
+        items = op.attr(name)
+        if isinstance(items, tuple) and len(value) > WIDTH - 20:
+            lines += [f"    {name}:", *(f"      {dump(item)}" for item in items)]
+        else:
+            lines.append(f"    {name}: {value}")
+    return lines
+
+
+def _print_time(device: Device | None, size: Size, plans: tuple[Plan, ...], nnz: int, target: str) -> None:
+    from ..passes.cost import estimate, floor
+    from . import cli_output as show
+
+    if device is None:
+        show.text(f"no description of a machine for {target}; name one with --device")
+        return
+    found, least = estimate(device, size, plans), floor(device, size, nnz)
+    flops = nnz * size.pair_flops
+    table = show.table("", "", "", right=(1,))
+    table.add_row("arithmetic", show.seconds(found.compute), f"{found.pairs:,} pairs in visited tiles")
+    table.add_row("memory", show.seconds(found.memory), f"{show.size(found.bytes)} moved")
+    table.add_row("starting tiles", show.seconds(found.tiles), "")
+    table.add_row("launching", show.seconds(found.launches), "")
+    bound = {"compute": "arithmetic", "tiles": "starting tiles", "launches": "launching"}.get(
+        found.limit, "memory"
+    )
+    table.add_row("[bold]predicted", f"[bold]{show.seconds(found.seconds)}", f"bound by {bound}")
+    table.add_row("floor", show.seconds(least), f"{nnz:,} pairs, {flops / 1e9:.4g} GFLOP; predicted is "
+                  f"{found.seconds / least:.2g} times that")  # fmt: skip
+    rate, moved = device.peak(size.dtype) / 1e9, device.bandwidth / 1e9
+    show.text(f"{device.name} ({device.source}): {rate:,.0f} GFLOP/s in {size.dtype}, {moved:,.0f} GB/s")
+    show.console().print(table)
