@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as pytorch
 
 from ..ir.errors import UnsupportedError
+from .captured import as_numpy
 from .mask import Mask
 
 LISTS = tuple(
@@ -184,7 +185,7 @@ def _classify(
 ) -> tuple[np.ndarray, np.ndarray]:
     from .blocks import Values, classify  # brings isl and sympy, which calling a kernel does not need
 
-    captures = [t.detach().cpu().numpy() for t in mask.tensors]
+    captures = [as_numpy(t) for t in mask.tensors]
     return classify(mask.ir, Values(mask.values, captures, *seq_lengths), *batch, block_size)
 
 

@@ -7,11 +7,12 @@ rows at a time: exact, O(q_len * kv_len) in time, never in memory.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from .captured import as_numpy
 from .mask import Mask
 from .score import ScoreMod
 
@@ -49,16 +50,14 @@ def _scores_at(
     scores: Tensor, grid: list[np.ndarray], mask: Mask, score_mod: ScoreMod | None, q_len: int, kv_len: int
 ) -> Tensor:
     """The scores after score_mod, -inf outside the mask."""
-    lengths = {"q_len": q_len, "kv_len": kv_len}
     if score_mod is not None:
         floats = np.float64 if scores.dtype == torch.float64 else np.float32
-        found = score_mod.ir.evaluate(
-            scores.numpy(), *grid, score_mod.values, _arrays(score_mod.tensors), floats=floats, **lengths
-        )
-        scores = torch.from_numpy(np.ascontiguousarray(np.broadcast_to(found, scores.shape))).to(scores.dtype)
-    attends = mask.ir.evaluate(*grid, mask.values, _arrays(mask.tensors), **lengths)
-    return scores.masked_fill(~torch.from_numpy(np.ascontiguousarray(attends)), -math.inf)
+        tensors = _arrays(score_mod.tensors)
+        found = score_mod.ir.evaluate(scores.numpy(), *grid, score_mod.values, tensors, floats=floats)
+        scores = torch.from_numpy(np.array(np.broadcast_to(found, scores.shape), floats))
+    attends = mask.ir.evaluate(*grid, mask.values, _arrays(mask.tensors), q_len, kv_len)
+    return scores.masked_fill(~torch.from_numpy(np.array(attends)), -math.inf)
 
 
-def _arrays(tensors: tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
-    return tuple(t.detach().numpy() for t in tensors)
+def _arrays(tensors: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(map(as_numpy, tensors))

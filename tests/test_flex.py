@@ -271,13 +271,15 @@ def test_masks_agree_with_pytorch(name: str, lengths: tuple[int, int], eager: Ca
     q, k, v = tensors(q_len=lengths[0], kv_len=lengths[1])
     ours, theirs = both(MASKS[name], 2, 4, *lengths)
     out, lse = flex_attention(q, k, v, block_mask=ours, return_lse=True)
-    expected, expected_lse = eager(q, k, v, block_mask=theirs, return_lse=True)
+    expected, aux = eager(q, k, v, block_mask=theirs, return_aux=flex.AuxRequest(lse=True))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, aux.lse, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", SCORES)
-@pytest.mark.parametrize("mask_mod", [None, window])
+@pytest.mark.parametrize(
+    "name, mask_mod",
+    [("alibi", None), ("alibi", window), ("capped", None), ("bias", window), ("causal", None)],
+)
 def test_score_mods_agree_with_pytorch(name: str, mask_mod: Any, eager: Callable[..., Any]) -> None:
     q, k, v = tensors(q_len=90, kv_len=150)
     masks = both(mask_mod, None, None, 90, 150) if mask_mod else (None, None)
@@ -295,7 +297,8 @@ def test_grouped_heads_agree_with_pytorch(
     ours, theirs = both(MASKS["heads"], 1, 4, 130, 130)
     out = flex_attention(q, k, v, block_mask=ours, enable_gqa=True)
     expected = eager(q, k, v, block_mask=theirs, enable_gqa=True)
-    torch.testing.assert_close(out, expected)
+    tolerance = max(2 * torch.finfo(dtype).eps, 1e-6)  # PyTorch rounds probabilities to dtype, we do not
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_one_batch_of_keys_serves_all_queries(eager: Callable[..., Any]) -> None:
@@ -321,8 +324,7 @@ def test_adjusted_block_mask_agrees_with_pytorch(eager: Callable[..., Any]) -> N
     torch.testing.assert_close(out, eager(q, k, v, block_mask=theirs), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("score", [None, "alibi", "bias"])
-@pytest.mark.parametrize("name", ["full", "causal_window", "empty_rows", "heads"])
+@pytest.mark.parametrize("name, score", [("full", "alibi"), ("empty_rows", None), ("heads", "bias")])
 def test_aux_outputs(name: str, score: str | None) -> None:
     q, k, v = tensors(q_len=70, kv_len=90, kv_heads=2)
     score_mod = SCORES[score] if score else None
@@ -337,7 +339,8 @@ def test_aux_outputs(name: str, score: str | None) -> None:
     scores = scores.masked_fill(~dense, -torch.inf)
     torch.testing.assert_close(aux.max_scores, scores.amax(-1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(aux.lse, scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out, flex_attention(q, k, v, score_mod, masks, enable_gqa=True))
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    torch.testing.assert_close(out, weights @ v.repeat_interleave(2, 1), atol=1e-5, rtol=1e-5)
 
 
 def test_aux_holds_what_was_asked_for() -> None:
