@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.attention import attention as attention
+    from .frontend.kernel import AttentionSpec as AttentionSpec
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
     from .frontend.mask import Mask as Mask
@@ -22,13 +23,12 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.splat import sparse_softmax as sparse_softmax
     from .frontend.splat import spmm as spmm
     from .ir.plan import Schedule as Schedule
-    from .passes.spec import AttentionSpec as AttentionSpec
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _NAMES: dict[str, str] = {
-    "AttentionSpec": "passes.spec",
+    "AttentionSpec": "frontend.kernel",
     "ACSRTensor": "frontend.splat",
     "Mask": "frontend.mask",
     "Schedule": "ir.plan",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
 from .captured import is_monotone
+from .kernel import quick_key
 from .mask import Mask
 from .score import ScoreMod
 
@@ -256,8 +257,6 @@ def executable_for(
 
     sizes = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, return_lse)
     ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
-    chosen = None if schedule is None else repr(schedule)
-    quick = ("attention", mask.key, None if score is None else score.key, sizes, ids, chosen)
 
     def make() -> Program:
         from ..passes.pipeline import compile_spec
@@ -266,4 +265,4 @@ def executable_for(
         maps = None if score is None else score.ir
         return compile_spec(AttentionSpec(mask.ir, maps, *sizes, monotone=frozenset(ids)), schedule)
 
-    return get_or_compile(quick, make, "cpu")
+    return get_or_compile(quick_key(mask, score, sizes, ids, schedule), make, "cpu")

@@ -3,22 +3,83 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
+from .mask import Mask
+from .score import ScoreMod
 
 if TYPE_CHECKING:
-    from ..passes.spec import AttentionSpec
+    from ..passes.spec import AttentionSpec as IRSpec
     from ..runtime.driver import Executable
 
 
-class Kernel:
-    """A compiled attention, or several kernels that make one.
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a kernel depends on; lengths, batch, head counts and a mask's integers are arguments, not here.
 
-    source: the generated source text. ir: the IR text it was made from. target: as asked for.
-    Call it with the same tensors as `gossamer.attention`; values of the mask's integers and captured
-    tensors come from `mask=`, a Mask of the same structure as the one it was compiled for."""
+    mask: what `gossamer.attention` takes (a Mask, a mask_mod, a BlockMask, a boolean tensor, None).
+    score_mod: likewise. dtype: "f16", "bf16", "f32" or "f64". qk_size, v_size: head sizes of query and
+    key, and of value (default: the same). contiguous: for query, key and value, whether the last
+    dimension has stride 1. return_lse: whether the LSE is an output. precision: "ieee" or "tf32" (GPU).
+
+    >>> from gossamer import masks
+    >>> AttentionSpec(masks.causal(), dtype="bf16", qk_size=128).ir.v_size
+    128
+    """
+
+    mask: Any = None
+    score_mod: Any = None
+    dtype: str = "f32"
+    qk_size: int = 64
+    v_size: int | None = None
+    contiguous: tuple[bool, bool, bool] = (True, True, True)
+    return_lse: bool = False
+    precision: str = "ieee"
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        return (self.dtype, self.qk_size, self.v_size or self.qk_size, self.contiguous, self.return_lse)
+
+    @property
+    def ir(self) -> IRSpec:
+        """The spec as passes take it. Raises InputError, TraceError."""
+        from ..passes.spec import AttentionSpec as IRSpec
+
+        score = ScoreMod.of(self.score_mod)
+        return IRSpec(
+            Mask.of(self.mask).ir, None if score is None else score.ir, *self.sizes, precision=self.precision
+        )
+
+    def quick_key(self) -> tuple[Any, ...]:
+        """The structural key by which `gossamer.attention` finds the kernel."""
+        return quick_key(Mask.of(self.mask), ScoreMod.of(self.score_mod), self.sizes)
+
+
+def quick_key(
+    mask: Mask,
+    score: ScoreMod | None,
+    sizes: tuple[Any, ...],
+    ids: tuple[str, ...] = (),
+    schedule: Any = None,
+) -> tuple[Any, ...]:
+    """The structural key of an attention kernel: primitives only, the same in every process."""
+    return (
+        "attention",
+        mask.key,
+        None if score is None else score.key,
+        sizes,
+        ids,
+        None if schedule is None else repr(schedule),
+    )
+
+
+class Kernel:
+    """A compiled attention: one kernel, or several that run in order.
+
+    source: the generated source text. ir: the IR text it was made from. target: as asked for."""
 
     def __init__(self, executable: Executable) -> None:
         self._executable = executable
@@ -49,41 +110,40 @@ class Kernel:
         score_mod: Any = None,
         scale: float | None = None,
         enable_gqa: bool = False,
-        return_lse: bool = False,
     ) -> Any:
-        """Run on CPU tensors. Raises InputError when they are not what the kernel was compiled for."""
+        """Run on CPU tensors, as `gossamer.attention`; returns (out, lse) when compiled with return_lse.
+
+        mask, score_mod: of the structure that was compiled; they bring the runtime integers and the
+        captured tensors. Raises InputError when something is not what the kernel was compiled for."""
         from .attention import Problem, call_values, launch
-        from .mask import Mask
-        from .score import ScoreMod
 
         if not self.target.startswith("cpu"):
             raise UnsupportedError(
-                f"a kernel for {self.target} runs from its binary; this machine calls CPU kernels only"
+                f"this is a binary for {self.target}; gossamer calls CPU kernels only so far"
             )
         problem = Problem(query, key, value, enable_gqa)
-        made_for = self._executable.artifact.manifest.extra
-        got = {
-            "dtype": problem.dtype,
-            "qk_size": problem.qk_size,
-            "v_size": problem.v_size,
-            "return_lse": return_lse,
-        }
-        for name, wanted in made_for.items():
-            if name in got and got[name] != wanted:
-                raise InputError(f"kernel.{name}", repr(wanted), repr(got[name]), "Compile another spec")
-        if any(
-            need and not has
-            for need, has in zip(made_for.get("contiguous", ()), problem.contiguous, strict=False)
+        bound, score = Mask.of(mask), ScoreMod.of(score_mod)
+        made = self._executable.artifact.manifest.extra
+        sizes = (problem.dtype, problem.qk_size, problem.v_size)
+        for name, wanted, got in zip(("dtype", "qk_size", "v_size"), made["sizes"], sizes, strict=True):
+            if wanted != got:
+                raise InputError(f"kernel: {name}", repr(wanted), repr(got), "Compile another spec")
+        for name, wanted, got in zip(
+            ("query", "key", "value"), made["contiguous"], problem.contiguous, strict=True
         ):
+            if wanted and not got:
+                raise InputError(
+                    f"kernel: {name}", "a last dimension of stride 1", "another stride", "Call .contiguous()"
+                )
+        if _digest(bound, score) != made["structure"]:
             raise InputError(
-                "kernel",
-                "a last dimension of stride 1, as the spec says",
-                "other strides",
-                "Call .contiguous()",
+                "kernel: mask or score_mod",
+                f"the structure {made['text']}",
+                repr(bound),
+                "Compile another spec",
             )
-        score = None if score_mod is None else ScoreMod.of(score_mod)
         return launch(
-            self._executable, call_values(problem, Mask.of(mask), score, scale), problem, return_lse
+            self._executable, call_values(problem, bound, score, scale), problem, made["return_lse"]
         )
 
     def __repr__(self) -> str:
@@ -92,17 +152,27 @@ class Kernel:
 
 
 def compile(spec: AttentionSpec, target: str = "cpu", schedule: Any = None) -> Kernel:
-    """Compile an attention ahead of time.
+    """Compile an attention ahead of time; the result also answers `gossamer.attention` once loaded.
 
-    spec: `gossamer.AttentionSpec`. target: "cpu" (this machine), "cpu:znver4", "cuda:sm_90",
-    "hip:gfx942", ... schedule: in place of the default. Raises InputError for an unknown target."""
+    target: "cpu" (this machine), "cpu:znver4", "cuda:sm_90", "hip:gfx942", ... schedule: one Schedule, or
+    one a group, in place of the default. Raises InputError for an unknown target, BackendError."""
     from dataclasses import replace
 
     from ..passes.pipeline import compile_spec
-    from ..runtime.driver import driver
+    from ..runtime.driver import Target, driver, quick_digest
 
-    program = compile_spec(replace(spec, target=target), schedule)
-    return Kernel(driver().compile(program, target))
+    where = Target.parse(target)
+    mask, score = Mask.of(spec.mask), ScoreMod.of(spec.score_mod)
+    program = compile_spec(replace(spec.ir, target=target), schedule)
+    keys = [quick_digest(quick_key(mask, score, spec.sizes, (), schedule), where)]
+    extra = {
+        "sizes": list(spec.sizes[:3]),
+        "contiguous": list(spec.contiguous),
+        "return_lse": spec.return_lse,
+        "structure": _digest(mask, score),
+        "text": repr(mask),
+    }
+    return Kernel(driver().compile(program, target, quick_keys=keys, extra=extra))
 
 
 def load(path: str | os.PathLike[str]) -> Kernel:
@@ -113,3 +183,9 @@ def load(path: str | os.PathLike[str]) -> Kernel:
     from ..runtime.driver import load as load_executable
 
     return Kernel(load_executable(path))
+
+
+def _digest(mask: Mask, score: ScoreMod | None) -> str:
+    from ..runtime.cache import digest_of
+
+    return digest_of(mask.key, None if score is None else score.key)

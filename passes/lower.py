@@ -83,7 +83,7 @@ class _Builder:
     ) -> None:
         self.spec, self.schedule, self.loops = spec, schedule, loops
         self.first, self.last, self.index, self.total = first, last, index, total
-        self.over = Scaffold(group, schedule, loops)
+        self.over = Scaffold(group, schedule, loops, spec.accumulator)
         self.acc = spec.accumulator
         self.wide = (
             spec.target_kind != "cpu"
@@ -91,8 +91,9 @@ class _Builder:
         self.operand = spec.dtype if self.wide else self.acc
         self.lowest = LOWEST[self.acc]
         assert spec.score_map is not None, "lower takes specs whose score map holds the scale"
-        self.score = spec.score_map.expr
-        self.folded = not self.wide and self.score == real("score") * SCALE  # the scale goes into Q once
+        score = spec.score_map.expr
+        self.folded = not self.wide and score == real("score") * SCALE  # the scale goes into Q once
+        self.score = self.over.bind(score).xreplace({real("score"): real("S")})
 
     def kernel(self) -> Kernel:
         axes = [Axis("i", self.over.rows, self.over.rows), Axis("j", self.over.cols, self.over.cols)]
@@ -196,8 +197,7 @@ class _Builder:
             Dot("S", self.acc, ("i", "j"), "Q", "K", "d", precision=self.spec.precision),
         ]
         if not self.folded:
-            score = self.over.bind(self.score).xreplace({real("score"): real("S")})
-            out.append(self._set("S", self.acc, ("i", "j"), score * LOG2E))
+            out.append(self._set("S", self.acc, ("i", "j"), self.score * LOG2E))
         return out
 
     def _softmax(self) -> list[Stmt]:

@@ -11,7 +11,25 @@ import math
 
 import sympy
 
-from ..ir.expr import Expr, all_of, ceildiv, floordiv, floormod, integer, minimum, read, readf
+from ..ir.expr import (
+    Expr,
+    all_of,
+    bitand,
+    bitor,
+    bitxor,
+    cast,
+    ceildiv,
+    floordiv,
+    floormod,
+    integer,
+    kind,
+    minimum,
+    read,
+    readf,
+    real,
+    shl,
+    shr,
+)
 from ..ir.kernel import Compute, For, GridDim, If, Stmt
 from ..ir.plan import Group, Loops, Schedule
 from .reads import clamp
@@ -19,12 +37,15 @@ from .tilesets import column_index, linear, row_index
 
 B, H, Q_LEN, KV_LEN = integer("b"), integer("h"), integer("q_len"), integer("kv_len")
 ROW, COL = integer("row"), integer("col")
+_COSTLY = (floordiv, floormod, read, readf, bitand, bitor, bitxor, shl, shr)
+_WIDE = (bitand, bitor, bitxor, shl, shr)  # hashes and products of indices need 64 bits
 
 
 class Scaffold:
     """The tiles and loops of one planned group."""
 
-    def __init__(self, group: Group, schedule: Schedule, loops: Loops) -> None:
+    def __init__(self, group: Group, schedule: Schedule, loops: Loops, floats: str = "f32") -> None:
+        self.floats = floats
         self.group, self.schedule, self.loops, self.order = group, schedule, loops, group.order
         self.boxes = len(self.order.dims) > 1
         self.rows, self.cols = math.prod(schedule.rows), math.prod(schedule.cols)
@@ -34,6 +55,7 @@ class Scaffold:
         self.make_cols, self.col_names, inside = self._tiles("col", "j", column_index, schedule.cols)
         anchored = [name >= 0 for d, name in enumerate(self.col_names) if schedule.anchor(d) is not None]
         self.valid_col = all_of([inside, *anchored, COL < KV_LEN])
+        self._hoisted: dict[Expr, Expr] = {}
         self.attends = all_of([self.bind(group.predicate), self.valid_col])
 
     def grid(self) -> tuple[GridDim, ...]:
@@ -58,14 +80,45 @@ class Scaffold:
         return inner
 
     def bind(self, expr: Expr) -> Expr:
-        """An expression of q and k over the tiles that hold them; captured tensors are read in range."""
+        """An expression of q and k over the tiles that hold them; captured tensors are read in range.
+
+        Costly parts (reads, divisions, bit operations) of rows alone move to tiles made once a row tile,
+        parts of keys alone to tiles made once a key tile."""
         row, col = ROW, COL
         if expr.has(read, readf):
             row, col, expr = self.safe_row, minimum(COL, KV_LEN - 1), clamp(expr)
         if self.boxes:
             expr = _delinearised(expr, self.order.dims, "q", self.row_names)
             expr = _delinearised(expr, self.order.dims, "k", self.col_names)
-        return expr.xreplace({integer("q"): row, integer("k"): col})
+        rows = frozenset({integer("q"), *self.row_names})
+        cols = frozenset({integer("k"), *self.col_names})
+        index = {integer("q"): row, integer("k"): col}
+        expr = self._hoist(expr, rows, cols, index)
+        return expr.xreplace(_wide(index) if _needs_64_bits(expr) else index)
+
+    def _hoist(self, expr: Expr, rows: frozenset, cols: frozenset, index: dict[Expr, Expr]) -> Expr:  # type: ignore[type-arg]
+        free = expr.free_symbols
+        side = (
+            None
+            if (free & rows and free & cols)
+            else "row"
+            if free & rows
+            else "col"
+            if free & cols
+            else None
+        )
+        if side is not None and isinstance(expr, _COSTLY):
+            if expr not in self._hoisted:
+                name = f"{side}_{len(self._hoisted)}"
+                number = kind(expr)
+                dtype = "i64" if number == "int" else self.floats
+                self._hoisted[expr] = integer(name) if number == "int" else real(name)
+                made, axis = (self.make_rows, "i") if side == "row" else (self.make_cols, "j")
+                made.append(Compute(name, dtype, (axis,), expr.xreplace(_wide(index))))
+            return self._hoisted[expr]
+        if not expr.args or not (free & (rows | cols)):
+            return expr
+        return expr.func(*(self._hoist(a, rows, cols, index) for a in expr.args))
 
     def coordinates(self, form: Expr) -> Expr:
         """A closed form of a row (over q, or q0, q1, ...) over the tiles that hold it."""
@@ -83,6 +136,14 @@ class Scaffold:
         made.append(Compute(stem, "i32", (axis,), linear(self.order, names)))
         inside = [name < dim.width for name, dim in zip(names[1:], self.order.dims[1:], strict=True)]
         return made, names, all_of(inside)
+
+
+def _needs_64_bits(expr: Expr) -> bool:
+    return expr.has(*_WIDE) or any(len(m.free_symbols) > 1 for m in expr.atoms(sympy.Mul))
+
+
+def _wide(index: dict[Expr, Expr]) -> dict[Expr, Expr]:
+    return {name: cast(sympy.Symbol("i64"), at) for name, at in index.items()}
 
 
 def _unflatten(axis: str, sizes: tuple[int, ...]) -> list[Expr]:
