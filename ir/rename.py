@@ -1,0 +1,105 @@
+"""Canonical names: graphs and kernels that differ in the names they bind become equal.
+
+Graph values are called v0, v1, ... in order of appearance. In kernels, grid dimensions become g0,
+...; axes a0, ...; tiles t0, ...; scalars and loop variables x0, ...; arguments and extents keep their
+names, for callers use them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+from typing import TypeVar
+
+from . import kernel as K
+from .expr import Expr, symbols
+from .graph import Graph
+from .kernel_parse import symbol_of
+
+T = TypeVar("T", Graph, K.Kernel, K.Program)
+
+
+def canonical(value: T) -> T:
+    """The same program under canonical names. Expects a verified value."""
+    if isinstance(value, Graph):
+        return value.renamed({name: f"v{i}" for i, name in enumerate(value.values)})
+    if isinstance(value, K.Program):
+        return replace(value, kernels=tuple(map(canonical, value.kernels)))
+    return _Renamer(value).kernel()
+
+
+class _Renamer:
+    def __init__(self, kernel: K.Kernel) -> None:
+        self.source = kernel
+        self.numbers = {stem: count() for stem in "gatx"}
+        self.names: dict[str, str] = {}
+        self.taken = {a.name for a in kernel.args} | {n for t in kernel.tensors for n in t.shape}
+
+    def bind(self, name: str, stem: str) -> str:
+        fresh = (f"{stem}{i}" for i in self.numbers[stem])
+        self.names[name] = next(n for n in fresh if n not in self.taken)
+        return self.names[name]
+
+    def kernel(self) -> K.Kernel:
+        k = self.source
+        grid = tuple(K.GridDim(self.bind(g.name, "g"), g.extent) for g in k.grid)
+        axes = tuple(replace(a, name=self.bind(a.name, "a")) for a in k.axes)
+        lanes = None if k.lanes is None else self.names[k.lanes]
+        return replace(k, grid=grid, axes=axes, lanes=lanes, body=self.block(k.body))
+
+    def block(self, body: tuple[K.Stmt, ...]) -> tuple[K.Stmt, ...]:
+        outer = dict(self.names)
+        renamed = tuple(self.statement(s) for s in body)
+        self.names = outer
+        return renamed
+
+    def expr(self, expr: Expr) -> Expr:
+        """Every symbol by its new name, all at once."""
+        changed = {s: _like(s, self.names[s.name]) for s in symbols(expr) if s.name in self.names}
+        return expr.xreplace(changed)
+
+    def exprs(self, exprs: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        return tuple(map(self.expr, exprs))
+
+    def axes(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(self.names[a] for a in axes)
+
+    def statement(self, s: K.Stmt) -> K.Stmt:
+        match s:
+            case K.Let():
+                expr = self.expr(s.expr)
+                return K.Let(self.bind(s.name, "x"), expr)
+            case K.Store():
+                return replace(
+                    s,
+                    index=self.exprs(s.index),
+                    value=self.expr(s.value),
+                    axes=self.axes(s.axes),
+                    guard=self.expr(s.guard),
+                )
+            case K.If():
+                return K.If(self.expr(s.cond), self.block(s.body))
+            case K.For():
+                spans = tuple(K.Span(self.expr(x.lo), self.expr(x.hi)) for x in s.spans)
+                outer = dict(self.names)
+                made = K.For(self.bind(s.var, "x"), spans, self.block(s.body))
+                self.names = outer
+                return made
+            case K.Compute():
+                s = replace(s, axes=self.axes(s.axes), expr=self.expr(s.expr))
+            case K.Load():
+                index, guard = self.exprs(s.index), self.expr(s.guard)
+                s = replace(s, axes=self.axes(s.axes), index=index, guard=guard, other=self.expr(s.other))
+                return replace(s, dst=self.bind(s.dst, "t"))
+            case K.Dot():
+                a, b, over = self.names[s.a], self.names[s.b], self.names[s.over]
+                s = replace(s, axes=self.axes(s.axes), a=a, b=b, over=over)
+            case K.Reduce():
+                s = replace(s, axes=self.axes(s.axes), expr=self.expr(s.expr), over=self.axes(s.over))
+        return replace(s, dst=self.bind(s.dst, "t") if s.declares else self.names[s.dst])
+
+
+def _like(symbol: Expr, name: str) -> Expr:
+    """A symbol of the same kind by another name."""
+    dtype = "i64" if symbol.is_integer else "f32" if symbol.is_extended_real else "bool"
+    return symbol_of(name, dtype)
