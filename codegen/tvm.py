@@ -71,10 +71,12 @@ def _bind_tensors(out: Lines, kernel: Kernel) -> None:
                 bound.add(size)
                 out.line(f"{safe(size)} = T.int64()")
         out_strides = _strides(out, tensor)
-        shape = ", ".join(safe(s) if isinstance(s, str) else str(s) for s in tensor.shape)
+        shape = ", ".join(safe(s) if isinstance(s, str) else f"T.int64({s})" for s in tensor.shape)
         dtype = TENSOR_DTYPES[tensor.dtype]
         # No alignment beyond an element's own: callers pass views.
         layout = f"strides=[{out_strides}], offset_factor=1, align={BYTES.get(dtype, 1)}"
+        if tensor.shape:  # tirx reads strides from the layout; the default one is row-major
+            layout += f", layout=T.TileLayout(T.S[({shape},) : ({out_strides},)])"
         out.line(f'{safe(tensor.name)} = T.match_buffer(p_{tensor.name}, [{shape}], "{dtype}", {layout})')
 
 
@@ -83,7 +85,7 @@ def _strides(out: Lines, tensor: Tensor) -> str:
     names = []
     for d in range(len(tensor.shape)):
         if d == tensor.unit:
-            names.append("1" if len(tensor.shape) > 1 else "T.int64(1)")
+            names.append("T.int64(1)")
             continue
         names.append(f"{tensor.name}_s{d}")
         out.line(f"{names[-1]} = T.int64()")
@@ -96,7 +98,9 @@ def _declare_buffers(out: Lines, ctx: Context) -> None:
     for tile in (*ctx.tiles.values(), *ctx.workspace.scratch.values()):
         out.line(_declaration(tile))
     for name, (shape, dtype) in ctx.registers.items():
-        out.line(f'{name} = T.alloc_buffer({shape}, "{dtype}", scope="local")')
+        # Lowered, the buffer would come from TVM's runtime, which a loaded object does without: LLVM allocates it.
+        unlowered = 'annotations={"disable_lower_builtin": True}'
+        out.line(f'{name} = T.alloc_buffer({shape}, "{dtype}", scope="local", {unlowered})')
 
 
 def _declaration(tile: Tile) -> str:

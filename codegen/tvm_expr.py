@@ -291,10 +291,10 @@ class Printer:
             parts = [self._to(p, self.floats) for p in parts]
         top, bottom = parts[: len(parts) - len(below)], parts[len(parts) - len(below) :]
         top = self._wide(top)
-        text = " * ".join(p.inside(PRODUCT) for p in top)
+        text = " * ".join([top[0].inside(PRODUCT), *(p.inside(ATOM) for p in top[1:])])
         for p in bottom:
             text += f" / {p.inside(ATOM)}"
-        return Text(text, _widest(parts if not below else top), any(p.varying for p in parts), PRODUCT)
+        return Text(text, _widest([*top, *bottom]), any(p.varying for p in parts), PRODUCT)
 
     def _wide(self, factors: list[Text]) -> list[Text]:
         """Products of 32-bit integers that may not fit are taken in 64 bits."""
@@ -398,25 +398,23 @@ class Printer:
     # choice ---------------------------------------------------------------------------------------
 
     def _minimum(self, expr: Expr) -> Text:
-        return self._extreme(expr, "T.min", "<")
+        return self._extreme(expr, "T.min")
 
     def _maximum(self, expr: Expr) -> Text:
-        return self._extreme(expr, "T.max", ">")
+        return self._extreme(expr, "T.max")
 
-    def _extreme(self, expr: Expr, function: str, better: str) -> Text:
+    def _extreme(self, expr: Expr, function: str) -> Text:
         """The better of two numbers; a NaN on either side stays."""
         constant = [x.is_number for x in expr.args]
         a, b = self._join(*(self._print(x) for x in expr.args))
         varying = a.varying or b.varying
         if a.dtype[0] != "f":
             return Text(f"{function}({a.text}, {b.text})", _widest([a, b]), varying)
-        if constant[0]:
-            a, b, constant = b, a, [False, True]
-        a = self._named(a)
         if constant[1]:
-            return Text(f"T.Select({b.inside(SUM)} {better} {a.text}, {b.text}, {a.text})", a.dtype, varying)
-        b = self._named(b)
-        return Text(nan_aware(a.text, b.text, better, a.dtype), a.dtype, varying)
+            a, b, constant = b, a, [True, False]
+        if not constant[0]:
+            a, b = self._named(a), self._named(b)
+        return Text(nan_aware(a.text, b.text, function, a.dtype, constant[0]), a.dtype, varying)
 
     def _where(self, expr: Expr) -> Text:
         c = self._print(expr.args[0])
@@ -468,10 +466,12 @@ def _negative(term: Expr) -> bool:
     return bool(term.as_coeff_Mul()[0].is_negative)
 
 
-def nan_aware(a: str, b: str, better: str, dtype: str) -> str:
-    """The better of two floats (names), or the NaN among them."""
-    # A NaN in b fails the inner comparison, one in a the outer; TVM would take `a == a` for true.
-    return f"T.Select({a} <= {literal('inf', dtype)}, T.Select({a} {better} {b}, {a}, {b}), {a})"
+def nan_aware(a: str, b: str, function: str, dtype: str, constant: bool = False) -> str:
+    """The better of two floats by T.min or T.max, or the NaN among them; constant: a is a number.
+
+    Both give b unless a is better, so a NaN in b stays; one in a is looked for (TVM takes a == a for true)."""
+    best = f"{function}({a}, {b})"
+    return best if constant else f"T.Select({a} <= {literal('inf', dtype)}, {best}, {a})"
 
 
 def _widest(parts: list[Text]) -> str:

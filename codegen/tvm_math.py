@@ -109,13 +109,18 @@ _FLOATS = {
     ),
 }
 
+_LARGEST_F32 = 2.0**128 - 2.0**104
 LN2 = 0.6931471805599453
 LOG2E = 1.4426950408889634
 
 
 def literal(value: float | str, dtype: str) -> str:
     """A constant of a float dtype; 'inf', '-inf' and 'nan' as strings."""
-    return f'T.{dtype}("{value}")' if isinstance(value, str) else f"T.{dtype}({value!r})"
+    if isinstance(value, str):
+        return f'T.{dtype}("{value}")'
+    if abs(value) > _LARGEST_F32:  # T.float64 refuses them
+        return f'T.FloatImm("{dtype}", {value!r})'
+    return f"T.{dtype}({value!r})"
 
 
 def _horner(coefficients: tuple[float, ...], x: str, dtype: str) -> str:
@@ -126,11 +131,8 @@ def _horner(coefficients: tuple[float, ...], x: str, dtype: str) -> str:
 
 
 def _clamp(x: str, low: float, high: float, dtype: str, let: Let) -> str:
-    """x within [low, high]; NaN stays: both comparisons are false."""
-    a, b = literal(float(low), dtype), literal(float(high), dtype)
-    x = let("x", x)
-    x = let("x", f"T.Select({x} < {a}, {a}, {x})")
-    return let("x", f"T.Select({x} > {b}, {b}, {x})")
+    """x within [low, high]. NaN stays: min and max take the second operand unless the first is better."""
+    return let("x", f"T.min({literal(float(high), dtype)}, T.max({literal(float(low), dtype)}, {x}))")
 
 
 def _round(x: str, dtype: str, let: Let) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..ir.expr import integer
 from ..ir.kernel import Compute, Dot, Reduce
 from .tvm_context import Context
 from .tvm_expr import Names, nan_aware
@@ -30,6 +31,8 @@ def compute(ctx: Context, stmt: Compute) -> None:
 
     with ctx.loops(*tile.axes[:-1]):
         ctx.each(tile.axes[-1] if tile.axes else None, tile.storage, assign, stmt.expr)
+    if integer(stmt.dst) in ctx.definitions and ctx.names.natural(stmt.expr):
+        ctx.names.never_negative.add(stmt.dst)
 
 
 # reductions ---------------------------------------------------------------------------------------
@@ -67,7 +70,7 @@ def _neutral(op: str, dtype: str) -> str:
 def _merge(ctx: Context, op: str, dtype: str, into: str, value: str) -> None:
     """into = op(into, value)."""
     if op in ("max", "min") and dtype[0] == "f":
-        text = nan_aware(into, ctx.out.let("x", value), ">" if op == "max" else "<", dtype)
+        text = nan_aware(into, value, f"T.{op}", dtype)
     elif op in ("max", "min"):
         text = f"T.{op}({into}, {value})"
     else:
