@@ -27,11 +27,11 @@ from ..ir.errors import InputError, VerifyError
 from ..ir.expr import Expr, all_of, any_of, floordiv, floormod, integer, read
 from ..ir.formats import StoredACSR
 from ..ir.mask import Capture, Mask
-from .cover import cover, covers
+from .cover import Cover, cover, covers
 from .fit import K, Matrix, Q, fit_rows
 
 MAX_STORED = 4  # progressions a row that are kept as such
-MAX_DEPTH = 3  # dimensions below the outermost
+MAX_DEPTH, MAX_TRIES = 2, 6  # products within products; widths tried for those
 ALL_WIDTHS = 512  # up to this length every width is tried
 
 
@@ -51,7 +51,7 @@ def recover(array: np.ndarray) -> tuple[Mask, tuple[np.ndarray, ...]]:
 
 
 def stored_rows(array: np.ndarray) -> tuple[StoredACSR, ...]:
-    """The matrix as disjoint terms of stored rows: each row greedily, the longest progression from the left."""
+    """The matrix as disjoint terms of stored rows: in each row the longest progression from the left."""
     rows = [_progressions(np.flatnonzero(row)) for row in _checked(array)]
     terms = []
     for i in range(max(map(len, rows), default=0)):
@@ -92,11 +92,23 @@ def _fit_part(want: Matrix) -> tuple[Expr, np.ndarray]:
     found = covers(want)
     for shapes in found:
         beside = Matrix(shapes.rest, want.care & (shapes.rest | ~want.found))
-        part = fit_rows(beside) or _fit_product(beside, MAX_DEPTH)
+        part = fit_rows(beside)
+        if part is None:
+            part = _fit_product(beside, 0)
         if part is not None:
-            return sympy.Or(shapes.predicate, part), np.zeros_like(want.found)
+            return _shortest(want, shapes, part), np.zeros_like(want.found)
     best = min(found, key=lambda c: c.cost)
     return best.predicate, best.rest
+
+
+def _shortest(want: Matrix, found: Cover, part: Expr) -> Expr:
+    """The cover with the part beside it, without shapes that the part makes superfluous."""
+    shapes = list(found.shapes)
+    for shape in found.shapes:
+        fewer = [s for s in shapes if s != shape]
+        if want.holds(sympy.Or(sympy.And(found.context, any_of(fewer)), part)):
+            shapes = fewer
+    return sympy.Or(sympy.And(found.context, any_of(shapes)), part)
 
 
 def _fit_product(want: Matrix, depth: int) -> Expr | None:
@@ -104,13 +116,11 @@ def _fit_product(want: Matrix, depth: int) -> Expr | None:
 
     The simplest of those with one progression a row on both sides; else the first with any form.
     """
-    if not depth:
-        return None
     sides = [(w, *s) for w in _widths(want.found) if (s := _sides(want, w)) is not None]
     plain = [p for w, *s in sides if (p := _product(want, w, [fit_rows(x) for x in s])) is not None]
-    if plain:
-        return min(plain, key=size)
-    found = (_product(want, w, [_fit(x, depth - 1) for x in s]) for w, *s in sides)
+    if plain or not depth:
+        return min(plain, key=size, default=None)
+    found = (_product(want, w, [_fit(x, depth - 1) for x in s]) for w, *s in sides[:MAX_TRIES])
     return next((p for p in found if p is not None), None)
 
 
