@@ -67,9 +67,9 @@ def compile_mask(
           --dtype bf16 --dim 128 -o kernels/
 
     GPU binaries (cubin, hsaco) need no GPU to be made. """
-    from ..passes.spec import AttentionSpec
     from ..runtime.target import Target
     from . import cli_output as show
+    from .kernel import AttentionSpec
     from .kernel import compile as compile_spec
     from .pattern_text import parse_mask
 
@@ -85,7 +85,7 @@ def compile_mask(
         for name, kind, size in builds:
             path = output if len(builds) == 1 else output / f"{stem(name, kind, size)}{SUFFIX}"
             step(f"compiling {kind}, head size {size}, for {name}")
-            spec = AttentionSpec(bound.ir, None, kind, size, v_dim or size, return_lse=lse)
+            spec = AttentionSpec(bound, None, kind, size, v_dim, return_lse=lse)
             kernel = compile_spec(spec, name)
             written.append((kernel.save(path), load_written(path)))
     for path, artifact in written:

@@ -13,7 +13,7 @@ def doctor(debug: Debug = False) -> None:
     """Check what works on this machine, and say what to install where something does not.
 
     Backends are tried for real: a small attention is compiled and run on the
-    CPU, and one is compiled for a GPU (which takes none). Exit code 0 when the
+    CPU, and one is compiled for a GPU (none is needed). Exit code 0 when the
     default backend works, 1 when it does not; parts that are optional and
     absent do no harm.
 

@@ -75,7 +75,7 @@ def plot(
     if drawn.exact:  # closed forms are shorter in numbers; others may be long to take apart
         drawn = drawn.substitute(dict(zip(drawn.params, mask.values, strict=True)))
     values = Values(mask.values[: len(drawn.params)], [as_numpy(t) for t in mask.tensors], q_len, kv_len)
-    panels = _draw_terms(drawn, values), _draw_tiles(drawn, values, tiles)
+    panels = terms_panel(drawn, values), tiles_panel(drawn, values, tiles)
     path = Path(path)
     save(path, _shorten(title or repr(mask), 110), panels, (q_len, kv_len), tiles)
     return path
@@ -84,7 +84,8 @@ def plot(
 # ---- the terms ----
 
 
-def _draw_terms(mask: IRMask, values: Values) -> Panel:
+def terms_panel(mask: IRMask, values: Values) -> Panel:
+    """The left half: every term in its colour."""
     step = -(-max(values.q_len, values.kv_len) // MAX_PIXELS)
     terms = decompose(mask)
     layers = [raster(_masked_to(mask, term), values, (step, step)) for term in terms]
@@ -142,7 +143,8 @@ def label(term: Term, values: Mapping[str, int]) -> str:
 # ---- the tiles ----
 
 
-def _draw_tiles(mask: IRMask, values: Values, tiles: tuple[int, int]) -> Panel:
+def tiles_panel(mask: IRMask, values: Values, tiles: tuple[int, int]) -> Panel:
+    """The right half: every tile by its class."""
     step = -(-max(_shape(values, tiles)) // MAX_TILES)
     pixel = tiles[0] * step, tiles[1] * step
     found = raster(mask, values, pixel)
