@@ -113,11 +113,15 @@ def lower_softmax(spec: AttentionSpec) -> Program:
     acc = spec.accumulator
     rows, last = 32, integer("slots") - 1
     row = rows * integer("m0") + integer("i")
-    slot = CHUNK * integer("n0") + integer("j")
-    at = (B, H, minimum(row, integer("q_len") - 1), slot)
+
+    def chunk(step: str) -> tuple[Expr, Load]:
+        slot = CHUNK * integer(step) + integer("j")
+        at = (B, H, minimum(row, integer("q_len") - 1), slot)
+        return slot, Load("S", acc, ("i", "j"), "values", at, slot <= last, -INF)
+
+    (_, seen), (slot, again) = chunk("n0"), chunk("n1")
     peak, old, safe = real("peak"), real("m"), real("safe")
     span = (Span(sympy.Integer(0), floordiv(integer("slots") + CHUNK - 1, sympy.Integer(CHUNK))),)
-    load = Load("S", acc, ("i", "j"), "values", at, slot <= last, -INF)
     body: tuple[Stmt, ...] = (
         Compute("m", acc, ("i",), -INF),
         Compute("l", acc, ("i",), sympy.Integer(0)),
@@ -125,7 +129,7 @@ def lower_softmax(spec: AttentionSpec) -> Program:
             "n0",
             span,
             (
-                load,
+                seen,
                 Reduce("peak", acc, ("i",), "max", real("S"), ("j",)),
                 Compute("peak", acc, ("i",), maximum(old, peak), declares=False),
                 Compute("safe", acc, ("i",), where(peak < LOWEST[acc], 0, peak)),
@@ -139,10 +143,10 @@ def lower_softmax(spec: AttentionSpec) -> Program:
         Compute("base", acc, ("i",), where(old < LOWEST[acc], 0, old)),
         Compute("inv", acc, ("i",), 1 / where(sympy.Eq(real("l"), 0), 1, real("l"))),
         For(
-            "n0",
+            "n1",
             span,
             (
-                load,
+                again,
                 Compute("P", acc, ("i", "j"), exp2((real("S") - real("base")) * LOG2E) * real("inv")),
                 Store(
                     "values",
