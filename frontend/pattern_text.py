@@ -66,7 +66,7 @@ def pattern_names() -> tuple[str, ...]:
     return tuple(sorted(_patterns()))
 
 
-def _patterns() -> dict[str, Callable[..., Mask]]:
+def _patterns() -> dict[str, Callable[..., Any]]:
     from . import masks
 
     public = getattr(masks, "__all__", None) or [n for n in vars(masks) if not n.startswith("_")]

@@ -118,9 +118,9 @@ def _masked_to(mask: IRMask, term: Term) -> IRMask:
 def label(term: Term, values: Mapping[str, int]) -> str:
     """One line on a term: its keys in closed form, with numbers for the mask's integers.
 
-    >>> for t in decompose(IRMask.parse("mask(p0) { abs(q - k) < p0 or (q - k) % 64 == 0 }")):
-    ...     print(label(t, {"p0": 64}))
-    from k = max(0, q - 63), min(126, q + 63) + 1 keys
+    >>> [term] = decompose(IRMask.parse("mask() { k <= q and (q - k) % 4 == 0 }"))
+    >>> label(term, {})
+    'from k = q % 4 by 4, q // 4 + 1 keys'
     """
     if isinstance(term, Remainder):
         return f"irregular: {_shorten(term.region, 60)}"

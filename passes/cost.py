@@ -29,7 +29,8 @@ from ..ir.plan import Group, Loops, Schedule
 from .tilesets import coordinates
 
 BYTES = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
-MAX_COUNTED = 1 << 20  # tiles evaluated one by one; beyond it, row tiles are sampled evenly
+MAX_COUNTED = 1 << 20  # key tiles evaluated one by one; beyond it, row tiles are sampled evenly
+FEW = 16  # row tiles that are always looked at
 
 
 @dataclass(frozen=True)
@@ -169,18 +170,26 @@ def count_tiles(plan: Plan, size: Size) -> Tiles:
     total = math.prod(extents)
     if total == 0:
         return Tiles(0, 0, 0)
-    across = size.kv_len // math.prod(schedule.cols) + 1
-    taken = min(total, max(1, MAX_COUNTED // across))
-    flat = np.linspace(0, total - 1, taken).astype(np.int64) if taken < total else np.arange(total)
-    cells: dict[str, Any] = dict(zip(names, np.unravel_index(flat, extents), strict=True))
-    values = _values(size)
-    here = _expand(cells, values, loops, coordinates(group.order)[2])
-    touched = np.broadcast_to(evaluate(loops.touched, values | here), _length(here))
-    full = np.broadcast_to(evaluate(loops.full, values | here), _length(here)) & touched
+    values, loop_names = _values(size), coordinates(group.order)[2]
+
+    def sample(count: int) -> tuple[int, int]:
+        """(visited, full) key tiles of `count` row tiles, evenly spread."""
+        flat = (2 * np.arange(count) + 1) * total // (2 * count)
+        cells: dict[str, Any] = dict(zip(names, np.unravel_index(flat, extents), strict=True))
+        here = _expand(cells, values, loops, loop_names)
+        touched = np.broadcast_to(evaluate(loops.touched, values | here), _length(here))
+        full = np.broadcast_to(evaluate(loops.full, values | here), _length(here)) & touched
+        return int(touched.sum()), int(full.sum())
+
+    taken = total
+    if total * (size.kv_len // math.prod(schedule.cols) + 1) > MAX_COUNTED:
+        first = min(total, FEW)
+        each = max(1, sample(first)[0] // first)
+        taken = min(total, max(FEW, MAX_COUNTED // each))
+    visited, full = sample(taken)
     shared = _repeated(names, size)
-    scale = total / taken * shared
-    whole, visited = int(full.sum() * scale), int(touched.sum() * scale)
-    return Tiles(total * shared, visited - whole, whole, taken == total)
+    visited, full = (n * total * shared // taken for n in (visited, full))
+    return Tiles(total * shared, visited - full, full, taken == total)
 
 
 def _values(size: Size) -> dict[str, Any]:

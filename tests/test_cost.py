@@ -82,12 +82,21 @@ def test_heads_that_differ_are_counted_apart():
     assert found.visited == 2 * sum(head)
 
 
-def test_long_sequences_are_sampled(monkeypatch):
-    exact = count_tiles(plan("mask() { k <= q }"), Size(4096, 4096))
-    monkeypatch.setattr(cost, "MAX_COUNTED", 1 << 14)
-    sampled = count_tiles(plan("mask() { k <= q }"), Size(4096, 4096))
+@pytest.mark.parametrize("text", ["mask() { k <= q }", "mask() { abs(q - k) <= 300 }"])
+def test_long_sequences_are_sampled(text, monkeypatch):
+    exact = count_tiles(plan(text), Size(4096, 4096))
+    monkeypatch.setattr(cost, "MAX_COUNTED", 1 << 12)
+    sampled = count_tiles(plan(text), Size(4096, 4096))
     assert exact.exact and not sampled.exact
     assert sampled.visited == pytest.approx(exact.visited, rel=0.05)
+    assert sampled.full == pytest.approx(exact.full, rel=0.05)
+
+
+def test_what_is_counted_does_not_grow_with_the_lengths():
+    length = 1 << 24
+    found = count_tiles(plan("mask() { q - k <= 4096 and k <= q }"), Size(length, length))
+    assert not found.exact
+    assert found.visited == pytest.approx(length / 16 * (4096 + 16) / 8, rel=0.01)
 
 
 def test_no_rows_no_tiles():
