@@ -86,10 +86,14 @@ def verify(value: IR) -> None:
 
 def interpret(value: Graph | Kernel | Program | str, arguments: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Run a graph, kernel or program in NumPy; its outputs by name. Arguments: arrays and numbers by name."""
-    value = parse(value) if isinstance(value, str) else value
-    if isinstance(value, Graph):
-        return graph_interpret.interpret(value, arguments)
-    return kernel_interpret.interpret(value, arguments)
+    program = _read(value)
+    if isinstance(program, Graph):
+        return graph_interpret.interpret(program, arguments)
+    return kernel_interpret.interpret(program, arguments)
+
+
+def _read(value: Any) -> Any:
+    return parse(value) if isinstance(value, str) else value
 
 
 def run_pass(value: IR | str, pass_: Pass | str, **options: Any) -> Any:
@@ -98,15 +102,15 @@ def run_pass(value: IR | str, pass_: Pass | str, **options: Any) -> Any:
     Before and after, the value is verified, printed, parsed and compared: a pass that breaks a rule
     or makes what has no text fails here. The input must come out unchanged.
     """
-    value = parse(value) if isinstance(value, str) else value
-    _check(value, "the input")
+    given = _read(value)
+    _check(given, "the input")
     function = _named(pass_) if isinstance(pass_, str) else pass_
-    before = to_text(value)
-    result = function(value, **options)
+    before = to_text(given)
+    result = function(given, **options)
     name = pass_ if isinstance(pass_, str) else getattr(pass_, "__name__", str(pass_))
-    if to_text(value) != before:
+    if to_text(given) != before:
         raise AssertionError(f"pass {name} changed its input; expected a new value")
-    if isinstance(result, IR):
+    if isinstance(result, Graph | Kernel | Program | Mask | ScoreMap):
         _check(result, f"what pass {name} returned")
     return result
 
@@ -118,7 +122,7 @@ def run_pipeline(value: IR | str, start: str | None = None, stop: str | None = N
     last = _place(names, stop) if stop is not None else len(names) - 1
     if first > last:
         raise InputError("run_pipeline", f"{start} at or before {stop}", " -> ".join(names))
-    value = parse(value) if isinstance(value, str) else value
+    value = _read(value)
     for name in names[first : last + 1]:
         value = run_pass(value, name)
     return value
@@ -126,8 +130,7 @@ def run_pipeline(value: IR | str, start: str | None = None, stop: str | None = N
 
 def assert_same(a: IR | str, b: IR | str) -> None:
     """Two values (or their texts) are equal up to the names they bind; else AssertionError with a diff."""
-    a, b = (parse(x) if isinstance(x, str) else x for x in (a, b))
-    one, two = (canonical(x) if isinstance(x, Graph | Kernel | Program) else x for x in (a, b))
+    one, two = (_canonical(_read(x)) for x in (a, b))
     if one == two:
         return
     if type(one) is not type(two):
@@ -146,8 +149,7 @@ def assert_equivalent(
     atol: float = 1e-5,
 ) -> None:
     """Both compute the same on these arguments (random ones unless given), outputs paired in order."""
-    a, b = (parse(x) if isinstance(x, str) else x for x in (a, b))
-    arguments = random_arguments(a) if arguments is None else arguments
+    arguments = random_arguments(_read(a)) if arguments is None else arguments
     one, two = interpret(a, arguments), interpret(b, arguments)
     if len(one) != len(two):
         raise AssertionError(f"expected outputs {', '.join(one)}; got {', '.join(two)}")
@@ -187,6 +189,10 @@ def _arguments(value: Graph | Kernel) -> Iterator[tuple[str, str, tuple[int | st
             yield argument.name, argument.dtype, ()
         elif argument.role != "out":
             yield argument.name, argument.dtype, argument.shape
+
+
+def _canonical(value: Any) -> Any:
+    return value if isinstance(value, Mask | ScoreMap) else canonical(value)
 
 
 def _check(value: Any, what: str) -> None:

@@ -183,7 +183,7 @@ def _divisor(value: Any, text: str) -> Any:
     return _int(value)
 
 
-def _product(expr: sympy.Mul, floats: type) -> Compiled:
+def _product(expr: E.Expr, floats: type) -> Compiled:
     """Products; a factor 1/x is a division, not a product with a rounded reciprocal."""
     coefficient, rest = expr.as_coeff_mul()
     tops = [compiled(f, floats) for f in rest if not _is_inverse(f)]

@@ -68,7 +68,8 @@ def _print(expr: F.Expr) -> tuple[str, int]:
         case F.read() | F.readf():
             return f"{expr.args[0]}[{_list(expr.args[1:])}]", ATOM
         case sympy.core.relational.Relational():
-            return f"{_wrap(expr.lhs, SUM)} {expr.rel_op} {_wrap(expr.rhs, SUM)}", COMPARE
+            operator = expr.rel_op  # type: ignore[attr-defined]
+            return f"{_wrap(expr.lhs, SUM)} {operator} {_wrap(expr.rhs, SUM)}", COMPARE
         case sympy.And():
             return " and ".join(sorted(_wrap(a, NOT) for a in expr.args)), AND
         case sympy.Or():
@@ -144,7 +145,7 @@ def _product(coefficient: F.Expr, factors: tuple[F.Expr, ...]) -> tuple[str, int
             tops.append(_wrap(factor, SIGN + 1))
         else:
             bottoms.append(_wrap(inverse, SIGN + 1))
-    tops.sort()
+    tops.sort(key=lambda text: (text.startswith("("), text))
     bottoms.sort()
     number, below = _number(coefficient)
     if number != "1" or not tops:
@@ -208,8 +209,8 @@ def parse(
     names are errors). line, column: where the text stands in its file, for messages. Raises
     ParseError with the position of the first problem.
 
-    >>> parse("max(q - 4, 0) + doc[q]", {"q": F.integer("q"), "doc": F.integer("doc")})
-    maximum(q - 4, 0) + read(doc, q)
+    >>> parse("max(q, 4) * 2 >= doc[q]", {"q": F.integer("q"), "doc": F.integer("doc")})
+    2*maximum(q, 4) >= read(doc, q)
     """
     reader = _Reader(names, unknown, line, column + len(text) - len(text.lstrip()))
     try:

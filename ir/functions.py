@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
-Expr = sympy.Basic
+if TYPE_CHECKING:
+    Expr = Any  # sympy's operators and attributes are beyond type checkers
+else:
+    Expr = sympy.Basic
 INF = sympy.oo
 
 

@@ -83,13 +83,16 @@ def _scores(op: Op, q: Array, k: Array, operands: Operands, floats: type) -> Arr
     if mask is None:
         return product
     params, captures = _runtime(mask, operands)
-    attends = mask.evaluate(*_grid(product.shape), params, captures, *product.shape[2:])
+    b, h, q_at, k_at = _grid(product.shape)
+    q_len, kv_len = product.shape[2:]
+    attends = mask.evaluate(b, h, q_at, k_at, params, captures, q_len, kv_len)
     return np.where(attends, product, floats(-np.inf))
 
 
 def _mapped(score: ScoreMap, scores: Array, operands: Operands, floats: type) -> Array:
     params, captures = _runtime(score, operands)
-    found = score.evaluate(scores, *_grid(scores.shape), params, captures, floats=floats)
+    b, h, q_at, k_at = _grid(scores.shape)
+    found = score.evaluate(scores, b, h, q_at, k_at, params, captures, floats=floats)
     return np.where(np.isneginf(scores), scores, found)
 
 

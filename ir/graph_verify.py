@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import networkx as nx
+import sympy
 
 from . import expr as E
 from .errors import VerifyError
@@ -196,7 +197,7 @@ def _reduce(c: _Checker) -> tuple[Shape, ...]:
 
 
 def _map(c: _Checker) -> tuple[Shape, ...]:
-    expr = c.attr("expr", E.Expr)
+    expr = c.attr("expr", sympy.Basic)
     names = {f"x{i}" for i in range(len(c.operands))}
     stray = sorted(s.name for s in E.symbols(expr) if s.name not in names)
     if stray or E.reads(expr):

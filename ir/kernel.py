@@ -7,6 +7,9 @@ beyond `extent` load the fill value, are never stored and count as the neutral e
 reductions). Scalars (grid coordinates, loop variables, `let` names, tensor extents, integer
 arguments) are 64-bit integers that fit 32 bits unless they address memory.
 
+Elementwise code computes in f32, in f64 where an f64 takes part, and rounds to the tile's dtype at
+each statement. Reads in expressions (`read`, `readf` of a tensor argument) must be in bounds everywhere.
+
 `lanes` names the axis along which a CPU vectorises (each tile is stored with that axis innermost);
 GPU backends ignore it. Grammar: ir/README.md. Text: `to_text`, `parse`; checks: `verify`;
 reference semantics: `interpret`.
@@ -102,7 +105,7 @@ class Load:
     tensor: str
     index: tuple[Expr, ...]
     guard: Expr = sympy.true
-    other: Expr = sympy.Integer(0)
+    other: Expr = sympy.S.Zero
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,6 @@ def _block(body: tuple[K.Stmt, ...], indent: str) -> Iterator[str]:
 
 
 def _guard(load: K.Load) -> str:
-    if load.guard == sympy.true and load.other == 0 and load.other.is_Integer:
+    if load.guard == sympy.true and sympy.sympify(load.other) is sympy.S.Zero:
         return ""
     return f" where {text_of(load.guard)} else {text_of(load.other)}"

@@ -44,7 +44,7 @@ def register(cls: C) -> C:
             f"the name {cls.__name__} is taken by {taken.__module__}; rename {cls.__module__}'s"
         )
     REGISTRY[cls.__name__] = cls
-    return cls
+    return cls  # type: ignore[return-value]
 
 
 def dump(value: Any) -> str:
