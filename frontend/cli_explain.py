@@ -68,7 +68,7 @@ def explain(
       gossamer explain causal
       gossamer explain "strided(64, 64) & causal" --q-len 4096 --no-ir
       gossamer explain "longformer(128, 16)" --target cuda:sm_90 --source
-      gossamer explain causal --device a100 --dtype bf16 --q-len 16384
+      gossamer explain causal --target cuda:sm_80 --dtype bf16 --no-ir
     """
     from ..passes.cost import Size
     from ..passes.pipeline import compile_spec

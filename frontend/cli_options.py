@@ -67,7 +67,8 @@ DeviceName = Annotated[
     typer.Option(
         "--device",
         metavar="NAME",
-        help="Machine for the predicted time: cpu, h100, a100, l4, rtx4090 or mi300x.",
+        help="Machine to predict the time of, if not the usual one of the target: cpu, h100, a100, l4, "
+        "rtx4090 or mi300x.",
         show_default="the target's",
     ),
 ]

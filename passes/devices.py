@@ -20,8 +20,8 @@ from .cost import Device
 
 T = 1e12
 
-# Matrix products of 8192^3 in bf16 and a device-to-device copy, as measured on the SXM5 board; f32 and f64
-# from NVIDIA's H100 data sheet; exponentials as in the FlashAttention-3 paper, section 1.
+# Matrix products in bf16 and a copy within the device: measured. f32 and f64: NVIDIA H100 SXM data sheet.
+# Exponentials: FlashAttention-3 (arXiv:2407.08608).
 H100 = Device(
     "H100",
     (("bf16", 790 * T), ("f16", 790 * T), ("f32", 67 * T), ("f64", 67 * T)),
