@@ -11,7 +11,9 @@ compilation) is left out of the times a call; each gets all threads. Errors are 
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -31,7 +33,7 @@ import gossamer
 
 SECTIONS = ("speed", "scaling", "analysis", "start")
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 def main(
@@ -232,8 +234,6 @@ def start() -> dict[str, Any]:
 
 
 def _set_threads(threads: int) -> int:
-    import os
-
     threads = threads or len(os.sched_getaffinity(0))
     os.environ["GOSSAMER_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)

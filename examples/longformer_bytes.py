@@ -5,7 +5,10 @@
 
 Every byte sees the bytes at most 128 before and after it; the first 64 see all and are seen by all. The
 model has 4 layers of 8 heads of 64, with random weights from a fixed seed: it predicts nothing, but takes
-as long as one that does. One line differs between the two runs: how `attend` is computed.
+as long as one that does. One line differs between the two runs:
+
+    - attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    + attend = lambda q, k, v: gossamer.attention(q, k, v, mask=mask)
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 import gossamer
@@ -116,8 +120,9 @@ def main() -> None:
     torch.set_grad_enabled(False)
     text, model = read(options.bytes), ByteLongformer().eval()
     length = text.shape[1]
-    about = str(__doc__).split("\n\n")[2].replace("\n", " ")
-    console.print(Panel(about, title=f"a Longformer reads {length:,} bytes of argparse.py"))
+    about, change = str(__doc__).rstrip().split("\n\n")[2:]
+    story = Text.assemble(about.replace("\n", " "), "\n\n", change)
+    console.print(Panel(story, title=f"a Longformer reads {length:,} bytes of argparse.py"))
 
     with console.status("plain PyTorch"):
         dense = dense_mask(length)
@@ -137,13 +142,13 @@ def main() -> None:
     ratios = plain.seconds / ours.seconds, plain.attention / ours.attention
     table.add_row("", *(f"[bold]{ratio:.1f}x[/]" for ratio in ratios))
     console.print(table)
-    what = f"{compiled} kernel(s) compiled" if compiled else "kernel found in the cache and loaded"
+    what = "kernel compiled" if compiled else "kernel found in the cache and loaded"
     console.print(f"before the first call: {what} in {seconds:.2f} s")
     largest, scale = (ours.scores - plain.scores).abs().max(), plain.scores.abs().max()
     console.print(f"largest difference between the scores: {largest:.1e}, of {scale:.1f}")
 
     console.rule("what gossamer proved about the mask")
-    console.print(mask.analyze(length, length).explain(), highlight=False, markup=False)
+    console.print(mask.analyze(length, length).explain(), highlight=False, markup=False, soft_wrap=True)
     corner = min(length, 1024)
     mask.plot(options.picture, corner, corner)
     console.print(f"picture of the first {corner} rows and columns: {options.picture}")
