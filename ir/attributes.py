@@ -5,7 +5,7 @@ A pass that attaches a dataclass of its own registers it: `@register` of `ir.tex
 
 from __future__ import annotations
 
-from .formats import ACSR, Blocks, Dense, Progression, StoredACSR
+from .formats import ACSR, Blocks, Dense, Progression, Remainder, StoredACSR
 from .kernel import Span
 from .mask import Capture, Mask
 from .order import Order, OrderDim
@@ -15,5 +15,5 @@ from .text import register
 
 for _cls in (ACSR, Blocks, Capture, Dense, Group, Loops, Mask, Order, OrderDim, Progression):
     register(_cls)
-for _cls in (Schedule, ScoreMap, Span, StoredACSR):
+for _cls in (Remainder, Schedule, ScoreMap, Span, StoredACSR):
     register(_cls)

@@ -279,6 +279,13 @@ class Blocks(_ByContent):
         return (starts + np.arange(self.block[1])).reshape(-1)
 
 
+@dataclass(frozen=True)
+class Remainder:
+    """A part of a mask that is no small union of terms: its exact region, as isl map text."""
+
+    region: str
+
+
 Format = Dense | ACSR | StoredACSR | Blocks
 
 

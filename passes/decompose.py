@@ -32,7 +32,7 @@ import sympy
 from ..ir.affine import DIV, SET, QuotaExceeded, locked, quota, to_sets
 from ..ir.errors import VerifyError
 from ..ir.expr import Expr, to_text
-from ..ir.formats import ACSR, Progression
+from ..ir.formats import ACSR, Progression, Remainder
 from ..ir.mask import Mask
 from .delinearize import widths as widths_of
 from .normalize import disjuncts
@@ -41,13 +41,6 @@ from .progression import as_map, as_set, build, is_closed_form, regular
 MAX_TERMS = 24  # beyond this, walking terms costs more than walking the columns between them
 MAX_ORDERS = 24
 MAX_OPERATIONS = 300_000  # of isl: about 0.2 s, several times what the pattern library takes
-
-
-@dataclass(frozen=True)
-class Remainder:
-    """A part of a mask that is no small union of terms: its exact region, as isl map text."""
-
-    region: str
 
 
 Term = ACSR | Remainder

@@ -15,7 +15,7 @@ from gossamer.ir.mask import Mask
 from gossamer.passes.classify import Shape, classify, classify_points
 from gossamer.passes.count import Steps, TooIrregular
 from gossamer.passes.decompose import Remainder, decompose, describe, prove
-from gossamer.passes.delinearize import widths
+from gossamer.passes.delinearize import factors, widths
 from gossamer.passes.geometry import analyze
 from gossamer.passes.normalize import disjuncts, normalize_mask, split
 from gossamer.passes.progression import as_set, term
@@ -142,6 +142,25 @@ def test_shifted_windows_are_clamps():
     assert [to_text(p.count) for p in box.progressions] == ["13", "13"]
 
 
+def test_boxes_of_three_dimensions_and_of_residues():
+    """Shifted, dilated windows in 3-d: 27 pieces on plain indices, one box on coordinates."""
+    rules = []
+    for q, n in (("q // 48", 8), ("q // 8 % 6", 6), ("q % 8", 8)):
+        k, start = q.replace("q", "k"), clamp(f"({q}) // 2", n // 2, 3)
+        rules.append(f"({q} - {k}) % 2 == 0 and ({k}) // 2 >= {start} and ({k}) // 2 < {start} + 3")
+    mask = Mask.parse(f"mask() {{ {' and '.join(rules)} }}")
+    [box] = decompose(mask)
+    assert box.widths == (6, 8) and [p.stride for p in box.progressions] == [2, 2, 2]
+    assert analyze(mask, 200, 150).nnz == dense(mask, 200, 150).sum()
+
+
+def test_boxes_hold_some_rows_only():
+    mask = Mask.parse("mask(p0) { q // 8 <= p0 and k // 8 <= q // 8 and q % 8 > 2 and k % 8 <= q % 8 }")
+    [box] = decompose(mask)
+    assert to_text(box.rows) == "q % 8 >= 3 and q // 8 <= p0"
+    assert analyze(mask, 80, 90, (6,)).nnz == dense(mask, 80, 90, (6,)).sum()
+
+
 def test_windows_of_residues_are_split_by_residue():
     found = decompose(Mask.parse("mask() { (q - k) % 8 < 3 }"))
     assert sorted(to_text(t.progressions[0].offset) for t in found) == ["(q + 6) % 8", "(q + 7) % 8", "q % 8"]
@@ -180,6 +199,14 @@ def test_irregular_rows_are_no_term():
 
 
 # Delinearize and normalize.
+
+
+def test_factors():
+    predicate = Mask.parse("mask(p0) { q // 8 <= p0 and q % 32 // 8 == k % 32 // 8 }").predicate
+    assert factors(predicate, (8,)) is None  # q % 32 // 8 is no coordinate of this space
+    predicate = Mask.parse("mask(p0) { q // 8 - k // 8 <= p0 and q % 8 == k % 8 }").predicate
+    assert [to_text(f) for f in factors(predicate, (8,))] == ["q0 - k0 <= p0", "q1 == k1"]
+    assert factors(Mask.parse("mask() { k <= q and q // 8 == k // 8 }").predicate, (8,)) is None
 
 
 @pytest.mark.parametrize(
