@@ -92,6 +92,7 @@ _OPERATORS = {
     ast.Div: "div",
     ast.FloorDiv: "floordiv",
     ast.Mod: "mod",
+    ast.Pow: "pow",
     ast.Lt: "lt",
     ast.LtE: "le",
     ast.Gt: "gt",
