@@ -145,8 +145,8 @@ class _Out:
             return self.number(int(expr))
         if isinstance(expr, where):
             return self.choice(*expr.args)
-        args = [self.function(a) for a in expr.args]
-        if not args or any(a is None for a in args):
+        args = [f for f in map(self.function, expr.args) if f is not None]
+        if not args or len(args) < len(expr.args):
             return None
         match expr:
             case sympy.Add():

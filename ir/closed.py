@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import islpy as isl
 import sympy
@@ -65,7 +66,7 @@ def _affine(aff: isl.Aff) -> Expr:
         for i in range(aff.dim(kind_)):
             c = int(aff.get_coefficient_val(kind_, i).to_python())
             if c:
-                total += c * integer(aff.get_dim_name(kind_, i))
+                total += c * integer(str(aff.get_dim_name(kind_, i)))
     for i in range(aff.dim(DIV)):
         c = int(aff.get_coefficient_val(DIV, i).to_python())
         if c:
@@ -107,8 +108,8 @@ def condition(points: isl.Set) -> Expr:
     return found if isinstance(found, Boolean) else sympy.Ne(found, 0)
 
 
-_OP = isl.ast_expr_op_type
-_AST: dict[int, Callable[..., Expr]] = {
+_OP: Any = isl.ast_expr_op_type
+_AST: dict[Any, Callable[..., Any]] = {
     _OP.and_: sympy.And,
     _OP.and_then: sympy.And,
     _OP.or_: sympy.Or,

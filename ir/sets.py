@@ -64,7 +64,7 @@ def _spent() -> bool:
 def flatten(points: isl.Set, keep: str = "") -> isl.Set:
     """The same set with every dimension but `keep` turned into a parameter of its name."""
     for i in reversed(range(points.dim(SET))):
-        name = points.get_dim_name(SET, i)
+        name = str(points.get_dim_name(SET, i))
         if name != keep:
             end = points.dim(PARAM)
             points = points.move_dims(PARAM, end, SET, i, 1).set_dim_name(PARAM, end, name)

@@ -147,7 +147,7 @@ class Steps:
                     polynomial = base
                     continue
                 slope = [c * run.slope.astype(object) for c in polynomial]
-                polynomial = [a + b for a, b in zip([*base, 0], [0, *slope], strict=True)]
+                polynomial = [a + b for a, b in zip([*base, 0 * base[0]], [0 * base[0], *slope], strict=True)]
             sums = _power_sums(lengths, len(polynomial))
             total += sum(int(np.dot(c, s)) for c, s in zip(polynomial, sums, strict=True))
         return total
@@ -247,10 +247,10 @@ class Rows:
                     return Steps.constant(
                         int(c) * math.prod(self._number(a) or 0 for a in constants), self.length
                     )
-            case E.floordiv() if self._number(expr.args[1]):
-                return args[0] // self._number(expr.args[1])
-            case E.floormod() if self._number(expr.args[1]):
-                return args[0] % self._number(expr.args[1])
+            case E.floordiv() | E.floormod():
+                divisor = self._number(expr.args[1])
+                if divisor:
+                    return args[0] // divisor if isinstance(expr, E.floordiv) else args[0] % divisor
             case E.minimum() | sympy.And():
                 return reduce(Steps.minimum, args)
             case E.maximum() | sympy.Or():

@@ -34,13 +34,14 @@ from ..ir.errors import VerifyError
 from ..ir.expr import Expr, to_text
 from ..ir.formats import ACSR, Progression, Remainder
 from ..ir.mask import Mask
+from .delinearize import coarser, factors
 from .delinearize import widths as widths_of
 from .normalize import disjuncts
-from .progression import as_map, as_set, build, is_closed_form, regular
+from .progression import as_map, as_set, box, build, is_closed_form, regular
 
 MAX_TERMS = 24  # beyond this, walking terms costs more than walking the columns between them
 MAX_ORDERS = 24
-MAX_OPERATIONS = 300_000  # of isl: about 0.2 s, several times what the pattern library takes
+MAX_OPERATIONS = 500_000  # of isl: about 0.3 s, several times what the pattern library takes
 
 
 Term = ACSR | Remainder
@@ -53,12 +54,32 @@ def decompose(mask: Mask) -> tuple[Term, ...]:
     region, widths = as_set(mask.may), widths_of(mask)
     if region.is_empty():
         return ()
+    whole = _as_box(mask, widths)
+    if whole is not None:
+        return (whole,)
     for attempt in (_split_best, _split_once):
         with suppress(QuotaExceeded), quota(MAX_OPERATIONS):
-            pieces = attempt(region, _parts(mask), widths)
+            pieces = attempt(mask, region, widths)
             prove(region, [p.points for p in pieces])
             return tuple(p.term() for p in pieces)
     return (Remainder(str(mask.may)),)
+
+
+def _as_box(mask: Mask, widths: tuple[int, ...]) -> ACSR | None:
+    """The whole mask as one box, straight from a predicate that takes all dimensions one by one."""
+    for w in coarser(widths):
+        rules = factors(mask.predicate, w)
+        if rules is None or sympy.true in rules or not mask.exact:
+            continue  # a dimension that is free may join its neighbour: a plain term is simpler then
+        sides = []
+        for d, rule in enumerate(rules):
+            extent = f" and q{d} < {w[d - 1]} and k{d} < {w[d - 1]}" if d else ""
+            inside = isl.Set(f"{{ [q{d}, k{d}] : 0 <= q{d} and 0 <= k{d}{extent} }}")
+            sides.append(to_sets(rule, (f"q{d}", f"k{d}"))[0].intersect(inside).coalesce())
+        found = box(sides, w, mask.may)
+        if found is not None:
+            return found
+    return None
 
 
 @dataclass(frozen=True)
@@ -95,7 +116,7 @@ def prove(region: isl.Set, pieces: list[isl.Set]) -> None:
 
 def _piece(points: isl.Set, widths: tuple[int, ...]) -> Piece | None:
     """The region as one term: plain if it can be, else a box."""
-    for w in ((), widths) if widths else ((),):
+    for w in ((), *coarser(widths)):
         lines = regular(points, w)
         if lines is not None:
             return Piece(points, w, lines)
@@ -114,11 +135,12 @@ def _parts(mask: Mask) -> list[isl.Set]:
     return [f for f in found if not f.is_empty()]
 
 
-def _split_best(region: isl.Set, parts: list[isl.Set], widths: tuple[int, ...]) -> list[Piece]:
-    """The fewest pieces that some order of the parts gives."""
+def _split_best(mask: Mask, region: isl.Set, widths: tuple[int, ...]) -> list[Piece]:
+    """The fewest pieces that some order of the mask's parts gives."""
     whole = _piece(region, widths)
     if whole is not None:
         return [whole]
+    parts = _parts(mask)
     best: list[Piece] = []
     for order in itertools.islice(_orders(parts, widths), MAX_ORDERS):
         pieces: list[Piece] = []
@@ -136,10 +158,10 @@ def _split_best(region: isl.Set, parts: list[isl.Set], widths: tuple[int, ...]) 
     return _merged(best, widths)
 
 
-def _split_once(region: isl.Set, parts: list[isl.Set], widths: tuple[int, ...]) -> list[Piece]:
+def _split_once(mask: Mask, region: isl.Set, widths: tuple[int, ...]) -> list[Piece]:
     """One piece a part, less what came before: a term where it happens to be one."""
     pieces, left = [], region
-    for part in next(_orders(parts, widths)):
+    for part in next(_orders(_parts(mask), widths)):
         here = part.intersect(left).coalesce()
         left = left.subtract(part).coalesce()
         if not here.is_empty():

@@ -43,7 +43,7 @@ def values(predicate: Expr, shape: tuple[int, ...]) -> np.ndarray:
 
 def fit_rows(want: Matrix) -> Expr | None:
     """A predicate whose rows are one progression each, with a common stride; None when no form fits."""
-    some = (want.found & want.care).any(1)
+    some = np.any(want.found & want.care, axis=1)
     if not some.any():
         return sympy.false
     for rule, inside in _residues(want):
@@ -101,7 +101,8 @@ def forms(q: np.ndarray, least: np.ndarray, most: np.ndarray) -> Iterator[Expr |
     for width in range(2, len(q)):
         shift = _shift(width * (q // width), least, most)
         if shift is not None:
-            yield width * floordiv(Q, sympy.Integer(width)) + shift
+            blocks: Expr = floordiv(Q, sympy.Integer(width))
+            yield width * blocks + shift
             break
     yield from _clamps(q, least, most)
 
@@ -134,7 +135,7 @@ def _clamps(q: np.ndarray, least: np.ndarray, most: np.ndarray) -> Iterator[Expr
 
 def _needed_rows(want: Matrix, predicate: Expr, some: np.ndarray) -> Expr | None:
     """A condition on rows that drops those where the predicate says too much."""
-    wrong = (values(predicate, want.found.shape) & ~want.found & want.care).any(1)
+    wrong = np.any(values(predicate, want.found.shape) & ~want.found & want.care, axis=1)
     return fit_set(some, wrong, Q)
 
 

@@ -25,8 +25,9 @@ import sympy
 from ..ir.affine import IN, OUT, PARAM, SET, condition, flatten, locked, to_expr, to_pw_aff, to_sets
 from ..ir.closed import size
 from ..ir.errors import VerifyError
-from ..ir.expr import Expr, floordiv, integer
+from ..ir.expr import Expr, all_of, floordiv, integer
 from ..ir.formats import ACSR, Progression
+from .delinearize import coordinates
 
 UP, DOWN = isl.Map("{ [x] -> [y] : y >= x }"), isl.Map("{ [x] -> [y] : y <= x }")
 
@@ -138,7 +139,8 @@ def _progression(line: isl.Set) -> Progression:
     steps = line.dim_max(0).sub(first).scale_down_val(isl.Val(stride)).floor()
     forms = [_closed(steps, known) + 1]
     last, low = _closed(line.dim_max(0), known), _closed(first, known)
-    forms.append(floordiv(last - low, sympy.Integer(stride)) + 1)
+    whole: Expr = floordiv(last - low, sympy.Integer(stride))
+    forms.append(whole + 1)
     return Progression(stride, offset, low, min(forms, key=size))
 
 
@@ -159,6 +161,33 @@ def _closed(function: isl.PwAff, known: isl.Set) -> Expr:
     return to_expr(function.coalesce().gist_params(known).coalesce())
 
 
+def box(sides: list[isl.Set], widths: tuple[int, ...], region: isl.Map) -> ACSR | None:
+    """The product of sides, sets over [q0, k0], [q1, k1], ..., as one term; None when a side is irregular.
+
+    region: the map from q to k that the product is.
+    """
+    lines = [flatten(side, f"k{d}") for d, side in enumerate(sides)]
+    if not all(map(_regular_line, lines)):
+        return None
+    progressions = tuple(map(_progression, lines))
+    for d, (side, p) in enumerate(zip(sides, progressions, strict=True)):
+        rows = side.project_out(SET, 1, 1).insert_dims(SET, 1, 1).set_dim_name(SET, 1, f"k{d}")
+        inside = isl.Set(f"{{ [q{d}, k{d}] : q{d} >= 0 and k{d} >= 0 }}")
+        if not _on(p, f"k{d}", (f"q{d}", f"k{d}"), inside).intersect(rows).is_equal(side):
+            raise VerifyError(f"closed form differs from its side {side}: {p}")
+    return ACSR(widths, progressions, _rows_of(sides, widths), str(region))
+
+
+def _rows_of(sides: list[isl.Set], widths: tuple[int, ...]) -> Expr:
+    """Which rows have the product of sides, as a condition on q."""
+    rules = []
+    for d, (side, forms) in enumerate(zip(sides, coordinates("q", widths), strict=True)):
+        extent = "" if d == 0 else f" and q{d} < {widths[d - 1]}"
+        rows = side.project_out(SET, 1, 1).gist(isl.Set(f"{{ [q{d}] : 0 <= q{d}{extent} }}")).coalesce()
+        rules.append(condition(rows).xreplace({integer(f"q{d}"): forms[0]}))
+    return all_of(rules)
+
+
 def is_closed_form(found: ACSR, region: isl.Set) -> bool:
     """Whether a term's closed forms say exactly the region over [q, k], compared in the index space."""
     rank = len(found.progressions)
@@ -171,16 +200,22 @@ def is_closed_form(found: ACSR, region: isl.Set) -> bool:
         points, rows = points.intersect(plane), rows.apply(unfolding(found.widths))
         region = region.apply(unfolding(found.widths))
     for key, p in zip(keys, found.progressions, strict=True):
-        at, first, offset = (_function(e, dims) for e in (integer(key), p.first, p.offset))
-        modulus, zero = isl.Val(p.stride), _function(sympy.Integer(0), dims)
-        points = points.intersect(at.ge_set(first))
-        if p.stride > 1:
-            points = points.intersect(at.sub(offset).mod_val(modulus).eq_set(zero))
-            points = points.intersect(first.sub(offset).mod_val(modulus).eq_set(zero))
-        if p.count != sympy.oo:
-            last = first.add(_function(p.count - 1, dims).scale_val(modulus))
-            points = points.intersect(at.le_set(last))
+        points = _on(p, key, dims, points)
     return points.intersect(rows).is_equal(region)
+
+
+def _on(p: Progression, key: str, dims: tuple[str, ...], points: isl.Set) -> isl.Set:
+    """The points over dims whose coordinate `key` is on a progression."""
+    at, first, offset = (_function(e, dims) for e in (integer(key), p.first, p.offset))
+    modulus, zero = isl.Val(p.stride), _function(sympy.Integer(0), dims)
+    points = points.intersect(at.ge_set(first))
+    if p.stride > 1:
+        points = points.intersect(at.sub(offset).mod_val(modulus).eq_set(zero))
+        points = points.intersect(first.sub(offset).mod_val(modulus).eq_set(zero))
+    if p.count == sympy.oo:
+        return points
+    last = first.add(_function(p.count - 1, dims).scale_val(modulus))
+    return points.intersect(at.le_set(last))
 
 
 def _function(expr: Expr, dims: tuple[str, ...]) -> isl.PwAff:

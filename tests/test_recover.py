@@ -12,7 +12,7 @@ from gossamer.passes.decompose import Remainder, decompose
 from gossamer.passes.fit import Matrix, Q, fit_rows, fit_set
 from gossamer.passes.recover import recover, stored_rows
 
-SIZES = [(96, 96), (131, 200), (250, 101)]
+SIZES = [(131, 200), (200, 97)]
 
 
 def clamped(x: str, n: int, kernel: int, dilation: int = 1) -> str:
