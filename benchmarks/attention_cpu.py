@@ -12,6 +12,7 @@ compilation) is left out of the times a call; each gets all threads. Errors are 
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -32,13 +33,13 @@ from rich.table import Table
 import gossamer
 
 SECTIONS = ("speed", "scaling", "analysis", "start")
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
-console = Console(width=None if sys.stdout.isatty() else 150)
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
+console = Console(width=None if sys.stdout.isatty() else 170)
 
 
 def main(
     masks: Annotated[str, typer.Option(help="names, separated by commas")] = "all",
-    dtype: Annotated[str, typer.Option(help=f"one of {', '.join(DTYPES)}")] = "fp32",
+    dtype: Annotated[str, typer.Option(help=f"one of {', '.join(DTYPES)}")] = "f32",
     batch: int = 1,
     heads: int = 8,
     seq: Annotated[int, typer.Option(help="queries and keys, a multiple of 64")] = 2048,
@@ -81,14 +82,26 @@ def speed(
     torch.manual_seed(0)
     tensors = tuple(torch.randn(shape).to(DTYPES[dtype]) for _ in range(3))
     rows = [
-        _race(case, tensors, rounds=rounds, flex=flex)
+        _race(case, tensors, rounds=rounds, flex=flex) | {"tiles": _tiles(case, dtype, shape[3])}
         for case in track(picked, "timing", console=console, transient=True)
     ]
     b, h, s, d = shape
     table = Table(title=f"B{b} H{h} S{s} D{d} {dtype}: milliseconds a call, median (least)")
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
-    for column in ("mask", "density", *names, "speed-up", "wanted", "GFLOP/s", "of GEMM", "error", "SDPA's"):
-        table.add_column(column, justify="left" if column == "mask" else "right")
+    columns = (
+        "mask",
+        "density",
+        *names,
+        "speed-up",
+        "wanted",
+        "GFLOP/s",
+        "of GEMM",
+        "error",
+        "SDPA's",
+        "tiles",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "mask" else "right", no_wrap=True)
     for row in rows:
         goal = row["goal"]
         style = "" if goal is None else "green" if row["speedup"] >= goal else "red"
@@ -102,6 +115,7 @@ def speed(
             f"{row['of_gemm']:.0%}",
             f"{row['error']:.1e}",
             f"{row['peer_error']:.1e}",
+            row["tiles"],
         )
     console.print(table)
     return {"shape": shape, "dtype": dtype, "rounds": rounds, "masks": rows}
@@ -134,6 +148,14 @@ def _race(case: Case, tensors: Any, *, rounds: int, flex: bool) -> dict[str, Any
         "peer_error": _error(found[0].call(), want),
         "first_call_s": {"gossamer": first, **{p.name: p.prepared for p in found if p.prepared}},
     }
+
+
+def _tiles(case: Case, dtype: str, dim: int) -> str:
+    """Rows by keys of the tiles of each kernel, as its IR states them."""
+    kernel = gossamer.compile(gossamer.AttentionSpec(case.mask_mod, dtype=dtype, qk_size=dim))
+    found = re.findall(r"rows \(([\d, ]+)\), keys \(([\d, ]+)\)", kernel.ir)
+    sides = [["x".join(re.findall(r"\d+", side)) for side in pair] for pair in found]
+    return ", ".join(" by ".join(pair) for pair in sides)
 
 
 def _error(found: torch.Tensor, want: torch.Tensor) -> float:

@@ -43,9 +43,17 @@ def provenance(threads: int) -> dict[str, Any]:
 
 
 def save(path: Path, results: Mapping[str, Any]) -> None:
-    """Write results as JSON, readable as a diff."""
+    """Write results as JSON, numbers to four digits, so that a diff can be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(_rounded(results), indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _cpuinfo() -> dict[str, str]:
