@@ -216,6 +216,9 @@ def test_random_predicates(text, width):
     scope = {"torch": torch, "W": width}
     exec(f"def mask_mod(b, h, q, k):\n    zero = q - q\n    return {text}", scope)
     same_as_torch(scope["mask_mod"])
+    mask = Mask.trace(scope["mask_mod"])
+    again = Mask.from_ir(IRMask.parse(mask.text), mask.values)
+    np.testing.assert_array_equal(dense(again), dense(mask))
 
 
 # ---- what is captured ----
