@@ -34,7 +34,7 @@ import gossamer
 
 SECTIONS = ("speed", "scaling", "analysis", "start")
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
-console = Console(width=None if sys.stdout.isatty() else 170)
+console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 def main(
@@ -86,20 +86,10 @@ def speed(
         for case in track(picked, "timing", console=console, transient=True)
     ]
     b, h, s, d = shape
-    table = Table(title=f"B{b} H{h} S{s} D{d} {dtype}: milliseconds a call, median (least)")
+    table = Table(title=f"B{b} H{h} S{s} D{d} {dtype}: milliseconds a call, medians")
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
-    columns = (
-        "mask",
-        "density",
-        *names,
-        "speed-up",
-        "wanted",
-        "GFLOP/s",
-        "of GEMM",
-        "error",
-        "SDPA's",
-        "tiles",
-    )
+    ours = ("speed-up", "wanted", "GFLOP/s", "of GEMM", "error", "SDPA's", "tiles")
+    columns = ("mask", "density", *names, *ours)
     for column in columns:
         table.add_column(column, justify="left" if column == "mask" else "right", no_wrap=True)
     for row in rows:
@@ -108,7 +98,7 @@ def speed(
         table.add_row(
             row["mask"],
             f"{row['density']:.3f}",
-            *(f"{row['ms'][n][0]:.2f} ({row['ms'][n][1]:.2f})" if n in row["ms"] else "" for n in names),
+            *(f"{row['ms'][n][0]:.2f}" if n in row["ms"] else "" for n in names),
             f"[{style}]{row['speedup']:.2f}x[/]" if style else f"{row['speedup']:.2f}x",
             "" if goal is None else f"{goal}x",
             f"{row['gflops']:.0f}",

@@ -36,7 +36,7 @@ def peers(case: Case, tensors: Tensors, *, flex: bool = True) -> list[Peer]:
         dense = case.dense(length)[None, None].contiguous()
         found.append(Peer("sdpa_dense", lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)))
     if case.name == "causal":
-        found.append(Peer("sdpa_causal", lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+        found.append(Peer("sdpa", lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)))
     if flex:
         found.append(compiled_flex(case, tensors))
     return found
