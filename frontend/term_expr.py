@@ -55,6 +55,7 @@ def _operations() -> dict[str, Any]:
             "mul": lambda a, b: a * b,
             "div": lambda a, b: a / b,
             "neg": lambda a: -a,
+            "abs": _absolute,
             "floordiv": E.floordiv,
             "mod": E.floormod,
             "and": sympy.And,
@@ -69,6 +70,14 @@ def _operations() -> dict[str, Any]:
         }
     )
     return _TABLE
+
+
+def _absolute(x: Any) -> Any:
+    """|x|, without the ||y|| that sympy leaves in |2 |y||, which would not survive its text."""
+    from sympy import Abs
+
+    twice = [a for a in Abs(x).atoms(Abs) if isinstance(a.args[0], Abs)]
+    return Abs(x).xreplace({a: a.args[0] for a in twice})
 
 
 def from_expr(expr: Any) -> Term:
