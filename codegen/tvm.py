@@ -14,9 +14,9 @@ from functools import lru_cache
 
 from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Scalar, Stmt, Store, Tensor
 from .tvm_context import Context
-from .tvm_expr import safe
 from .tvm_layout import BYTES, LINE, TENSOR_DTYPES, Tile
 from .tvm_memory import load, store
+from .tvm_names import safe
 from .tvm_text import Lines
 from .tvm_tiles import compute, dot, reduce
 
@@ -98,7 +98,7 @@ def _declare_buffers(out: Lines, ctx: Context) -> None:
     for tile in (*ctx.tiles.values(), *ctx.workspace.scratch.values()):
         out.line(_declaration(tile))
     for name, (shape, dtype) in ctx.registers.items():
-        # Lowered, the buffer would come from TVM's runtime, which a loaded object does without: LLVM allocates it.
+        # Lowered, the buffer would come from TVM's runtime, which a loaded object does without.
         unlowered = 'annotations={"disable_lower_builtin": True}'
         out.line(f'{name} = T.alloc_buffer({shape}, "{dtype}", scope="local", {unlowered})')
 

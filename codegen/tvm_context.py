@@ -9,8 +9,9 @@ import sympy
 
 from ..ir.expr import Expr
 from ..ir.kernel import Compute, Dot, Kernel, Load, Reduce
-from .tvm_expr import SCALAR_CALLS, Names, Printer, contains
+from .tvm_expr import SCALAR_CALLS, Printer, contains
 from .tvm_layout import Piece, Tile, Workspace, pieces, walk
+from .tvm_names import Names
 from .tvm_text import Lines
 
 
@@ -75,8 +76,12 @@ class Context:
                 stack.enter_context(self.names.at(**{axis: f"i_{axis}"}))
             yield
 
-    def each(self, axis: str | None, dtype: str, body: Callable[[], None], *exprs: Expr) -> None:
-        """body for every coordinate of an axis, in vectors unless one of exprs has no vector form."""
+    def each(
+        self, axis: str | None, dtype: str, body: Callable[[], None], *exprs: Expr, address: bool = False
+    ) -> None:
+        """body for every coordinate of an axis, in vectors unless one of exprs has no vector form.
+
+        address: the coordinate indexes a tensor (64 bits)."""
         if axis is None:
             body()
         elif any(contains(e, SCALAR_CALLS) for e in exprs):
@@ -84,7 +89,7 @@ class Context:
                 body()
         else:
             for piece in pieces(self.extent(axis), dtype):
-                with self.outer(axis, piece), self.vector(axis, piece):
+                with self.outer(axis, piece), self.vector(axis, piece, address=address):
                     body()
 
     @contextmanager
@@ -97,14 +102,16 @@ class Context:
             yield
 
     @contextmanager
-    def vector(self, axis: str, piece: Piece) -> Iterator[None]:
+    def vector(self, axis: str, piece: Piece, *, address: bool = False) -> Iterator[None]:
         """The lanes of one vector of a piece, inside `outer`."""
+        # A tensor's index is 64 bits wide, and TVM sees no vector through a conversion.
+        width = f"T.int64({piece.width})" if address else str(piece.width)
         with ExitStack() as stack:
             terms = (
                 [f"i_{axis}0 * {piece.width}" if piece.width > 1 else f"i_{axis}0"] if piece.count > 1 else []
             )
             if piece.width > 1:
-                stack.enter_context(self.out.block(f"for i_{axis} in T.vectorized({piece.width}):"))
+                stack.enter_context(self.out.block(f"for i_{axis} in T.vectorized({width}):"))
                 terms.append(f"i_{axis}")
             if piece.start or not terms:
                 terms.insert(0, str(piece.start))

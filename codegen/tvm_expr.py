@@ -7,36 +7,34 @@ tile that is written.
 
 from __future__ import annotations
 
-import keyword
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import sympy
 
 from ..ir.errors import UnsupportedError
 from ..ir.expr import Expr
-from ..ir.kernel import Kernel, Tensor
-from .tvm_layout import TENSOR_DTYPES, TILE_DTYPES, Tile
+from .tvm_layout import TENSOR_DTYPES, TILE_DTYPES
 from .tvm_math import VECTOR, literal
+from .tvm_names import Names, safe
+from .tvm_value import (
+    AND,
+    ATOM,
+    NOT,
+    OR,
+    PRODUCT,
+    RANK,
+    RELATION,
+    SUM,
+    Text,
+    Typing,
+    bf16_rounded,
+    nan_aware,
+    widest,
+)
 
-RESERVED = {
-    "T",
-    "cell",
-    "ws",
-    "ws_bytes",
-    "worker",
-    "workers",
-    "True",
-    "False",
-    "None",
-    "range",
-    "min",
-    "max",
-}
 SMALL = 64  # 32 bits hold a coordinate times this much
-RANK = {"bool": 0, "int32": 1, "int64": 2, "float32": 3, "float64": 4}
 SCALAR_CALLS = {"erf": "T.erf"}  # TVM has them for scalars only
 VECTOR_CALLS = {"sin": "T.sin", "cos": "T.cos", "tan": "T.tan", "floor": "T.floor", "trunc": "T.trunc"}
 COMPARE = {
@@ -47,27 +45,6 @@ COMPARE = {
     sympy.Equality: "==",
     sympy.Unequality: "!=",
 }
-ATOM, PRODUCT, SUM, RELATION, NOT, AND, OR = range(7)
-
-
-@dataclass(frozen=True)
-class Text:
-    """An expression as text: its dtype, whether it differs inside a tile, how loosely it binds."""
-
-    text: str
-    dtype: str
-    varying: bool = False
-    binding: int = ATOM
-    number: bool = False  # an integer literal: takes the dtype of what it meets
-
-    def inside(self, binding: int) -> str:
-        """The text as an operand of an operator that binds so tightly."""
-        return self.text if self.binding <= binding else f"({self.text})"
-
-
-def safe(name: str) -> str:
-    """A name of the IR as a name of the script."""
-    return f"{name}_" if name in RESERVED or keyword.iskeyword(name) else name
 
 
 def contains(expr: Expr, functions: tuple[str, ...] | dict[str, str]) -> bool:
@@ -75,58 +52,14 @@ def contains(expr: Expr, functions: tuple[str, ...] | dict[str, str]) -> bool:
     return any(type(node).__name__ in functions for node in sympy.preorder_traversal(expr))
 
 
-class Names:
-    """What the names of a kernel stand for at the current place: tiles, coordinates, scalars, tensors."""
-
-    def __init__(self, kernel: Kernel, tiles: Mapping[str, Tile]) -> None:
-        self.tiles = tiles
-        self.tensors: dict[str, Tensor] = {t.name: t for t in kernel.tensors}
-        self.floats = {s.name: TENSOR_DTYPES[s.dtype] for s in kernel.scalars if s.dtype[0] == "f"}
-        self.truths: set[str] = set()
-        self.never_negative = {n for t in kernel.tensors for n in t.shape if isinstance(n, str)}
-        self.never_negative |= {g.name for g in kernel.grid} | {a.name for a in kernel.axes}
-        self.coordinates: dict[str, str] = {}
-
-    @contextmanager
-    def at(self, **coordinates: str) -> Iterator[None]:
-        """Axes have these coordinates inside the block."""
-        saved = self.coordinates
-        self.coordinates = {**saved, **coordinates}
-        yield
-        self.coordinates = saved
-
-    def natural(self, expr: Expr) -> bool:
-        """Whether an integer is known not to be negative."""
-        if expr.is_Integer or expr.is_Symbol:
-            return int(expr) >= 0 if expr.is_Integer else str(expr) in self.never_negative
-        known = [self.natural(a) for a in expr.args]
-        match type(expr).__name__:
-            case "Add" | "Mul" | "floordiv" | "minimum" | "shr" | "Pow":
-                return all(known)
-            case "maximum" | "bitand":
-                return any(known)
-            case "floormod":
-                return known[1]
-            case "where":
-                return known[1] and known[2]
-        return type(expr).__name__ == "Abs"
-
-    def element(self, tile: Tile) -> str:
-        """The element of a tile at the current coordinates."""
-        index = [self.coordinates[a] for a in tile.axes]
-        return f"b_{tile.name}[{', '.join(index or ['0'])}]"
-
-
-class Printer:
-    """Prints one statement's expressions. let: binds text to a fresh name. floats: dtype of float arithmetic.
-
-    address=True keeps integers at 64 bits for indexing memory.
-    """
+class Printer(Typing):
+    """Prints one statement's expressions; what stands for its names is looked up at the time."""
 
     def __init__(
         self, names: Names, let: Callable[[str, str], str], floats: str, *, address: bool = False
     ) -> None:
-        self.names, self.let, self.floats, self.address = names, let, floats, address
+        super().__init__(let, floats, address=address)
+        self.names = names
         self.shared: dict[Expr, Text] = {}
         self.often: Counter[Expr] = Counter()
 
@@ -147,9 +80,8 @@ class Printer:
         if expr in self.shared:
             return self.shared[expr]
         value = self._node(expr)
-        if (
-            self.often[expr] > 1 and not value.text.isidentifier() and value.dtype != "bool"
-        ):  # TVM has no vectors of them
+        # TVM cannot bind a vector of booleans to a name.
+        if self.often[expr] > 1 and not value.text.isidentifier() and value.dtype != "bool":
             value = Text(self.let("c", value.text), value.dtype, value.varying)
             self.shared[expr] = value
         return value
@@ -182,7 +114,7 @@ class Printer:
     def _integer(self, value: int) -> Text:
         if -(2**31) <= value < 2**31:
             return Text(str(value), "int32", binding=ATOM if value >= 0 else SUM, number=True)
-        return Text(f"T.int64({value})", "int64")
+        return Text(f"T.int64({value})", "int64", varying=True)  # what meets it must be as wide
 
     def _symbol(self, name: str) -> Text:
         names = self.names
@@ -215,34 +147,6 @@ class Printer:
         wide = TILE_DTYPES[dtype]
         return value if wide == value.dtype else Text(f'T.Cast("{wide}", {value.text})', wide, value.varying)
 
-    # dtypes ---------------------------------------------------------------------------------------
-
-    def _to(self, value: Text, dtype: str) -> Text:
-        if value.dtype == dtype:
-            return value
-        if value.number:
-            text = literal(float(value.text), dtype) if dtype[0] == "f" else f"T.{dtype}({value.text})"
-            return Text(text, dtype)
-        if dtype == "bool":
-            return Text(f"{value.inside(SUM)} != 0", dtype, value.varying, RELATION)
-        return Text(f'T.Cast("{dtype}", {value.text})', dtype, value.varying)
-
-    def _join(self, *values: Text, widening: bool = False) -> list[Text]:
-        """The values in their common dtype: scalars follow what varies, unless they index memory.
-
-        widening: they meet in an operator that widens integers by itself."""
-        typed = [v for v in values if not v.number]
-        if not typed:
-            return list(values)
-        leading = [v for v in typed if v.varying or RANK[v.dtype] >= RANK["float32"]]
-        dtype = max((leading if leading and not self.address else typed), key=lambda v: RANK[v.dtype]).dtype
-        if dtype == "bool":
-            dtype = "int32" if len(typed) < len(values) else dtype
-        keep = dtype in ("int32", "int64")
-        if widening and self.address and dtype == "int64":
-            return [replace(v, dtype=dtype) if not v.number else v for v in values]
-        return [v if keep and v.number else self._to(v, dtype) for v in values]
-
     # arithmetic -----------------------------------------------------------------------------------
 
     def _Add(self, expr: Expr) -> Text:
@@ -251,27 +155,23 @@ class Printer:
         terms = [(minus, self._print(-a if minus else a)) for minus, a in signed]
         fixed = [t for t in terms if not t[1].varying]
         moving = [t for t in terms if t[1].varying]
-        if not self.address and fixed and moving and all(RANK[v.dtype] < RANK["float32"] for _, v in terms):
+        integers = all(RANK[v.dtype] < RANK["float32"] for _, v in terms)
+        if integers and moving and not self.address and not all(minus for minus, _ in fixed):
             # The scalar part first, in 64 bits; it is the same for the whole tile.
-            if not all(minus for minus, _ in fixed):
-                terms = [(False, self._sum(fixed)), *moving]
+            terms = [(False, self._sum(fixed)), *moving]
         return self._sum(terms)
 
     def _sum(self, terms: list[tuple[bool, Text]]) -> Text:
         if len(terms) == 1 and not terms[0][0]:
             return terms[0][1]
         parts = self._join(*(v for _, v in terms), widening=True)
-        text = ""
-        for (minus, _), p in zip(terms, parts, strict=True):
-            if text:
-                text += f" - {p.inside(PRODUCT)}" if minus else f" + {p.inside(PRODUCT)}"
-            else:
-                text = (
-                    f"{self._to(Text('0', 'int32', number=True), p.dtype).text} - {p.inside(PRODUCT)}"
-                    if minus
-                    else p.inside(SUM)
-                )
-        return Text(text, _widest(parts), any(p.varying for p in parts), SUM)
+        if terms[0][0]:
+            zero = self._to(Text("0", "int32", number=True), widest(parts))
+            terms, parts = [(False, zero), *terms], [zero, *parts]
+        text = parts[0].inside(SUM)
+        for (minus, _), p in zip(terms[1:], parts[1:], strict=True):
+            text += f" - {p.inside(PRODUCT)}" if minus else f" + {p.inside(PRODUCT)}"
+        return Text(text, widest(parts), any(p.varying for p in parts), SUM)
 
     def _Mul(self, expr: Expr) -> Text:
         if expr.as_coeff_Mul()[0] == -1:
@@ -294,11 +194,11 @@ class Printer:
         text = " * ".join([top[0].inside(PRODUCT), *(p.inside(ATOM) for p in top[1:])])
         for p in bottom:
             text += f" / {p.inside(ATOM)}"
-        return Text(text, _widest([*top, *bottom]), any(p.varying for p in parts), PRODUCT)
+        return Text(text, widest([*top, *bottom]), any(p.varying for p in parts), PRODUCT)
 
     def _wide(self, factors: list[Text]) -> list[Text]:
         """Products of 32-bit integers that may not fit are taken in 64 bits."""
-        if _widest(factors) != "int32" or all(f.number for f in factors):
+        if widest(factors) != "int32" or all(f.number for f in factors):
             return factors
         small = all(abs(int(f.text)) <= SMALL for f in factors if f.number)
         if small and sum(not f.number for f in factors) == 1:
@@ -327,14 +227,6 @@ class Printer:
         text = f"{half.text} * {half.text}" + (f" * {base.text}" if n % 2 else "")
         return Text(text, base.dtype, base.varying, PRODUCT)
 
-    def _named(self, value: Text) -> Text:
-        if value.text.isidentifier():
-            return value
-        return Text(self.let("x", value.text), value.dtype, value.varying)
-
-    def _float(self, value: Text) -> Text:
-        return value if value.dtype[0] == "f" else self._to(value, self.floats)
-
     def _call(self, name: str, argument: Expr) -> Text:
         value = self._float(self._print(argument))
         if name in VECTOR:
@@ -355,7 +247,7 @@ class Printer:
         if a.number and not b.number:
             a = self._to(a, b.dtype)
         text = f"{a.inside(PRODUCT)} {symbol} {b.inside(ATOM)}"
-        return Text(text, _widest([a, b]), a.varying or b.varying, binding)
+        return Text(text, widest([a, b]), a.varying or b.varying, binding)
 
     def _floordiv(self, expr: Expr) -> Text:
         return self._quotient(expr, "//", "truncdiv")
@@ -364,13 +256,13 @@ class Printer:
         return self._quotient(expr, "%", "truncmod")
 
     def _quotient(self, expr: Expr, symbol: str, plain: str) -> Text:
-        """TVM rounds towards negative infinity by repeating the operands, which nests badly: only where needed."""
+        """Rounded towards negative infinity only where needed: for that TVM repeats the operands."""
         if not all(self.names.natural(a) for a in expr.args):
             return self._operator(expr, symbol)
         a, b = self._join(*(self._print(x) for x in expr.args))
         if a.number:
             a = self._to(a, b.dtype)
-        return Text(f"T.{plain}({a.text}, {b.text})", _widest([a, b]), a.varying or b.varying)
+        return Text(f"T.{plain}({a.text}, {b.text})", widest([a, b]), a.varying or b.varying)
 
     def _bitwise(self, expr: Expr, function: str, *, wide: bool = False) -> Text:
         a, b = self._join(*(self._print(x) for x in expr.args))
@@ -409,7 +301,7 @@ class Printer:
         a, b = self._join(*(self._print(x) for x in expr.args))
         varying = a.varying or b.varying
         if a.dtype[0] != "f":
-            return Text(f"{function}({a.text}, {b.text})", _widest([a, b]), varying)
+            return Text(f"{function}({a.text}, {b.text})", widest([a, b]), varying)
         if constant[1]:
             a, b, constant = b, a, [True, False]
         if not constant[0]:
@@ -429,11 +321,15 @@ class Printer:
 
     def _cast(self, expr: Expr) -> Text:
         dtype, value = str(expr.args[0]), self._print(expr.args[1])
-        narrow = self._to(value, TENSOR_DTYPES[dtype])
-        return self._element(narrow, dtype)
+        if dtype in ("f16", "bf16"):
+            value = self._named(self._to(self._float(value), "float32"))
+            return replace(value, text=self.rounded(value.text, dtype))
+        return self._element(self._to(value, TENSOR_DTYPES[dtype]), dtype)
 
     def rounded(self, value: str, dtype: str) -> str:
         """A value of a tile's storage dtype, rounded to the tile's own dtype."""
+        if dtype == "bf16":
+            return bf16_rounded(value)
         if TENSOR_DTYPES[dtype] == TILE_DTYPES[dtype]:
             return value
         return f'T.Cast("{TILE_DTYPES[dtype]}", T.Cast("{TENSOR_DTYPES[dtype]}", {value}))'
@@ -464,19 +360,6 @@ class Printer:
 
 def _negative(term: Expr) -> bool:
     return bool(term.as_coeff_Mul()[0].is_negative)
-
-
-def nan_aware(a: str, b: str, function: str, dtype: str, constant: bool = False) -> str:
-    """The better of two floats by T.min or T.max, or the NaN among them; constant: a is a number.
-
-    Both give b unless a is better, so a NaN in b stays; one in a is looked for (TVM takes a == a for true)."""
-    best = f"{function}({a}, {b})"
-    return best if constant else f"T.Select({a} <= {literal('inf', dtype)}, {best}, {a})"
-
-
-def _widest(parts: list[Text]) -> str:
-    typed = [p for p in parts if not p.number] or parts
-    return max(typed, key=lambda p: RANK[p.dtype]).dtype
 
 
 def _repeats(expr: Expr) -> Counter[Expr]:

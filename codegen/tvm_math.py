@@ -214,7 +214,7 @@ def log2(x: str, dtype: str, let: Let) -> str:
 
 
 def _log_parts(x: str, dtype: str, let: Let) -> tuple[str, str, str, str]:
-    """x, its exponent e, and s and tail with ln(x) = e ln(2) + 2 s + tail, mantissa in [sqrt(1/2), sqrt(2))."""
+    """x, its exponent e, and s, tail with ln(x) = e ln(2) + 2 s + tail; the mantissa is around 1."""
     f = _FLOATS[dtype]
     one = literal(1.0, dtype)
     x = let("x", x)

@@ -7,14 +7,15 @@ axis; otherwise element by element, the unit-stride axis in the inner loop (a tr
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import sympy
 
 from ..ir.expr import Expr
 from ..ir.kernel import Load, Store, Tensor
 from .tvm_context import Context
-from .tvm_expr import safe
 from .tvm_layout import TENSOR_DTYPES, TILE_DTYPES, Tile, storage_order
+from .tvm_names import safe
 from .tvm_tiles import shape_comment
 
 _INEQUALITIES = (sympy.StrictLessThan, sympy.LessThan, sympy.StrictGreaterThan, sympy.GreaterThan)
@@ -47,7 +48,8 @@ def store(ctx: Context, stmt: Store) -> None:
     narrow = TENSOR_DTYPES[tensor.dtype]
     value = stmt.value
     source: Tile | None = None
-    if axes and along != axes[-1]:
+    coordinates = axes and sympy.Symbol(axes[-1], integer=True) in value.free_symbols
+    if axes and (along != axes[-1] or coordinates):
         source = _staged(ctx, stmt, axes, narrow)
     ctx.out.line(f"# {tensor.name}[...] = {'x'.join(str(ctx.extent(a)) for a in axes)} {tensor.dtype}")
 
@@ -196,7 +198,7 @@ def _inner(
     ctx: Context, axis: str, guard: Expr, dtype: str, vector: bool, body: Callable[[Expr], None]
 ) -> None:
     if vector and guard == sympy.true:
-        ctx.each(axis, dtype, lambda: body(sympy.true))
+        ctx.each(axis, dtype, lambda: body(sympy.true), address=True)
         return
     resolved = guard.xreplace(ctx.definitions)
     if vector and _convex(ctx, resolved, axis):
@@ -204,7 +206,7 @@ def _inner(
         symbol = sympy.Symbol(axis, integer=True)
         ends = sympy.And(*(resolved.xreplace({symbol: sympy.Integer(x)}) for x in (0, ctx.extent(axis) - 1)))
         with ctx.out.block(f"if {ctx.printer(ends, address=True).text(ends, 'bool')}:"):
-            ctx.each(axis, dtype, lambda: body(sympy.true))
+            ctx.each(axis, dtype, lambda: body(sympy.true), address=True)
         with ctx.out.block("else:"):
             _scalar(ctx, axis, lambda: body(guard))
         return
@@ -217,8 +219,10 @@ def _convex(ctx: Context, guard: Expr, axis: str) -> bool:
     for part in sympy.And.make_args(guard):
         if not isinstance(part, _INEQUALITIES):
             return False
-        slope = (part.lhs - part.rhs).expand().coeff(symbol)
-        rest = (part.lhs - part.rhs - slope * symbol).expand()
+        low: Any = part.lhs
+        difference = (low - part.rhs).expand()
+        slope = difference.coeff(symbol)
+        rest = (difference - slope * symbol).expand()
         if not slope.is_Integer or ctx.depends(rest, axis):
             return False
     return True

@@ -19,7 +19,7 @@ class Lines:
 
     @contextmanager
     def block(self, head: str) -> Iterator[None]:
-        """`head` and, indented, what is written inside. Names that were bound inside may come again after it."""
+        """`head` and, indented, what is written inside. Names bound inside may be bound again after it."""
         self.line(head)
         indent, count = self._indent, self._count
         self._indent += "    "

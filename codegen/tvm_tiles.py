@@ -5,9 +5,10 @@ from __future__ import annotations
 from ..ir.expr import integer
 from ..ir.kernel import Compute, Dot, Reduce
 from .tvm_context import Context
-from .tvm_expr import Names, nan_aware
 from .tvm_layout import BYTES, REGISTER_BYTES, Piece, Tile, pieces
 from .tvm_math import literal
+from .tvm_names import Names
+from .tvm_value import nan_aware
 
 MOST_ROWS = 16  # of a micro-kernel
 WAYS = 4  # independent accumulators of a reduction, to hide the latency of one

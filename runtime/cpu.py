@@ -35,17 +35,50 @@ def build_object(source: str, target: str) -> bytes:
         from tvm.script import tirx
     except ImportError:
         raise MissingDependencyError("apache-tvm", "cpu", "compiling CPU kernels") from None
+    _register_pipeline()
     cpu = target.partition(":")[2] or str(tvm.get_global_func("target.llvm_get_system_cpu")())
     llvm = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "opt-level": _LLVM_LEVEL})
     try:
         function = tvm.script.from_source(source, extra_vars={"T": tirx})
-        module = tvm.tirx.build(function, target=llvm, pipeline="tirx")
+        module = tvm.tirx.build(function, target=llvm, pipeline=_PIPELINE)
     except Exception as error:
         raise BackendError(f"TVM refused a generated kernel for {target}: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.o"
         module.write_to_file(str(path), "o")
         return path.read_bytes()
+
+
+_PIPELINE = "gossamer"
+
+
+@cache
+def _register_pipeline() -> None:
+    """TVM's pipeline for host code without its simplifier: LLVM does that work, and TVM's takes seconds
+    where values bound by T.let build on each other."""
+    from tvm import tirx, transform
+
+    passes = tirx.transform
+
+    def pipeline() -> tuple[Any, Any, Any]:
+        lowering = [
+            passes.LowerTIRx(),
+            passes.LowerTIRxOpaque(),
+            passes.FlattenBuffer(),
+            passes.BF16ComputeLegalize(),
+            passes.NarrowDataType(32),
+            passes.VectorizeLoop(True),
+            passes.UnrollLoop(),
+            passes.CommonSubexprElim(),
+            passes.AnnotateEntryFunc(),
+            passes.SplitHostDevice(),
+            passes.MakePackedAPI(),
+            passes.BF16StorageLegalize(),
+        ]
+        host = transform.Sequential([passes.LowerTVMBuiltin(), passes.LowerIntrin()])
+        return transform.Sequential(lowering), lambda: host, lambda: host
+
+    tirx.compilation_pipeline.register_tir_pipeline(_PIPELINE, pipeline)
 
 
 def load_object(data: bytes, entry: str) -> Kernel:
