@@ -29,7 +29,7 @@ LISTS = tuple(
     for side in ("kv", "q")
     for what in ("num_blocks", "indices")
 )
-Lists = dict[str, Tensor | None]
+Lists = dict[str, Any]  # tensors, and None for the full blocks where they have no lists of their own
 MaskMod = Callable[..., Any]
 Index = int | slice | Tensor
 
@@ -186,7 +186,8 @@ def _classify(
     from .blocks import Values, classify  # brings isl and sympy, which calling a kernel does not need
 
     captures = [as_numpy(t) for t in mask.tensors]
-    return classify(mask.ir, Values(mask.values, captures, *seq_lengths), *batch, block_size)
+    batches, heads = batch
+    return classify(mask.ir, Values(mask.values, captures, *seq_lengths), batches, heads, block_size)
 
 
 # ---- a mask from lists ----
@@ -249,7 +250,7 @@ def _sliced(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
     raise RuntimeError("a block mask sliced over query blocks has no mask_mod: assign one")
 
 
-def _kept(index: Index, size: int) -> Index:
+def _kept(index: Index, size: int) -> slice | Tensor:
     """The index as one that keeps its dimension."""
     if not isinstance(index, int):
         return index
@@ -257,7 +258,7 @@ def _kept(index: Index, size: int) -> Index:
     return slice(position, position + 1)
 
 
-def _reindexed(mask_mod: MaskMod, index: tuple[Index, ...], sizes: tuple[int, ...]) -> MaskMod:
+def _reindexed(mask_mod: MaskMod, index: tuple[Any, ...], sizes: tuple[int, ...]) -> MaskMod:
     """mask_mod of a slice over batches and heads: its indices are those of the whole."""
     batch, head = (_origin(i, n) for i, n in zip((*index, slice(None), slice(None)), sizes, strict=False))
 
@@ -267,7 +268,7 @@ def _reindexed(mask_mod: MaskMod, index: tuple[Index, ...], sizes: tuple[int, ..
     return reindexed
 
 
-def _origin(index: Index, size: int) -> Callable[[Any], Any]:
+def _origin(index: slice | Tensor, size: int) -> Callable[[Any], Any]:
     """From the position in a slice of `size` batches or heads to the one sliced."""
     if size == 1:  # it stands for all of them
         return lambda i: i

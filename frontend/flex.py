@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, create_mask, noop_mask
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, FlexKernelOptions, create_mask, noop_mask
 from torch.nn.attention.flex_attention import BlockMask as PyTorchBlockMask
 
 from ..ir.errors import InputError, UnsupportedError
@@ -29,6 +29,7 @@ __all__ = [
     "AuxOutput",
     "AuxRequest",
     "BlockMask",
+    "FlexKernelOptions",
     "and_masks",
     "create_block_mask",
     "create_mask",
@@ -47,7 +48,7 @@ def flex_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
-    kernel_options: Any = None,
+    kernel_options: FlexKernelOptions | None = None,
     *,
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
@@ -76,10 +77,11 @@ def flex_attention(
         raise InputError("flex_attention", "return_lse or return_aux", "both", "Ask for AuxRequest(lse=True)")
     want = return_aux or AuxRequest(lse=return_lse)
     mask = _mask_of(block_mask, query, key)
-    call = partial(attention, mask=mask, score_mod=score_mod, scale=scale, enable_gqa=enable_gqa)
-    out, lse = call(query, key, value, return_lse=True) if want.lse else (call(query, key, value), None)
+    call: Any = partial(attention, query, key, value, mask=mask, score_mod=score_mod, scale=scale)
+    found = call(enable_gqa=enable_gqa, return_lse=want.lse)
     if return_aux is None:
-        return (out, lse) if return_lse else out
+        return found
+    out, lse = found if want.lse else (found, None)
     if not want.max_scores:
         return out, AuxOutput(lse=lse)
     from .max_scores import max_scores
@@ -142,7 +144,7 @@ def create_block_mask(
         )
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
-    size = (BLOCK_SIZE, BLOCK_SIZE) if isinstance(BLOCK_SIZE, int) else tuple(BLOCK_SIZE)
+    size = (BLOCK_SIZE, BLOCK_SIZE) if isinstance(BLOCK_SIZE, int) else BLOCK_SIZE
     for name, number in (("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN), ("BLOCK_SIZE", min(size))):
         if number < 1:
             raise InputError(f"create_block_mask.{name}", "at least 1", number)

@@ -41,21 +41,22 @@ def max_scores(
     for first in range(0, q_len, step):
         rows = slice(first, min(first + step, q_len))
         scores = query[:, :, rows].detach().to(wide) @ keys.transpose(-1, -2) * scale
-        grid = np.ogrid[:batches, :heads, rows, :kv_len]
-        out[:, :, rows] = _scores_at(scores, grid, mask, score_mod, q_len, kv_len).amax(-1)
+        points = np.ogrid[:batches, :heads, rows, :kv_len]
+        out[:, :, rows] = _scores_at(scores, points, mask, score_mod, (q_len, kv_len)).amax(-1)
     return out
 
 
 def _scores_at(
-    scores: Tensor, grid: list[np.ndarray], mask: Mask, score_mod: ScoreMod | None, q_len: int, kv_len: int
+    scores: Tensor, points: Any, mask: Mask, score_mod: ScoreMod | None, lengths: tuple[int, int]
 ) -> Tensor:
     """The scores after score_mod, -inf outside the mask."""
+    b, h, q, k = points
     if score_mod is not None:
         floats = np.float64 if scores.dtype == torch.float64 else np.float32
         tensors = _arrays(score_mod.tensors)
-        found = score_mod.ir.evaluate(scores.numpy(), *grid, score_mod.values, tensors, floats=floats)
+        found = score_mod.ir.evaluate(scores.numpy(), b, h, q, k, score_mod.values, tensors, floats=floats)
         scores = torch.from_numpy(np.array(np.broadcast_to(found, scores.shape), floats))
-    attends = mask.ir.evaluate(*grid, mask.values, _arrays(mask.tensors), q_len, kv_len)
+    attends = mask.ir.evaluate(b, h, q, k, mask.values, _arrays(mask.tensors), *lengths)
     return scores.masked_fill(~torch.from_numpy(np.array(attends)), -math.inf)
 
 
