@@ -74,6 +74,14 @@ def to_pw_aff(expr: Expr, dims: tuple[str, ...] = ("q", "k")) -> isl.PwAff | Non
     return _Out(expr, dims).function(sympy.sympify(expr))
 
 
+MAX_RUNS = 2  # of ones in a bit mask: every run doubles what isl has to tell apart
+
+
+def _runs(mask: int) -> int:
+    ones = mask if mask >= 0 else ~mask
+    return (ones & ~(ones << 1)).bit_count()
+
+
 class _Out:
     """One translation: the space of its dimensions and parameters, and what was translated before."""
 
@@ -184,6 +192,8 @@ class _Out:
             return x.scale_val(isl.Val(2**n))
         if op is shr and 0 <= n < 63:
             return x.scale_down_val(isl.Val(2**n)).floor()
+        if op in (bitand, bitor, bitxor) and _runs(n) > MAX_RUNS:
+            return None
         if op is bitand:
             return self.bits(x, n)
         if op in (bitor, bitxor):  # x | n == x + n - (x & n), x ^ n == x + n - 2 (x & n)
