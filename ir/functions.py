@@ -35,6 +35,25 @@ def boolean(name: str) -> sympy.Symbol:
     return sympy.Symbol(name)
 
 
+def rebuilt(expr: Expr) -> Expr:
+    """expr as sympy makes it anew from its parts, which is what reading its text gives."""
+    seen: dict[Expr, Expr] = {}
+
+    def build(e: Expr) -> Expr:
+        if not e.args:
+            return e
+        if e not in seen:
+            seen[e] = e.func(*map(build, e.args))
+        return seen[e]
+
+    for _ in range(8):
+        again = build(expr)
+        if again == expr:
+            break
+        expr, seen = again, {}
+    return expr
+
+
 def kind(expr: Expr) -> str:
     """'bool', 'int' or 'float': the kind of value an expression denotes."""
     if isinstance(expr, Boolean) and not isinstance(expr, sympy.Symbol):

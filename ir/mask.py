@@ -29,6 +29,7 @@ from .affine import IN, ISL_LOCK, OUT, to_sets
 from .errors import InputError, InterpretError, ParseError, VerifyError
 from .evaluate import evaluate
 from .expr import DTYPES, Expr, integer, kind, parse, read, readf, real, to_text
+from .functions import rebuilt
 
 INDICES = ("b", "h", "q", "k", "q_len", "kv_len")
 
@@ -69,7 +70,7 @@ class Mask:
     captures: tuple[Capture, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "predicate", sympy.sympify(self.predicate))
+        object.__setattr__(self, "predicate", rebuilt(sympy.sympify(self.predicate)))
         object.__setattr__(self, "params", tuple(self.params))
         object.__setattr__(self, "captures", tuple(self.captures))
         verify(self)
