@@ -13,7 +13,7 @@ import pytest
 
 from gossamer.codegen.tvm import emit, workspace_bytes
 from gossamer.codegen.tvm_layout import pieces
-from gossamer.ir.errors import UnsupportedError
+from gossamer.ir.errors import BackendError, UnsupportedError
 from gossamer.ir.evaluate import evaluate
 from gossamer.ir.kernel import Kernel, Tensor
 from gossamer.ir.kernel_interpret import interpret
@@ -509,3 +509,14 @@ def test_pieces_cover_an_axis_once_in_powers_of_two(extent, dtype):
     ]
     assert cover == list(range(extent))
     assert all(piece.width & (piece.width - 1) == 0 for piece in pieces(extent, dtype))
+
+
+def test_broken_objects_and_sources_are_backend_errors():
+    data = build_object(emit(parse(SPANS)), "cpu")
+    for broken, entry in ((b"no object", "spans"), (data[:300], "spans"), (data, "missing")):
+        with pytest.raises(
+            BackendError, match=f"cannot load kernel '{entry}' from an object of {len(broken)} b"
+        ):
+            load_object(broken, entry)
+    with pytest.raises(BackendError, match="TVM refused a generated kernel for cpu"):
+        build_object("nonsense(", "cpu")
