@@ -12,6 +12,7 @@ import islpy as isl
 import sympy
 
 from ..ir.affine import bounds, convex, flatten
+from ..ir.errors import UnsupportedError
 from ..ir.expr import Expr, all_of, floordiv, fold_max, fold_min, integer, minimum, where
 from ..ir.kernel import Span
 
@@ -68,7 +69,10 @@ def _extremes(piece: isl.BasicSet, variable: str) -> tuple[Expr, Expr | None, Ex
     points = isl.Set.from_basic_set(piece)
     if not convex(points, variable):
         return None
-    low, high, guard = bounds(points, variable)
+    try:
+        low, high, guard = bounds(points, variable)
+    except (isl.Error, UnsupportedError):  # bounded above for some tiles or integers of the mask only
+        return None
     return low, None if high == sympy.oo else high, guard
 
 

@@ -26,7 +26,7 @@ from .normalize import normalize_mask
 from .reads import checks
 from .schedule import choose
 from .spec import AttentionSpec
-from .tile import plan_loops
+from .tile import plan
 
 Pass = Callable[[Graph], Graph]
 Watcher = Callable[[str, Any], None]
@@ -71,12 +71,14 @@ def schedule(graph: Graph) -> Graph:
 
 
 def tile(graph: Graph) -> Graph:
-    """Loops over key tiles in closed form."""
+    """Loops over key tiles in closed form; groups for which that takes too long get coarser bounds."""
 
     def rule(op: Op) -> Op:
-        plans = zip(op.attr("groups"), op.attr("schedules"), strict=True)
+        chosen = zip(op.attr("groups"), op.attr("schedules"), strict=True)
         sorted_ids = frozenset(op.attr("monotone"))
-        return op.with_attrs(loops=tuple(plan_loops(group, chosen, sorted_ids) for group, chosen in plans))
+        plans = [plan(group, schedule, sorted_ids) for group, schedule in chosen]
+        groups, loops = zip(*plans, strict=True)
+        return op.with_attrs(groups=groups, loops=loops)
 
     return _fused(graph, rule)
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 
 import islpy as isl
 
-from ..ir.affine import ISL_LOCK, to_expr
+from ..ir.affine import ISL_LOCK, QuotaExceeded, quota, to_expr
 from ..ir.expr import Expr, to_text
 from ..ir.order import Order
 from ..ir.plan import Group, Schedule
@@ -24,6 +25,7 @@ from .spec import AttentionSpec
 
 CPU_ROWS, CPU_KEYS = 32, 32
 BOX_ROWS = 64
+MAX_OPERATIONS = 200_000  # of isl, to bound k - q in one dimension
 TILE_COST = 24  # what starting a key tile costs, in keys
 
 
@@ -102,7 +104,7 @@ def anchor(group: Group, d: int) -> Expr | None:
     dim = group.order.dims[d]
     if (dim.row_stride, dim.slope if dim.col_stride > 1 else 1, dim.shift) != (dim.col_stride, 1, 0):
         return None
-    with ISL_LOCK:
+    with ISL_LOCK, suppress(QuotaExceeded), quota(MAX_OPERATIONS):
         distance = _distances(group, d)
         if distance.is_empty():
             return None
@@ -122,13 +124,14 @@ def anchor(group: Group, d: int) -> Expr | None:
 
 def _reach(group: Group, d: int) -> float:
     """max - min of k_d - q_d over the group, in steps of the dimension's stride; inf when unbounded."""
-    with ISL_LOCK:
+    with ISL_LOCK, suppress(QuotaExceeded), quota(MAX_OPERATIONS):
         distance = _distances(group, d)
         try:
             low, high = distance.dim_min_val(0), distance.dim_max_val(0)
         except isl.Error:  # unbounded for some parameters
             return math.inf
         return int(high.to_python()) - int(low.to_python()) if low.is_int() and high.is_int() else math.inf
+    return math.inf
 
 
 def _distances(group: Group, d: int) -> isl.Set:

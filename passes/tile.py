@@ -11,11 +11,13 @@ Leaves alone: groups whose loops are already there.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from dataclasses import replace
 
 import islpy as isl
 import sympy
 
-from ..ir.affine import ISL_LOCK, condition, flatten
+from ..ir.affine import ISL_LOCK, QuotaExceeded, condition, flatten, quota
 from ..ir.expr import Expr, all_of, ceildiv, integer
 from ..ir.kernel import Span
 from ..ir.order import Order
@@ -36,21 +38,66 @@ from .tilesets import (
 )
 
 
-def plan_loops(group: Group, schedule: Schedule, monotone: frozenset[str] = frozenset()) -> Loops:
-    """The loops of one group under one schedule. monotone: captured tensors known to be sorted."""
+NOTHING = "{ [q] -> [k] : false }"
+MAX_OPERATIONS = 1_500_000  # of isl: up to a second; the pattern library takes a tenth of it, 3-d grids all
+
+
+def plan(group: Group, schedule: Schedule, monotone: frozenset[str] = frozenset()) -> tuple[Group, Loops]:
+    """The loops of one group under one schedule, and the group they were made for.
+
+    That is the group itself, or, where closed forms would take isl too long, one with coarser bounds
+    around the same predicate. monotone: captured tensors known to be sorted."""
     with ISL_LOCK:
-        touched, full = tile_sets(group, schedule)
-        spans, exact = _spans(group.order, schedule, touched)
-        skip = sympy.true if exact else condition(simplify_tiles(touched, group.order, schedule))
-        if group.exact:
-            whole = _condition(full.gist(touched), group.order, schedule)
+        for bound in (lambda: group, lambda: _hull(group)):
+            candidate = bound()
+            with suppress(QuotaExceeded), quota(MAX_OPERATIONS):
+                found = _closed_forms(candidate, schedule)
+                break
         else:
-            may, whole = TileTruth(group.order, schedule, monotone).of(group.predicate)
-            skip = all_of([skip, may])
-            if schedule.anchors or len(group.order.dims) > 1:
-                everything = Group(group.order, EVERYWHERE, EVERYWHERE, sympy.true)
-                valid = tile_sets(everything, schedule)[1]
-                whole = all_of([whole, _condition(valid, group.order, schedule)])
+            candidate = replace(group, may=EVERYWHERE, must=NOTHING)
+            found = _closed_forms(candidate, schedule)
+        return candidate, _loops(candidate, schedule, monotone, *found)
+
+
+def plan_loops(group: Group, schedule: Schedule, monotone: frozenset[str] = frozenset()) -> Loops:
+    """The loops of one group, whatever they cost. monotone: captured tensors known to be sorted."""
+    with ISL_LOCK:
+        return _loops(group, schedule, monotone, *_closed_forms(group, schedule))
+
+
+def _hull(group: Group) -> Group:
+    """The group with the half-planes around its points as bounds from above, and none from below."""
+    hull = EVERYWHERE
+    with suppress(QuotaExceeded), quota(MAX_OPERATIONS):
+        hull = str(isl.Map.from_basic_map(isl.Map(group.may).remove_divs().simple_hull()))
+    return replace(group, may=hull, must=NOTHING)
+
+
+def _closed_forms(group: Group, schedule: Schedule) -> tuple[tuple[tuple[Span, ...], ...], Expr, Expr]:
+    """Spans, which of their tiles are touched, and which of those are full as far as `must` knows."""
+    touched, full = tile_sets(group, schedule)
+    spans, exact = _spans(group.order, schedule, touched)
+    skip = sympy.true if exact else condition(simplify_tiles(touched, group.order, schedule))
+    whole = _condition(full.gist(touched), group.order, schedule) if group.exact else sympy.false
+    return spans, skip, whole
+
+
+def _loops(
+    group: Group,
+    schedule: Schedule,
+    monotone: frozenset[str],
+    spans: tuple[tuple[Span, ...], ...],
+    skip: Expr,
+    whole: Expr,
+) -> Loops:
+    """The loops from closed forms; of what has none, tiles are judged by their predicate."""
+    if not group.exact:
+        may, whole = TileTruth(group.order, schedule, monotone).of(group.predicate)
+        skip = all_of([skip, may])
+        if schedule.anchors or len(group.order.dims) > 1:
+            everything = Group(group.order, EVERYWHERE, EVERYWHERE, sympy.true)
+            valid = tile_sets(everything, schedule)[1]
+            whole = all_of([whole, _condition(valid, group.order, schedule)])
     return Loops(spans, skip, all_of([whole, _within(group.order, schedule)]))
 
 

@@ -13,10 +13,11 @@ Leaves alone: affine predicates (their sets are already exact).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import sympy
 
-from ..ir.affine import condition, to_sets
+from ..ir.affine import QuotaExceeded, condition, quota, to_sets
 from ..ir.expr import Expr, all_of, any_of, floordiv, integer, minimum, read, readf
 from ..ir.order import Order
 from ..ir.plan import Group, Schedule
@@ -24,6 +25,7 @@ from .progression import as_map
 from .tilesets import column_index, linear, row_index, simplify_tiles, tile_sets
 
 Truth = tuple[Expr, Expr]  # (may, must)
+MAX_OPERATIONS = 200_000  # of isl, for one affine part
 
 
 class TileTruth:
@@ -40,10 +42,9 @@ class TileTruth:
         """(may, must) of a predicate over every valid pair of a tile."""
         if predicate in (sympy.true, sympy.false):
             return predicate, predicate
-        if not predicate.has(read, readf):
-            may, must = to_sets(predicate)
-            if may.is_equal(must):
-                return self._affine(as_map(may))
+        closed = None if predicate.has(read, readf) else self._affine(predicate)
+        if closed is not None:
+            return closed
         match predicate:
             case sympy.And():
                 return self._join(all_of, predicate.args)
@@ -74,11 +75,16 @@ class TileTruth:
         truths = [self.of(p) for p in parts]
         return connect([t[0] for t in truths]), connect([t[1] for t in truths])
 
-    def _affine(self, region: object) -> Truth:
-        text = str(region)
-        touched, full = tile_sets(Group(self.order, text, text, sympy.true), self.schedule)
-        may, must = (condition(simplify_tiles(s, self.order, self.schedule)) for s in (touched, full))
-        return may, must
+    def _affine(self, predicate: Expr) -> Truth | None:
+        """The closed forms of an affine predicate; None where isl finds none, or not in good time."""
+        with suppress(QuotaExceeded), quota(MAX_OPERATIONS):
+            region, must = to_sets(predicate)
+            if not region.is_equal(must):
+                return None
+            text = str(as_map(region))
+            touched, full = tile_sets(Group(self.order, text, text, sympy.true), self.schedule)
+            return tuple(condition(simplify_tiles(s, self.order, self.schedule)) for s in (touched, full))  # type: ignore[return-value]
+        return None
 
     def _sorted(self, predicate: Expr) -> Truth | None:
         """c[q] == c[k] with sorted c: the id ranges of rows and keys overlap, or all four ends agree."""
