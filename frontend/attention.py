@@ -71,7 +71,8 @@ def attention(
 
         out = reference_attention(problem, bound, score, scale)
         return out if return_lse else out[0]
-    return run(problem, bound, score, scale, return_lse, schedule)
+    out, *rows = run(problem, bound, score, scale, ("lse",) if return_lse else (), schedule)
+    return (out, *rows) if return_lse else out
 
 
 class Problem:
@@ -154,7 +155,8 @@ class Problem:
                 raise InputError(where, "a head size from 1 to 1024", tensor.shape[3])
             if tensor.requires_grad and torch.is_grad_enabled():
                 raise UnsupportedError(
-                    f"{where} requires a gradient, and gradients are not built yet. Call under torch.no_grad(), or pass {name}.detach()"
+                    f"{where} requires a gradient, and gradients are not built yet. "
+                    f"Call under torch.no_grad(), or pass {name}.detach()"
                 )
         self.dtype = names[query.dtype]
 
@@ -189,12 +191,14 @@ def run(
     mask: Mask,
     score: ScoreMod | None,
     scale: float | None,
-    return_lse: bool,
+    rows: tuple[str, ...] = (),
     schedule: Any = None,
-) -> Any:
-    """Launch the compiled kernel of a checked problem, compiling it first if it is new."""
-    executable = executable_for(problem, mask, score, return_lse, schedule)
-    return launch(executable, call_values(problem, mask, score, scale), problem, return_lse)
+) -> tuple[torch.Tensor, ...]:
+    """(out, *rows) of a checked problem, compiling its kernel first if it is new.
+
+    rows: what else every row gives: (), ("lse",) or ("lse", "max")."""
+    executable = executable_for(problem, mask, score, rows, schedule)
+    return launch(executable, call_values(problem, mask, score, scale), problem, rows)
 
 
 def call_values(problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None) -> dict[str, Any]:
@@ -212,19 +216,18 @@ def call_values(problem: Problem, mask: Mask, score: ScoreMod | None, scale: flo
     return values
 
 
-def launch(executable: Executable, values: dict[str, Any], problem: Problem, return_lse: bool) -> Any:
+def launch(
+    executable: Executable, values: dict[str, Any], problem: Problem, rows: tuple[str, ...]
+) -> tuple[torch.Tensor, ...]:
     """Allocate the outputs and run."""
     import torch
 
     shape = (problem.batch, problem.heads, problem.q_len)
-    values["o"] = out = torch.empty((*shape, problem.v_size), dtype=problem.query.dtype)
-    if not return_lse:
-        executable(values, allocate=allocate)
-        return out
     wide = torch.float64 if problem.dtype == "f64" else torch.float32
-    values["lse"] = lse = torch.empty(shape, dtype=wide)
-    executable(values, allocate=allocate)
-    return out, lse
+    outputs = {"o": torch.empty((*shape, problem.v_size), dtype=problem.query.dtype)}
+    outputs |= {name: torch.empty(shape, dtype=wide) for name in rows}
+    executable(values | outputs, allocate=allocate)
+    return tuple(outputs.values())
 
 
 def captured(tensor: Any) -> Any:
@@ -250,12 +253,17 @@ def allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
 
 
 def executable_for(
-    problem: Problem, mask: Mask, score: ScoreMod | None, return_lse: bool, schedule: Any = None
+    problem: Problem,
+    mask: Mask,
+    score: ScoreMod | None,
+    rows: tuple[str, ...] = (),
+    schedule: Any = None,
 ) -> Executable:
     """The compiled kernel of a problem's structure: from memory, from disk, or compiled now."""
     from ..runtime.driver import get_or_compile
 
-    sizes = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, return_lse)
+    asked = ("lse" in rows, "max" in rows)
+    sizes = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, *asked)
     ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
 
     def make() -> Program:

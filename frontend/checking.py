@@ -8,6 +8,7 @@ torch operators in the inputs' dtype.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -64,8 +65,9 @@ def assert_close(name: str, ours: torch.Tensor, exact: np.ndarray, plain: torch.
     assert (got[infinite] == exact[infinite]).all(), f"{name}: infinities differ from the reference"
     if not finite.any():
         return
-    error = np.abs(got - exact)[finite].max()
-    allowed = np.abs(peer - exact)[finite & np.isfinite(peer)].max(initial=0)
+    defined = finite & np.isfinite(peer)
+    error = np.abs(got[finite] - exact[finite]).max()
+    allowed = np.abs(peer[defined] - exact[defined]).max(initial=0)
     info = torch.finfo(ours.dtype)
     ulp = info.eps * max(np.abs(exact[finite]).max(), info.tiny)
     assert error <= 2 * allowed + ulp, (
@@ -79,14 +81,15 @@ def _plain(
     """The formula in torch operators, in the inputs' dtype."""
     batch, heads, q_len, size = q.shape
     kv_len = k.shape[2]
-    repeat = heads // k.shape[1]
+    repeat = heads // max(1, k.shape[1])
     k, v = (t.repeat_interleave(repeat, 1) for t in (k, v))
     scores = (q @ k.transpose(-1, -2)) * (1 / math.sqrt(size) if scale is None else scale)
     grid = torch.meshgrid(*(torch.arange(n) for n in (batch, heads, q_len, kv_len)), indexing="ij")
     if score_mod is not None:
         scores = score_mod(scores, *grid).to(q.dtype)
-    dense = [[mask.to_dense(q_len, kv_len, b, h) for h in range(heads)] for b in range(batch)]
-    attends = torch.stack([torch.stack([torch.as_tensor(h) for h in b]) for b in dense])
+    attends = torch.empty(scores.shape, dtype=torch.bool)
+    for b, h in itertools.product(range(batch), range(heads)):
+        attends[b, h] = torch.from_numpy(mask.to_dense(q_len, kv_len, b, h))
     scores = scores.masked_fill(~attends, -math.inf)
     lse = (
         torch.logsumexp(scores.float() if q.dtype != torch.float64 else scores, -1)

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask as PyTorchBlockMask
 
 from ..ir.errors import InputError, UnsupportedError
 from . import block_mask as blocks
-from .attention import attention
+from .attention import Problem, run
 from .block_mask import BlockMask, MaskMod
 from .mask import Mask
 from .score import ScoreMod
@@ -76,18 +76,14 @@ def flex_attention(
     if return_lse and return_aux is not None:
         raise InputError("flex_attention", "return_lse or return_aux", "both", "Ask for AuxRequest(lse=True)")
     want = return_aux or AuxRequest(lse=return_lse)
-    mask = _mask_of(block_mask, query, key)
-    call: Any = partial(attention, query, key, value, mask=mask, score_mod=score_mod, scale=scale)
-    found = call(enable_gqa=enable_gqa, return_lse=want.lse)
+    mask = Mask.of(_mask_of(block_mask, query, key))
+    rows = ("lse", "max")[: 2 if want.max_scores else int(want.lse)]
+    problem = Problem(query, key, value, enable_gqa)
+    out, *found = run(problem, mask, ScoreMod.of(score_mod), scale, rows)
     if return_aux is None:
-        return found
-    out, lse = found if want.lse else (found, None)
-    if not want.max_scores:
-        return out, AuxOutput(lse=lse)
-    from .max_scores import max_scores
-
-    score = None if score_mod is None else ScoreMod.of(score_mod)
-    return out, AuxOutput(lse, max_scores(query, key, Mask.of(mask), score, scale))
+        return (out, *found) if return_lse else out
+    lse, peak = (*found, None, None)[:2]
+    return out, AuxOutput(lse if want.lse else None, peak if want.max_scores else None)
 
 
 def _mask_of(block_mask: Any, query: Tensor, key: Tensor) -> Any:

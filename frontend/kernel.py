@@ -23,7 +23,8 @@ class AttentionSpec:
     mask: what `gossamer.attention` takes (a Mask, a mask_mod, a BlockMask, a boolean tensor, None).
     score_mod: likewise. dtype: "f16", "bf16", "f32" or "f64". qk_size, v_size: head sizes of query and
     key, and of value (default: the same). contiguous: for query, key and value, whether the last
-    dimension has stride 1. return_lse: whether the LSE is an output. precision: "ieee" or "tf32" (GPU).
+    dimension has stride 1. return_lse: whether the LSE is an output; return_max:
+    beside it, the largest score of every row. precision: "ieee" or "tf32" (GPU).
 
     >>> from gossamer import masks
     >>> AttentionSpec(masks.causal(), dtype="bf16", qk_size=128).ir.v_size
@@ -37,11 +38,13 @@ class AttentionSpec:
     v_size: int | None = None
     contiguous: tuple[bool, bool, bool] = (True, True, True)
     return_lse: bool = False
+    return_max: bool = False
     precision: str = "ieee"
 
     @property
     def sizes(self) -> tuple[Any, ...]:
-        return (self.dtype, self.qk_size, self.v_size or self.qk_size, self.contiguous, self.return_lse)
+        size = self.v_size or self.qk_size
+        return (self.dtype, self.qk_size, size, self.contiguous, self.return_lse, self.return_max)
 
     @property
     def ir(self) -> IRSpec:
@@ -111,7 +114,8 @@ class Kernel:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        """Run on CPU tensors, as `gossamer.attention`; returns (out, lse) when compiled with return_lse.
+        """Run on CPU tensors, as `gossamer.attention`; returns (out, lse) when compiled with return_lse,
+        (out, lse, max) with return_max.
 
         mask, score_mod: of the structure that was compiled; they bring the runtime integers and the
         captured tensors. Raises InputError when something is not what the kernel was compiled for."""
@@ -142,9 +146,9 @@ class Kernel:
                 repr(bound),
                 "Compile another spec",
             )
-        return launch(
-            self._executable, call_values(problem, bound, score, scale), problem, made["return_lse"]
-        )
+        rows = tuple(made["rows"])
+        found = launch(self._executable, call_values(problem, bound, score, scale), problem, rows)
+        return found if rows else found[0]
 
     def __repr__(self) -> str:
         names = ", ".join(launch.kernel for launch in self._executable.artifact.manifest.launches)
@@ -168,7 +172,7 @@ def compile(spec: AttentionSpec, target: str = "cpu", schedule: Any = None) -> K
     extra = {
         "sizes": list(spec.sizes[:3]),
         "contiguous": list(spec.contiguous),
-        "return_lse": spec.return_lse,
+        "rows": ["lse", "max"][: spec.return_lse + spec.return_max],
         "structure": _digest(mask, score),
         "text": repr(mask),
     }

@@ -6,7 +6,8 @@ are few, so that a pass or a gradient needs one rule each and none for attention
     matmul       a [.., M, K] x b [.., K, N]; transpose_b: b is [.., N, K]
     sddmm        q [B, Hq, M, D] x k [B, Hk, N, D] -> scores [B, Hq, M, N] where `mask` holds, -inf elsewhere
     score_map    scores -> scores, by the ScoreMap `score`; -inf stays
-    softmax      over the last axis; a row of -inf gives zeros; optional second result: log-sum-exp
+    softmax      over the last axis; a row of -inf gives zeros; further results, if asked for: the
+                 log-sum-exp, and the largest score, of every row
     spmm         p [B, Hq, M, N] x v [B, Hk, N, E]; Hq is a multiple of Hk, as in sddmm
     reduce       `op` (sum, max, min, mean) over `axis`
     map          elementwise, by the expression `expr` of x0, x1, ...

@@ -96,15 +96,15 @@ def _mapped(score: ScoreMap, scores: Array, operands: Operands, floats: type) ->
     return np.where(np.isneginf(scores), scores, found)
 
 
-def _normalised(scores: Array) -> tuple[Array, Array]:
-    """Softmax of the last axis and its log-sum-exp; rows of -inf give zeros and -inf."""
+def _normalised(scores: Array) -> tuple[Array, Array, Array]:
+    """Softmax of the last axis, its log-sum-exp and maximum; rows of -inf give zeros and -inf."""
     peak = scores.max(-1, keepdims=True, initial=-np.inf)
     safe = np.where(np.isneginf(peak), 0, peak)
     weights = np.exp(scores - safe)
     total = weights.sum(-1, keepdims=True)
     empty = total == 0
     lse = np.where(empty, -np.inf, np.log(np.where(empty, 1, total)) + safe)
-    return weights / np.where(empty, 1, total), lse[..., 0]
+    return weights / np.where(empty, 1, total), lse[..., 0], peak[..., 0]
 
 
 def _matmul(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
@@ -145,8 +145,8 @@ def _attention(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     if op.attr("score") is not None:
         taken = sum(map(len, _runtime(op.attr("mask"), rest))) if op.attr("mask") is not None else 0
         scores = _mapped(op.attr("score"), scores, rest[taken:], floats)
-    weights, lse = _normalised(scores)
-    return weights @ _heads(v, q.shape[1]).astype(floats), lse
+    weights, *rows = _normalised(scores)
+    return weights @ _heads(v, q.shape[1]).astype(floats), *rows
 
 
 RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {

@@ -44,10 +44,11 @@ def build(spec: AttentionSpec) -> Graph:
         "score_map", ("s", *_names(*numbers, *of_score)), (Value("t", wide, pairs),), (("score", score),)
     )
     lse = (Value("lse", spec.lse_dtype, pairs[:3]),) if spec.return_lse else ()
-    weights = Op("softmax", ("t",), (Value("p", wide, pairs), *lse))
+    peak = (Value("max", spec.lse_dtype, pairs[:3]),) if spec.return_max else ()
+    weights = Op("softmax", ("t",), (Value("p", wide, pairs), *lse, *peak))
     out = Op("spmm", ("p", "v"), (Value("o", spec.dtype, (*pairs[:3], spec.v_size)),))
     inputs = (q, k, v, *integers, *of_mask, *numbers, *of_score)
-    returned = ("o", "lse") if spec.return_lse else ("o",)
+    returned = _names(out.output, *lse, *peak)
     return Graph("attention", inputs, (scores, mapped, weights, out), returned)
 
 
@@ -62,6 +63,7 @@ def spec_of(graph: Graph, op: Op) -> AttentionSpec:
         v_size=int(v.shape[3]),
         contiguous=op.attr("contiguous"),
         return_lse=len(op.outputs) > 1,
+        return_max=len(op.outputs) > 2,
         target=op.attr("target"),
         precision=op.attr("precision"),
         monotone=frozenset(op.attr("monotone")),

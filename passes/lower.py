@@ -135,6 +135,8 @@ class _Builder:
             args.append(Tensor("o", spec.dtype, ("B", "Hq", "q_len", spec.v_size), "out", 3))
             if spec.return_lse:
                 args.append(Tensor("lse", spec.lse_dtype, ("B", "Hq", "q_len"), "out", 2))
+            if spec.return_max:
+                args.append(Tensor("max", spec.lse_dtype, ("B", "Hq", "q_len"), "out", 2))
         if self.total > 1:
             args += _state(spec)
         args += [Scalar(name, "i64") for name in spec.params]
@@ -210,7 +212,7 @@ class _Builder:
             self._set("m", acc, ("i",), peak),
         )
         lazy: list[Stmt] = list(rescale)
-        if self.schedule.lazy_rescale:
+        if self.schedule.lazy_rescale and not self.spec.return_max:
             lazy = [
                 Reduce("rose", "bool", (), "any", peak > m + STALE, ("i",)),
                 If(sympy.Symbol("rose"), rescale),
@@ -262,6 +264,8 @@ class _Builder:
             lse = (real("m") + log2(where(empty, 1, real("l")))) * LN2
             out.append(Compute("L", self.acc, ("i",), where(empty, -INF, lse)))
             out.append(Store("lse", at, real("L"), ("i",), self.over.valid_row))
+        if self.spec.return_max:
+            out.append(Store("max", at, real("m") * LN2, ("i",), self.over.valid_row))
         return out
 
     def _set(self, name: str, dtype: str, axes: tuple[str, ...], expr: Expr) -> Compute:

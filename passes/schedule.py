@@ -37,11 +37,11 @@ def choose(spec: AttentionSpec, group: Group) -> Schedule:
             ((rows,), (keys,)) if len(group.order.dims) == 1 else box_shape(group, rows, keys, aligned=True)
         )
         return Schedule(*shape, lazy_rescale=False, meta=meta)
-    rows = CPU_ROWS // 2 if spec.dtype == "f64" else CPU_ROWS
+    keys = CPU_KEYS // 2 if spec.dtype == "f64" else CPU_KEYS
     anchors = tuple(anchor(group, d) for d in range(len(group.order.dims)))
     if len(group.order.dims) == 1:
-        return Schedule((rows,), (CPU_KEYS,), anchors)
-    return Schedule(*box_shape(group, BOX_ROWS, CPU_KEYS, aligned=None in anchors), anchors)
+        return Schedule((CPU_ROWS,), (keys,), anchors)
+    return Schedule(*box_shape(group, BOX_ROWS, keys, aligned=None in anchors), anchors)
 
 
 # Rows, keys, warps, stages by kind of number and padded head size: no spills on sm_80, sm_90, sm_100 and

@@ -23,7 +23,9 @@ class AttentionSpec:
     """A fused attention: q [B, Hq, q_len, qk_size], k [B, Hk, kv_len, qk_size], v [.., v_size].
 
     contiguous: for q, k and v, whether the last dimension has stride 1 (other strides are always
-    runtime values). monotone: captured tensors whose values never decrease (the caller has checked). Raises InputError on an unknown dtype or a size outside 1..1024."""
+    runtime values). return_max: also the largest score of every row (needs return_lse). monotone:
+    captured tensors whose values never decrease (the caller has checked). Raises InputError on an
+    unknown dtype or a size outside 1..1024."""
 
     mask: Mask
     score_map: ScoreMap | None = None
@@ -32,6 +34,7 @@ class AttentionSpec:
     v_size: int = 64
     contiguous: tuple[bool, bool, bool] = (True, True, True)
     return_lse: bool = False
+    return_max: bool = False
     target: str = "cpu"
     precision: str = "ieee"
     monotone: frozenset[str] = frozenset()
@@ -39,6 +42,8 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError("AttentionSpec.dtype", f"one of {', '.join(DTYPES)}", repr(self.dtype))
+        if self.return_max and not self.return_lse:
+            raise InputError("AttentionSpec.return_max", "return_lse=True beside it", "return_lse=False")
         for name, size in (("qk_size", self.qk_size), ("v_size", self.v_size)):
             if not 1 <= size <= 1024:
                 raise InputError(f"AttentionSpec.{name}", "a head size from 1 to 1024", size)
