@@ -71,8 +71,8 @@ def attention(
 
         out = reference_attention(problem, bound, score, scale)
         return out if return_lse else out[0]
-    out, *rows = run(problem, bound, score, scale, ("lse",) if return_lse else (), schedule)
-    return (out, *rows) if return_lse else out
+    found = run(problem, bound, score, scale, ("lse",) if return_lse else (), schedule)
+    return (found[0], found[1]) if return_lse else found[0]
 
 
 class Problem:

@@ -81,7 +81,7 @@ def flex_attention(
     problem = Problem(query, key, value, enable_gqa)
     out, *found = run(problem, mask, ScoreMod.of(score_mod), scale, rows)
     if return_aux is None:
-        return (out, *found) if return_lse else out
+        return (out, found[0]) if return_lse else out
     lse, peak = (*found, None, None)[:2]
     return out, AuxOutput(lse if want.lse else None, peak if want.max_scores else None)
 

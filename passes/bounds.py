@@ -37,10 +37,9 @@ def spans_of(points: isl.Set, variable: str, context: isl.Set, end: Expr) -> tup
 
 def interval(points: isl.BasicSet, context: isl.Set) -> tuple[Expr, Expr | None, Expr] | None:
     """(lo, hi, guard) of a one-dimensional basic set, hi None when unbounded above; None if it has holes."""
-    points = (
-        isl.Set.from_basic_set(points).compute_divs().coalesce().gist(_as_set(context, points)).coalesce()
-    )
-    basics = points.get_basic_sets()
+    exact = isl.Set.from_basic_set(points).compute_divs().coalesce()
+    simple = exact.gist(_as_set(context, exact)).coalesce()
+    basics = simple.get_basic_sets()
     if len(basics) != 1:
         return None
     basic = basics[0].remove_redundancies()
@@ -92,7 +91,7 @@ def _rest(aff: isl.Aff) -> Expr | None:
     for i in range(aff.dim(PARAM)):
         c = aff.get_coefficient_val(PARAM, i).to_python()
         if c:
-            total += int(c) * integer(aff.get_dim_name(PARAM, i))
+            total += int(c) * integer(aff.get_dim_name(PARAM, i) or "")
     for i in range(aff.dim(DIV)):
         c = aff.get_coefficient_val(DIV, i).to_python()
         if c:

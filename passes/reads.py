@@ -25,7 +25,9 @@ SIZES = {"b": "B", "h": "Hq", "q": "q_len", "k": "kv_len"}
 
 @dataclass(frozen=True)
 class Check:
-    """`fails` (over B, Hq, q_len, kv_len, tensor sizes c0_0, ... and integers) means `text` reads out of range."""
+    """When `fails` holds, `text` reads outside its tensor.
+
+    fails: over B, Hq, q_len, kv_len, the extents c0_0, ... of tensors, and runtime integers."""
 
     fails: Expr
     text: str
@@ -39,7 +41,7 @@ def sizes(tensor: sympy.Symbol, rank: int) -> list[sympy.Symbol]:
 def checks(mask: Mask, expr: Expr, *, attending: bool) -> tuple[Check, ...]:
     """One check for every affine index of every read in expr.
 
-    attending: expr is evaluated on pairs of the mask only (a score), else wherever its own tile runs (the mask itself)."""
+    attending: expr is evaluated on pairs of the mask only (a score), else on every pair (the mask)."""
     found = []
     with ISL_LOCK:
         domain = _domain(mask if attending and mask.exact else None)
@@ -87,11 +89,9 @@ def _domain(mask: Mask | None) -> isl.Set:
 def _outside(index: Expr, size: sympy.Symbol, domain: isl.Set) -> Expr | None:
     if index.has(read, readf):
         return None
-    value = to_pw_aff(index)
-    limit = to_pw_aff(size)
-    if value is None or limit is None:
+    value, limit, zero = to_pw_aff(index), to_pw_aff(size), to_pw_aff(sympy.Integer(0))
+    if value is None or limit is None or zero is None:
         return None
-    zero = to_pw_aff(sympy.Integer(0))
     bad = value.lt_set(zero).union(value.ge_set(limit)).intersect(domain)
     for name in ("b", "h"):
         at = bad.find_dim_by_name(PARAM, name)

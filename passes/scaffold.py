@@ -72,7 +72,7 @@ class Scaffold:
 
     def loop(self, body: list[Stmt]) -> list[Stmt]:
         """body once for every key tile that holds a point."""
-        inner = [*self.make_cols, *body]
+        inner: list[Stmt] = [*self.make_cols, *body]
         if self.loops.touched != sympy.true:
             inner = [If(self.loops.touched, tuple(inner))]
         for d in reversed(range(len(self.loops.spans))):

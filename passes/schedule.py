@@ -114,9 +114,8 @@ def anchor(group: Group, d: int) -> Expr | None:
             return None
         for _, least in pieces:
             form = to_expr(isl.PwAff.from_aff(least))
-            floor = isl.Set(
-                f"[{', '.join(sorted(s.name for s in form.free_symbols))}] -> {{ [x] : x >= {to_text(form)} }}"
-            )
+            names = ", ".join(sorted(s.name for s in form.free_symbols))
+            floor = isl.Set(f"[{names}] -> {{ [x] : x >= {to_text(form)} }}")
             if distance.is_subset(floor):
                 return form
     return None

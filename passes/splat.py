@@ -84,8 +84,9 @@ class TermPlan:
 def term_plans(spec: AttentionSpec) -> tuple[TermPlan, ...]:
     """Loops for each term of an affine mask. Raises UnsupportedError where there is no closed form."""
     mask = normalize_mask(spec.mask)
-    terms = decompose(mask)
-    if not mask.exact or not all(isinstance(t, ACSR) for t in terms):
+    found = decompose(mask)
+    terms = [t for t in found if isinstance(t, ACSR)]
+    if not mask.exact or len(terms) < len(found):
         raise UnsupportedError(
             "sddmm, sparse_softmax and spmm need a mask that is a union of ACSR terms; "
             f"{mask} is not. Use gossamer.attention, which runs any mask"
@@ -141,7 +142,7 @@ def lower_softmax(spec: AttentionSpec) -> Program:
             ),
         ),
         Compute("base", acc, ("i",), where(old < LOWEST[acc], 0, old)),
-        Compute("inv", acc, ("i",), 1 / where(sympy.Eq(real("l"), 0), 1, real("l"))),
+        Compute("inv", acc, ("i",), sympy.Integer(1) / where(sympy.Eq(real("l"), 0), 1, real("l"))),
         For(
             "n1",
             span,

@@ -23,12 +23,12 @@ from ..ir.kernel import Span
 from ..ir.order import Order
 from ..ir.plan import Group, Loops, Schedule
 from .bounds import spans_of
-from .truth import TileTruth
 from .tilesets import (
     EVERYWHERE,
     SET,
     column_index,
     coordinates,
+    dim_names,
     known_facts,
     linear,
     residue,
@@ -36,7 +36,7 @@ from .tilesets import (
     start,
     tile_sets,
 )
-
+from .truth import TileTruth
 
 NOTHING = "{ [q] -> [k] : false }"
 MAX_OPERATIONS = 1_500_000  # of isl: up to a second; the pattern library takes a tenth of it, 3-d grids all
@@ -110,7 +110,7 @@ def _spans(order: Order, schedule: Schedule, touched: isl.Set) -> tuple[tuple[tu
     _, _, loops = coordinates(order)
     rank = len(order.dims)
     kept = touched.dim(SET) - rank
-    names = [touched.get_dim_name(SET, i) for i in range(kept)]
+    names = dim_names(touched)[:kept]
     known = isl.Set(f"[{', '.join(names)}] -> {{ : {known_facts(order, schedule, names)} }}")
     out, exact = [], True
     for d, name in enumerate(loops):

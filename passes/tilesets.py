@@ -153,8 +153,13 @@ def known_facts(order: Order, schedule: Schedule, names: list[str]) -> str:
     return " and ".join(facts)
 
 
+def dim_names(points: isl.Set) -> list[str]:
+    """The names of a set's dimensions."""
+    return [points.get_dim_name(SET, i) or "" for i in range(points.dim(SET))]
+
+
 def simplify_tiles(points: isl.Set, order: Order, schedule: Schedule) -> isl.Set:
     """`points` simplified under what holds of every coordinate."""
-    names = [points.get_dim_name(SET, i) for i in range(points.dim(SET))]
+    names = dim_names(points)
     known = isl.Set(f"{{ [{', '.join(names)}] : {known_facts(order, schedule, names)} }}")
     return points.gist(known).coalesce()

@@ -88,17 +88,17 @@ class TileTruth:
 
     def _sorted(self, predicate: Expr) -> Truth | None:
         """c[q] == c[k] with sorted c: the id ranges of rows and keys overlap, or all four ends agree."""
-        if not isinstance(predicate, sympy.Eq) or self.free or self.first is None:
+        if not isinstance(predicate, sympy.Eq) or self.free or self.first is None or self.last is None:
             return None
-        sides = {r.args[1:]: r.args[0] for r in predicate.args if isinstance(r, read)}
+        sides: dict[Expr, Expr] = {r.args[1:]: r.args[0] for r in predicate.args if isinstance(r, read)}
         tensors = set(sides.values())
         if set(sides) != {(integer("q"),), (integer("k"),)} or len(tensors) != 1:
             return None
         tensor = tensors.pop()
         if tensor.name not in self.monotone:
             return None
-        q0, k0 = (read(tensor, at) for at in self.first)
-        q1, k1 = (read(tensor, at) for at in self.last)
+        ends: list[Expr] = [read(tensor, at) for at in (*self.first, *self.last)]
+        q0, k0, q1, k1 = ends
         return sympy.And(q0 <= k1, k0 <= q1), sympy.And(sympy.Eq(q0, q1), sympy.Eq(k0, k1), sympy.Eq(q0, k0))
 
     def _corner(self, which: int) -> tuple[Expr, Expr] | None:

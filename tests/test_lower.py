@@ -1,4 +1,4 @@
-"""The whole pipeline on the interpreter: lowered kernels verify, print, parse back, and agree with dense attention."""
+"""The pipeline on the interpreter: kernels verify, print, parse back, and agree with dense attention."""
 
 import math
 
