@@ -33,6 +33,7 @@ from ..ir.kernel import (
     Tensor,
 )
 from ..ir.plan import Group, Loops, Schedule
+from .rounding import together
 from .scaffold import COL, ROW, B, H, Scaffold
 from .spec import SCALE, AttentionSpec
 
@@ -93,7 +94,7 @@ class _Builder:
         assert spec.score_map is not None, "lower takes specs whose score map holds the scale"
         score = spec.score_map.expr
         self.folded = not self.wide and score == real("score") * SCALE  # the scale goes into Q once
-        self.score = self.over.bind(score).xreplace({real("score"): real("S")})
+        self.score = self.over.bind(together(score, self.acc)).xreplace({real("score"): real("S")})
 
     def kernel(self) -> Kernel:
         axes = [Axis("i", self.over.rows, self.over.rows), Axis("j", self.over.cols, self.over.cols)]
@@ -198,7 +199,11 @@ class _Builder:
             Load("K", self.operand, ("j", "d"), "k", key, self.over.valid_col),
             Dot("S", self.acc, ("i", "j"), "Q", "K", "d", precision=self.spec.precision),
         ]
-        if not self.folded:
+        if not self.folded and isinstance(self.score, sympy.Add):
+            # As one product, sympy would distribute log2(e): differences of large, rounded numbers.
+            out.append(self._set("S", self.acc, ("i", "j"), self.score))
+            out.append(self._set("S", self.acc, ("i", "j"), real("S") * LOG2E))
+        elif not self.folded:
             out.append(self._set("S", self.acc, ("i", "j"), self.score * LOG2E))
         return out
 
@@ -256,7 +261,7 @@ class _Builder:
             ]
         empty = sympy.Eq(real("l"), 0)
         out: list[Stmt] = [
-            Compute("inv", self.acc, ("i",), 1 / where(empty, 1, real("l"))),
+            Compute("inv", self.acc, ("i",), sympy.Integer(1) / where(empty, 1, real("l"))),
             self._set("O", self.acc, ("i", "e"), real("O") * real("inv")),
             Store("o", (*at, E_AXIS), real("O"), ("i", "e"), self.over.valid_row),
         ]
