@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
-from .captured import is_monotone
+from .captured import is_array, is_monotone
 from .kernel import quick_key
 from .mask import Mask
 from .score import ScoreMod
@@ -24,6 +24,21 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "tvm", "reference")
 
+# Keywords that have a meaning and no kernel yet: what they ask for, and what to write until then.
+NOT_BUILT = {
+    "sinks": ("attention sinks", "Leave it out"),
+    "dropout_p": ("dropout", "Pass 0"),
+    "q_offset": ("an offset of the query's positions", "Write it in the mask_mod: q_idx + offset >= kv_idx"),
+    "cu_seqlens_q": ("packed sequences", "Pass (1, H, total, D) and mask=masks.document(offsets=cu_seqlens)"),
+    "cu_seqlens_kv": (
+        "packed sequences",
+        "Pass (1, H, total, D) and mask=masks.document(offsets=cu_seqlens)",
+    ),
+    "block_table": ("a paged cache", "Gather its pages into contiguous tensors"),
+    "kv_lens": ("lengths by batch", "Capture them in the mask_mod: kv_idx < kv_lens[b]"),
+    "deterministic": ("a choice of deterministic kernels", "Leave it out: no kernel uses atomics"),
+}
+
 
 def attention(
     query: torch.Tensor,
@@ -35,6 +50,14 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
+    sinks: Any = None,
+    dropout_p: float | None = None,
+    q_offset: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_kv: Any = None,
+    block_table: Any = None,
+    kv_lens: Any = None,
+    deterministic: bool | None = None,
     backend: str = "auto",
     schedule: Any = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -50,6 +73,8 @@ def attention(
         scale: default 1 / sqrt(D).
         enable_gqa: allow Hq != Hk, as PyTorch does.
         return_lse: also return the natural log of the sum of exponentials of the scores.
+        sinks, dropout_p, q_offset, cu_seqlens_q, cu_seqlens_kv, block_table, kv_lens, deterministic: not
+            built yet; an UnsupportedError says what to write in their place.
         backend: "auto" (CPU: "tvm"), "tvm", or "reference" (dense, float64, slow).
         schedule: a Schedule, or one a group, in place of the default (see `gossamer explain`).
 
@@ -58,12 +83,27 @@ def attention(
         for float64). Rows without any pair are zeros with an LSE of -inf.
 
     Raises:
-        InputError: a shape, dtype, device or value is wrong. UnsupportedError: a gradient is asked for.
-        TraceError: a mask_mod or score_mod cannot be captured.
+        InputError: a shape, dtype, device or value is wrong. UnsupportedError: a gradient, or something
+        else that is not built yet, is asked for. TraceError: a mask_mod or score_mod cannot be captured.
     """
+    _check_built(
+        sinks=sinks,
+        dropout_p=dropout_p,
+        q_offset=q_offset,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_kv=cu_seqlens_kv,
+        block_table=block_table,
+        kv_lens=kv_lens,
+        deterministic=deterministic,
+    )
     problem = Problem(query, key, value, enable_gqa)
-    bound = Mask.of(mask)
+    bound = problem.mask_of(mask)
     score = None if score_mod is None else ScoreMod.of(score_mod)
+    if backend == "triton":
+        raise UnsupportedError(
+            'attention.backend: "triton" is not launched yet, its kernels are compiled ahead of time only, '
+            'with gossamer.compile. Pass "auto"'
+        )
     if backend not in BACKENDS:
         raise InputError("attention.backend", f"one of {', '.join(BACKENDS)}", repr(backend))
     if backend == "reference":
@@ -73,6 +113,15 @@ def attention(
         return out if return_lse else out[0]
     found = run(problem, bound, score, scale, ("lse",) if return_lse else (), schedule)
     return (found[0], found[1]) if return_lse else found[0]
+
+
+def _check_built(**keywords: Any) -> None:
+    """Refuse what has no kernel yet; None, False and 0 ask for nothing."""
+    for name, value in keywords.items():
+        if value is None or (isinstance(value, (int, float)) and not value):
+            continue
+        what, fix = NOT_BUILT[name]
+        raise UnsupportedError(f"attention.{name}: {what}: not built yet. {fix}")
 
 
 class Problem:
@@ -160,18 +209,36 @@ class Problem:
                 )
         self.dtype = names[query.dtype]
 
+    def mask_of(self, value: Any) -> Mask:
+        """The Mask of an argument; a boolean tensor has to broadcast to this problem."""
+        if is_array(value) and not isinstance(value, Mask):
+            wanted = (self.batch, self.heads, self.q_len, self.kv_len)
+            got = tuple(value.shape)
+            if any(n not in (1, m) for n, m in zip(reversed(got), reversed(wanted), strict=False)):
+                raise InputError("attention.mask", f"a tensor broadcastable to {wanted}", f"shape {got}")
+        return Mask.of(value)
+
     def _check_heads(self, kv_heads: int, enable_gqa: bool) -> None:
         if not enable_gqa:
             raise InputError(
                 "attention.key",
                 f"{self.heads} heads, as the query has",
                 kv_heads,
-                "Pass enable_gqa=True to share key heads",
+                "Pass enable_gqa=True to share key heads" + self._layout_hint(kv_heads),
             )
         if kv_heads == 0 or self.heads % kv_heads:
             raise InputError(
-                "attention.key", f"a number of heads that divides the query's {self.heads}", kv_heads
+                "attention.key",
+                f"a number of heads that divides the query's {self.heads}",
+                kv_heads,
+                self._layout_hint(kv_heads).lstrip("; "),
             )
+
+    def _layout_hint(self, kv_heads: int) -> str:
+        """What to do when heads and lengths look exchanged between query and key."""
+        if 1 < self.q_len == kv_heads or 1 < self.heads == self.kv_len:
+            return "; what is (batch, length, heads, size), pass as x.transpose(1, 2)"
+        return ""
 
 
 DTYPE_NAMES: dict[Any, str] = {}
@@ -197,6 +264,8 @@ def run(
     """(out, *rows) of a checked problem, compiling its kernel first if it is new.
 
     rows: what else every row gives: (), ("lse",) or ("lse", "max")."""
+    if schedule is not None:
+        _check_schedule(schedule)
     executable = executable_for(problem, mask, score, rows, schedule)
     return launch(executable, call_values(problem, mask, score, scale), problem, rows)
 
@@ -207,13 +276,39 @@ def call_values(problem: Problem, mask: Mask, score: ScoreMod | None, scale: flo
         "q": problem.query.detach(),
         "k": problem.key.detach(),
         "v": problem.value.detach(),
-        "scale": 1 / math.sqrt(problem.qk_size) if scale is None else float(scale),
+        "scale": 1 / math.sqrt(problem.qk_size) if scale is None else _number(scale),
     }
     for stem, tensor, source in (("p", "c", mask), ("s", "t", score)):
         if source is not None:
             values |= {f"{stem}{i}": number for i, number in enumerate(source.values)}
             values |= {f"{tensor}{i}": captured(t) for i, t in enumerate(source.tensors)}
     return values
+
+
+def _number(scale: Any) -> float:
+    """The scale as a float: a number, or a tensor of one."""
+    if getattr(scale, "requires_grad", False):
+        import torch
+
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                "attention.scale requires a gradient, and gradients are not built yet. "
+                "Call under torch.no_grad(), or pass scale.item()"
+            )
+        scale = scale.detach()
+    try:
+        return float(scale)
+    except (TypeError, ValueError, RuntimeError):
+        got = f"a tensor of shape {tuple(scale.shape)}" if is_array(scale) else repr(scale)
+        raise InputError("attention.scale", "a number", got) from None
+
+
+def _check_schedule(schedule: Any) -> None:
+    from ..ir.plan import Schedule
+
+    for one in schedule if isinstance(schedule, tuple) else (schedule,):
+        if not isinstance(one, Schedule):
+            raise InputError("attention.schedule", "a gossamer.Schedule, or a tuple of them", repr(one))
 
 
 def launch(

@@ -76,9 +76,9 @@ def flex_attention(
     if return_lse and return_aux is not None:
         raise InputError("flex_attention", "return_lse or return_aux", "both", "Ask for AuxRequest(lse=True)")
     want = return_aux or AuxRequest(lse=return_lse)
-    mask = Mask.of(_mask_of(block_mask, query, key))
     rows = ("lse", "max")[: 2 if want.max_scores else int(want.lse)]
     problem = Problem(query, key, value, enable_gqa)
+    mask = problem.mask_of(_mask_of(block_mask, query, key))
     out, *found = run(problem, mask, ScoreMod.of(score_mod), scale, rows)
     if return_aux is None:
         return (out, found[0]) if return_lse else out

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from ..runtime.driver import Executable
 
 
+DTYPES = ("f16", "bf16", "f32", "f64")
+PRECISIONS = ("ieee", "tf32")
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
     """What a kernel depends on; lengths, batch, head counts and a mask's integers are arguments, not here.
@@ -40,6 +44,22 @@ class AttentionSpec:
     return_lse: bool = False
     return_max: bool = False
     precision: str = "ieee"
+
+    def __post_init__(self) -> None:
+        for name, size in (("qk_size", self.qk_size), ("v_size", self.v_size)):
+            given = size is not None or name == "qk_size"  # v_size=None: as qk_size
+            if given and not (isinstance(size, int) and 1 <= size <= 1024):
+                raise InputError(f"AttentionSpec.{name}", "a head size from 1 to 1024", repr(size))
+        flags = self.contiguous
+        if not isinstance(flags, tuple) or len(flags) != 3 or not all(isinstance(f, bool) for f in flags):
+            raise InputError(
+                "AttentionSpec.contiguous", "three truth values, for query, key and value", repr(flags)
+            )
+        if not isinstance(self.return_lse, bool):
+            raise InputError("AttentionSpec.return_lse", "True or False", repr(self.return_lse))
+        for name, value, known in (("dtype", self.dtype, DTYPES), ("precision", self.precision, PRECISIONS)):
+            if value not in known:
+                raise InputError(f"AttentionSpec.{name}", f"one of {', '.join(known)}", repr(value))
 
     @property
     def sizes(self) -> tuple[Any, ...]:
@@ -126,7 +146,7 @@ class Kernel:
                 f"this is a binary for {self.target}; gossamer calls CPU kernels only so far"
             )
         problem = Problem(query, key, value, enable_gqa)
-        bound, score = Mask.of(mask), ScoreMod.of(score_mod)
+        bound, score = problem.mask_of(mask), ScoreMod.of(score_mod)
         made = self._executable.artifact.manifest.extra
         sizes = (problem.dtype, problem.qk_size, problem.v_size)
         for name, wanted, got in zip(("dtype", "qk_size", "v_size"), made["sizes"], sizes, strict=True):
@@ -160,6 +180,10 @@ def compile(spec: AttentionSpec, target: str = "cpu", schedule: Any = None) -> K
 
     target: "cpu" (this machine), "cpu:znver4", "cuda:sm_90", "hip:gfx942", ... schedule: one Schedule, or
     one a group, in place of the default. Raises InputError for an unknown target, BackendError."""
+    if not isinstance(spec, AttentionSpec):
+        raise InputError(
+            "compile.spec", "an AttentionSpec", type(spec).__name__, "Write AttentionSpec(mask, qk_size=64)"
+        )
     from dataclasses import replace
 
     from ..passes.pipeline import compile_spec

@@ -7,6 +7,8 @@ microseconds.
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -91,9 +93,14 @@ class Mask:
         if is_array(value):
             return Mask._from_table(value)
         if callable(value):
+            if getattr(value, "__module__", None) == "gossamer.frontend.masks":
+                name = f"masks.{value.__name__}"
+                raise InputError("mask", "a Mask", f"the function {name}", f"Call it: {name}(...)")
             return Mask.trace(value)
         raise InputError(
-            "mask", "a Mask, a mask_mod, a BlockMask, a boolean tensor or None", type(value).__name__
+            "mask",
+            "a Mask, a mask_mod, a BlockMask, a boolean tensor or None",
+            f"{type(value).__name__} {reprlib.repr(value)}",
         )
 
     @staticmethod
@@ -101,6 +108,8 @@ class Mask:
         """The pairs that a BlockMask of `torch.nn.attention.flex_attention`, or of ours, lets attend."""
         from . import block_mask as blocks
 
+        if not any(base.__name__ == "BlockMask" for base in type(block_mask).__mro__):
+            raise InputError("Mask.from_block_mask", "a BlockMask", type(block_mask).__name__)
         return blocks.of(block_mask).mask
 
     @staticmethod
@@ -135,13 +144,12 @@ class Mask:
 
     @staticmethod
     def _from_table(table: Any) -> Mask:
-        if dtype_name(table.dtype) != "bool":
-            raise InputError(
-                "mask",
-                "a boolean tensor, True = attend",
-                f"dtype {table.dtype}",
-                "Add numbers to scores with a score_mod, such as score + bias[h, q_idx, kv_idx]",
-            )
+        dtype = dtype_name(table.dtype) or ""
+        if dtype != "bool":
+            fix = "Add numbers to scores with a score_mod, such as score + bias[h, q_idx, kv_idx]"
+            if dtype[:1] in ("i", "u"):
+                fix = "Compare it, such as mask != 0, or find its closed form with Mask.from_dense"
+            raise InputError("mask", "a boolean tensor, True = attend", f"dtype {table.dtype}", fix)
         shape = tuple(table.shape)
         if len(shape) > 4:
             raise InputError("mask", "a tensor broadcastable to (B, Hq, q_len, kv_len)", f"shape {shape}")
@@ -253,6 +261,7 @@ class Mask:
         """The mask of one batch and query head as a bool array of shape (q_len, kv_len)."""
         import numpy as np
 
+        _check_numbers("to_dense", q_len=q_len, kv_len=kv_len, b=b, h=h)
         q, k = np.arange(q_len)[:, None], np.arange(kv_len)[None, :]
         tensors = [as_numpy(t) for t in self.tensors]
         return np.array(self.ir.evaluate(b, h, q, k, self.values, tensors, q_len, kv_len))
@@ -261,14 +270,28 @@ class Mask:
         """The geometry at these lengths, for one batch and query head: pairs, terms, tiles. Lazy."""
         from ..passes.geometry import analyze
 
+        _check_numbers("analyze", q_len=q_len, kv_len=kv_len, b=b, h=h)
         tensors = tuple(as_numpy(t) for t in self.tensors)
         return analyze(self.ir, q_len, kv_len, self.values, tensors, b, h)
 
-    def plot(self, path: Any, q_len: int, kv_len: int, **options: Any) -> None:
-        """Write a picture of the mask, its terms and its tiles. Needs the extra `plot`."""
+    def plot(
+        self,
+        path: Any,
+        q_len: int,
+        kv_len: int,
+        tiles: tuple[int, int] = (64, 64),
+        *,
+        batch: int = 0,
+        head: int = 0,
+        title: str = "",
+    ) -> None:
+        """Write a PNG of the mask, its terms in colour, and its tiles of (queries, keys).
+
+        batch, head: which to draw, where masks differ. title: else the mask. Needs the extra `plot`.
+        """
         from .plot import plot
 
-        plot(self, path, q_len, kv_len, **options)
+        plot(self, path, q_len, kv_len, tiles, batch=batch, head=head, title=title)
 
     @property
     def text(self) -> str:
@@ -282,3 +305,13 @@ class Mask:
 
     def __bool__(self) -> bool:
         raise UnsupportedError("a Mask has no truth value: use & | ~ in place of 'and', 'or', 'not'")
+
+
+def _check_numbers(where: str, **numbers: Any) -> None:
+    for name, number in numbers.items():
+        try:
+            wrong = operator.index(number) < 0
+        except TypeError:
+            wrong = True
+        if wrong:
+            raise InputError(f"Mask.{where}.{name}", "an integer of at least 0", repr(number))

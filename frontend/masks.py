@@ -91,6 +91,8 @@ def fixed(block: int, summary: int) -> Mask:
     """
     block = _whole("fixed", "block", block, least=1)
     summary = _whole("fixed", "summary", summary)
+    if summary > block:
+        raise InputError("masks.fixed.summary", f"at most the {block} keys of a block", summary)
     first = block - summary
     return Mask.trace(lambda b, h, q, k: (q // block == k // block) | (k % block >= first))
 
@@ -188,8 +190,8 @@ def axial(shape: Sequence[int], axis: int) -> Mask:
     shape: the grid, row-major, its product the length; numbers. Axial attention (arXiv:1912.12180).
     """
     sizes = _sizes("axial", "shape", shape)
-    axis = operator.index(axis)
-    if not -len(sizes) <= axis < len(sizes):
+    axis = _whole("axial", "axis", axis, least=-len(sizes))
+    if axis >= len(sizes):
         raise InputError("masks.axial", f"an axis of the grid {sizes}", axis)
     axis %= len(sizes)
 

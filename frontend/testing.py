@@ -70,7 +70,8 @@ def parse(text: str) -> Any:
 
 
 def to_text(value: IR) -> str:
-    """The text of a value of any level; `parse(to_text(v)) == v`."""
+    """The text of a value of any level; `parse(to_text(v)) == v`. A `gossamer.Mask` gives that of its IR."""
+    value = _read(value)
     if isinstance(value, Graph):
         return graph_text.to_text(value)
     return kernel_text.to_text(value) if isinstance(value, Kernel | Program) else value.to_text()
@@ -93,7 +94,15 @@ def interpret(value: Graph | Kernel | Program | str, arguments: Mapping[str, Any
 
 
 def _read(value: Any) -> Any:
-    return parse(value) if isinstance(value, str) else value
+    """The IR of a value, a text, or a `gossamer.Mask` or `ScoreMod`. Raises InputError for anything else."""
+    value = parse(value) if isinstance(value, str) else getattr(value, "ir", value)
+    if not isinstance(value, Graph | Kernel | Program | Mask | ScoreMap):
+        raise InputError(
+            "gossamer.testing",
+            "a graph, kernel, program, mask or score map, or its text",
+            type(value).__name__,
+        )
+    return value
 
 
 def run_pass(value: IR | str, pass_: Pass | str, **options: Any) -> Any:

@@ -63,13 +63,15 @@ def stored_rows(array: np.ndarray) -> tuple[StoredACSR, ...]:
 def _checked(array: np.ndarray) -> np.ndarray:
     given = np.asarray(array)
     if given.ndim != 2:
-        raise InputError("recover", "a matrix of shape (q_len, kv_len)", f"shape {given.shape}")
+        raise InputError("from_dense", "a matrix of shape (q_len, kv_len)", f"shape {given.shape}")
     if given.dtype == np.bool_:
         return given
-    if given.dtype.kind not in "iuf" or not np.isin(given, (0, 1)).all():
-        raise InputError(
-            "recover", "a matrix of truth values, or of 0 and 1", f"dtype {given.dtype}", "Compare it first"
-        )
+    expected, fix = "a matrix of truth values, or of 0 and 1", "Compare it first, such as array > 0"
+    if given.dtype.kind not in "iuf":
+        raise InputError("from_dense", expected, f"dtype {given.dtype}", fix)
+    wrong = given[~np.isin(given, (0, 1))]
+    if wrong.size:
+        raise InputError("from_dense", expected, f"{wrong[0]} among them", fix)
     return given.astype(bool)
 
 

@@ -64,6 +64,11 @@ def test_parse_reads_every_level(text: str, level: str) -> None:
     testing.verify(value)
 
 
+def test_other_values_are_refused() -> None:
+    with pytest.raises(InputError, match="expected a graph, kernel, program, mask or score map, .* got int"):
+        testing.to_text(3)  # type: ignore[arg-type]
+
+
 def test_parse_names_what_it_expects() -> None:
     with pytest.raises(
         ParseError, match="expected text that starts with graph, kernel, program, mask, score"
@@ -184,7 +189,7 @@ def test_random_arguments_fit() -> None:
 @settings(max_examples=20, deadline=None)
 @given(testing.masks(max_length=60))
 def test_drawn_masks_come_back_and_are_dense_somewhere(mask) -> None:
-    assert testing.parse(testing.to_text(mask.ir)) == mask.ir
+    assert testing.parse(testing.to_text(mask)) == mask.ir
     assert mask.to_dense(37, 60).shape == (37, 60)
 
 

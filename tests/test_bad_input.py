@@ -1,0 +1,190 @@
+"""Wrong arguments of the public functions: each error names what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gossamer
+from gossamer import masks
+from gossamer.ir.errors import GossamerError, InputError, UnsupportedError
+
+torch = pytest.importorskip("torch")
+
+Q, K, V = torch.randn(3, 1, 4, 20, 16)
+
+
+def refuses(error: type[GossamerError], *words: str) -> Any:
+    """Expects an error whose message holds these words in this order."""
+    return pytest.raises(error, match=".*".join(map(re.escape, words)))
+
+
+# ---- attention ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((Q[0], K, V), ("query: expected 4 dimensions (batch, heads, length, size)", "(4, 20, 16)")),
+        ((Q, K[0], V), ("key: expected 4 dimensions", "(4, 20, 16)")),
+        ((Q.numpy(), K, V), ("query: expected a torch.Tensor; got ndarray", "torch.from_numpy")),
+        ((Q.int(), K, V), ("query: expected float16, bfloat16, float32 or float64; got torch.int32",)),
+        ((Q, K.half(), V), ("key: expected the query's dtype torch.float32; got torch.float16", "Cast")),
+        ((Q, K, V.to("meta")), ("value: expected a CPU tensor; got meta", "gossamer.compile")),
+        ((Q.to_sparse(), K, V), ("query: expected a strided tensor", "to_dense()")),
+        ((Q[..., :0], K[..., :0], V), ("query: expected a head size from 1 to 1024; got 0",)),
+        ((Q, K[..., :8], V), ("key: expected the query's head size 16", "got 8")),
+        ((Q, K[:, :, :9], V), ("value: expected (B, Hk, kv_len, Dv) = (1, 4, 9)", "got (1, 4, 20, 16)")),
+        ((Q.expand(2, -1, -1, -1), *(x.expand(3, -1, -1, -1) for x in (K, V))), ("batch 2", "got 3")),
+        (
+            (Q, K[:, :2], V[:, :2]),
+            ("key: expected 4 heads", "got 2. Pass enable_gqa=True to share key heads"),
+        ),
+        ((Q.transpose(1, 2), K, V), ("key: expected 20 heads", "got 4", "pass as x.transpose(1, 2)")),
+    ],
+)
+def test_tensors(arguments: tuple[Any, ...], words: tuple[str, ...]) -> None:
+    with refuses(InputError, "attention.", *words):
+        gossamer.attention(*arguments)
+
+
+def test_heads_that_do_not_divide() -> None:
+    with refuses(InputError, "attention.key: expected a number of heads that divides the query's 4; got 3"):
+        gossamer.attention(Q, K[:, :3], V[:, :3], enable_gqa=True)
+    one = Q[:, :, :1]  # as many queries as key heads: no exchanged layout
+    assert gossamer.attention(one, K[:, :1], V[:, :1], enable_gqa=True).shape == one.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"mask": 3},
+            ("mask: expected a Mask, a mask_mod, a BlockMask, a boolean tensor or None; got int 3",),
+        ),
+        ({"mask": "causal"}, ("got str 'causal'",)),
+        ({"mask": masks.causal}, ("expected a Mask; got the function masks.causal. Call it",)),
+        ({"mask": torch.zeros(20, 20)}, ("a boolean tensor", "torch.float32", "score_mod")),
+        ({"mask": torch.ones(20, 20).int()}, ("a boolean tensor", "torch.int32", "mask != 0")),
+        ({"mask": torch.ones(20, 19) > 0}, ("broadcastable to (1, 4, 20, 20); got shape (20, 19)",)),
+        ({"mask": torch.ones(30, 30) > 0}, ("broadcastable to (1, 4, 20, 20); got shape (30, 30)",)),
+        ({"mask": torch.ones(3, 20, 20) > 0}, ("broadcastable to (1, 4, 20, 20)", "(3, 20, 20)")),
+        ({"mask": torch.ones(1, 1, 1, 20, 20) > 0}, ("(1, 1, 1, 20, 20)",)),
+        ({"scale": "small"}, ("attention.scale: expected a number; got 'small'",)),
+        ({"scale": torch.ones(2)}, ("attention.scale: expected a number; got a tensor of shape (2,)",)),
+        ({"backend": "fast"}, ("attention.backend: expected one of auto, tvm, reference; got 'fast'",)),
+        ({"schedule": "fast"}, ("attention.schedule: expected a gossamer.Schedule", "got 'fast'")),
+    ],
+)
+def test_options(options: dict[str, Any], words: tuple[str, ...]) -> None:
+    with refuses(InputError, *words):
+        gossamer.attention(Q, K, V, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sinks": torch.zeros(4)}, ("attention.sinks: attention sinks: not built yet",)),
+        ({"dropout_p": 0.1}, ("attention.dropout_p: dropout: not built yet. Pass 0",)),
+        ({"q_offset": 3}, ("attention.q_offset", "q_idx + offset")),
+        ({"cu_seqlens_q": torch.tensor([0, 20])}, ("attention.cu_seqlens_q", "masks.document(offsets=")),
+        ({"cu_seqlens_kv": torch.tensor([0, 20])}, ("attention.cu_seqlens_kv", "masks.document(offsets=")),
+        ({"block_table": torch.zeros(1, 2)}, ("attention.block_table: a paged cache",)),
+        ({"kv_lens": torch.tensor([20])}, ("attention.kv_lens", "kv_idx < kv_lens[b]")),
+        ({"deterministic": True}, ("attention.deterministic", "Leave it out")),
+        ({"backend": "triton"}, ("triton", "not launched yet", 'Pass "auto"')),
+    ],
+)
+def test_what_is_not_built_is_named(options: dict[str, Any], words: tuple[str, ...]) -> None:
+    with refuses(UnsupportedError, *words):
+        gossamer.attention(Q, K, V, **options)
+
+
+def test_keywords_that_ask_for_nothing_are_fine() -> None:
+    out = gossamer.attention(Q, K, V, sinks=None, dropout_p=0.0, q_offset=0, deterministic=False)
+    assert torch.equal(out, gossamer.attention(Q, K, V))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "scale"])
+def test_gradients_are_refused(name: str) -> None:
+    given: dict[str, Any] = {"query": Q, "key": K, "value": V, "scale": torch.tensor(0.3)}
+    given[name] = given[name].clone().requires_grad_()
+    with refuses(UnsupportedError, f"attention.{name} requires a gradient", "torch.no_grad()"):
+        gossamer.attention(**given)
+    with torch.no_grad():
+        assert not gossamer.attention(**given).requires_grad
+
+
+def test_gradients_of_captured_tensors_are_refused() -> None:
+    bias = torch.zeros(4, requires_grad=True)
+    with refuses(UnsupportedError, "captured tensor requires a gradient", "tensor.detach()"):
+        gossamer.attention(Q, K, V, score_mod=lambda s, b, h, q, k: s + bias[h])
+
+
+# ---- masks ----
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.ones(3), ("a matrix of shape (q_len, kv_len); got shape (3,)",)),
+        (np.ones((1, 3, 3)), ("a matrix of shape (q_len, kv_len); got shape (1, 3, 3)",)),
+        (np.full((3, 3), 2), ("of 0 and 1; got 2 among them. Compare it first",)),
+        (torch.full((3, 3), float("nan")), ("of 0 and 1; got nan among them",)),
+        (np.array([["a"]]), ("of 0 and 1; got dtype <U1",)),
+    ],
+)
+def test_matrices(array: Any, words: tuple[str, ...]) -> None:
+    with refuses(InputError, "from_dense: expected", *words):
+        gossamer.Mask.from_dense(array)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: masks.axial((4, 4), "rows"), ("masks.axial.axis", "got 'rows'")),
+        (lambda: masks.axial((4, 4), 2), ("an axis of the grid (4, 4); got 2",)),
+        (lambda: masks.fixed(4, 5), ("masks.fixed.summary: expected at most the 4 keys of a block; got 5",)),
+        (lambda: masks.from_block_mask(3), ("from_block_mask: expected a BlockMask; got int",)),
+        (lambda: masks.causal().to_dense(-1, 3), ("Mask.to_dense.q_len: expected an integer", "got -1")),
+        (lambda: masks.causal().to_dense(3, 3.5), ("Mask.to_dense.kv_len", "got 3.5")),
+        (lambda: masks.causal().analyze(3, 3, b=-1), ("Mask.analyze.b", "got -1")),
+    ],
+)
+def test_masks(make: Any, words: tuple[str, ...]) -> None:
+    with refuses(InputError, *words):
+        make()
+
+
+# ---- compile ----
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float32"}, ("dtype: expected one of f16, bf16, f32, f64; got 'float32'",)),
+        ({"qk_size": "a"}, ("qk_size: expected a head size from 1 to 1024; got 'a'",)),
+        ({"qk_size": 64.0}, ("qk_size", "got 64.0")),
+        ({"v_size": 0}, ("v_size: expected a head size from 1 to 1024; got 0",)),
+        ({"contiguous": True}, ("contiguous: expected three truth values", "got True")),
+        ({"return_lse": "yes"}, ("return_lse: expected True or False; got 'yes'",)),
+        ({"precision": "fp8"}, ("precision: expected one of ieee, tf32; got 'fp8'",)),
+    ],
+)
+def test_specs(options: dict[str, Any], words: tuple[str, ...]) -> None:
+    with refuses(InputError, "AttentionSpec.", *words):
+        gossamer.AttentionSpec(**options)
+
+
+def test_compile_wants_a_spec() -> None:
+    with refuses(InputError, "compile.spec: expected an AttentionSpec; got Mask. Write AttentionSpec(mask"):
+        gossamer.compile(masks.causal())
+
+
+@pytest.mark.parametrize("target", ["gpu", "cuda", "cuda:sm_1", "cpu:abacus", "", None])
+def test_unknown_targets(target: Any) -> None:
+    with refuses(InputError, "target: expected", f"got {target!r}" if target != "cpu:abacus" else "abacus"):
+        gossamer.compile(gossamer.AttentionSpec(qk_size=16), target=target)
