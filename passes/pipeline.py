@@ -130,7 +130,9 @@ def lower(graph: Graph) -> Program:
     found = [*checks(spec.mask, spec.mask.predicate, attending=False)]
     if spec.score_map is not None:
         found += checks(spec.mask, spec.score_map.expr, attending=True)
-    guards = tuple((to_text(c.fails), f"{c.text} reads outside its tensor") for c in found)
+    guards = tuple(
+        (to_text(c.fails), f"{c.text} reads outside its tensor: expected {to_text(c.holds)}") for c in found
+    )
     return replace(lower_attention(spec, plans), text=graph_text(graph), checks=guards)
 
 

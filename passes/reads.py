@@ -27,9 +27,11 @@ SIZES = {"b": "B", "h": "Hq", "q": "q_len", "k": "kv_len"}
 class Check:
     """When `fails` holds, `text` reads outside its tensor.
 
-    fails: over B, Hq, q_len, kv_len, the extents c0_0, ... of tensors, and runtime integers."""
+    fails: over B, Hq, q_len, kv_len, the extents c0_0, ... of tensors, and runtime integers. holds: the
+    opposite, for people: of a call that has pairs at all."""
 
     fails: Expr
+    holds: Expr
     text: str
 
 
@@ -48,8 +50,10 @@ def checks(mask: Mask, expr: Expr, *, attending: bool) -> tuple[Check, ...]:
         for r in _reads(expr):
             for index, size in zip(r.args[1:], sizes(r.args[0], len(r.args) - 1), strict=True):
                 bad = _outside(index, size, domain)
-                if bad is not None and bad != sympy.false:
-                    found.append(Check(bad, to_text(r)))
+                if bad is not None and not bad.is_empty():
+                    some = domain.project_out_except([*SIZES.values()], [PARAM]).params()
+                    holds = bad.complement().gist(some).coalesce()
+                    found.append(Check(condition(bad), condition(holds), to_text(r)))
     return tuple(found)
 
 
@@ -86,7 +90,8 @@ def _domain(mask: Mask | None) -> isl.Set:
     return box.intersect(inside)
 
 
-def _outside(index: Expr, size: sympy.Symbol, domain: isl.Set) -> Expr | None:
+def _outside(index: Expr, size: sympy.Symbol, domain: isl.Set) -> isl.Set | None:
+    """The lengths, extents and integers with which some pair of the domain has its index outside."""
     if index.has(read, readf):
         return None
     value, limit, zero = to_pw_aff(index), to_pw_aff(size), to_pw_aff(sympy.Integer(0))
@@ -96,4 +101,4 @@ def _outside(index: Expr, size: sympy.Symbol, domain: isl.Set) -> Expr | None:
     for name in ("b", "h"):
         at = bad.find_dim_by_name(PARAM, name)
         bad = bad.project_out(PARAM, at, 1) if at >= 0 else bad
-    return condition(bad.params().coalesce())
+    return bad.params().coalesce()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,8 +100,11 @@ class Executable:
     def _check(self, sizes: Mapping[str, int]) -> None:
         for fails, check in self._checks:
             if fails(sizes):
-                got = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in check.condition)
-                raise InputError(check.message, f"not {check.condition}", got)
+                where, _, expected = check.message.partition(": expected ")
+                expected = expected or f"not {check.condition}"
+                named = [name for name in sizes if re.search(rf"\b{name}\b", expected)]
+                got = ", ".join(f"{name} = {sizes[name]}" for name in named)
+                raise InputError(where, _extents(expected), _extents(got))
 
     def _make_intermediates(self, sizes: Mapping[str, int], allocate: Allocate | None) -> dict[str, Any]:
         if not self._shapes:
@@ -132,6 +136,11 @@ class Executable:
         return InputError(
             f"argument {missing}", f"values for {', '.join(self.inputs)}", f"only {', '.join(values)}"
         )
+
+
+def _extents(text: str) -> str:
+    """Extents of captured tensors as people write them: c0_1 is c0.shape[1]."""
+    return re.sub(r"\b([ct]\d+)_(\d+)\b", r"\1.shape[\2]", text)
 
 
 def _inputs(artifact: Artifact) -> dict[str, Argument]:

@@ -68,7 +68,9 @@ class Intermediate:
 
 @dataclass(frozen=True)
 class Check:
-    """A call for which `condition` (text over dimensions and integer arguments) holds is an error."""
+    """A call for which `condition` (text over dimensions and integer arguments) holds is an error.
+
+    message: where, alone or as "where: expected what"."""
 
     condition: str
     message: str

@@ -15,6 +15,7 @@ from gossamer.ir.errors import GossamerError, InputError, UnsupportedError
 torch = pytest.importorskip("torch")
 
 Q, K, V = torch.randn(3, 1, 4, 20, 16)
+TABLE = torch.zeros(3, 20)
 
 
 def refuses(error: type[GossamerError], *words: str) -> Any:
@@ -157,6 +158,34 @@ def test_matrices(array: Any, words: tuple[str, ...]) -> None:
 def test_masks(make: Any, words: tuple[str, ...]) -> None:
     with refuses(InputError, *words):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"mask": masks.document(torch.zeros(9, dtype=torch.long))},
+            (
+                "c0[k] reads outside its tensor: expected c0.shape[0] >= kv_len",
+                "got kv_len = 20, c0.shape[0] = 9",
+            ),
+        ),
+        (
+            {"mask": masks.document(torch.zeros(0, 30, dtype=torch.long))},
+            ("expected c0.shape[0] >= B; got B = 1, c0.shape[0] = 0",),
+        ),
+        (
+            {"mask": masks.causal(), "score_mod": lambda s, b, h, q, k: s + TABLE[h, q - k]},
+            (
+                "t0[h, q - k] reads outside its tensor: expected t0.shape[0] >= Hq",
+                "got Hq = 4, t0.shape[0] = 3",
+            ),
+        ),
+    ],
+)
+def test_captured_tensors_that_are_too_small(options: dict[str, Any], words: tuple[str, ...]) -> None:
+    with refuses(InputError, *words):
+        gossamer.attention(Q, K, V, **options)
 
 
 # ---- compile ----
