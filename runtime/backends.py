@@ -34,9 +34,10 @@ class Compiled:
 
 
 class Backend(Protocol):
-    """suffix: of binaries' file names."""
+    """suffix: of binaries' file names. concurrent: whether kernels may be compiled side by side."""
 
     suffix: str
+    concurrent: bool
 
     def compile(self, kernel: Kernel, target: Target) -> Compiled: ...
 
@@ -51,6 +52,7 @@ class TvmBackend:
     """CPUs: TVMScript, LLVM, an object file; run by the ORC JIT of tvm_ffi without tvm."""
 
     suffix = "o"
+    concurrent = True
 
     def compile(self, kernel: Kernel, target: Target) -> Compiled:
         from ..codegen import tvm as codegen
@@ -84,6 +86,7 @@ class TritonBackend:
     """GPUs: Triton source, compiled ahead of time to a cubin or hsaco."""
 
     suffix = "bin"
+    concurrent = False
 
     def compile(self, kernel: Kernel, target: Target) -> Compiled:
         from ..codegen import triton as codegen

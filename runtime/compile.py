@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from .. import __version__
 from ..ir.errors import InputError
 from . import host
 from .artifact import PROGRAM, Artifact
-from .backends import BACKENDS, Compiled
+from .backends import BACKENDS, Backend, Compiled
 from .cache import digest_of
 from .counting import COMPILATIONS
 from .knobs import LOG_SOURCE, LOG_TIMINGS, log
@@ -43,11 +44,7 @@ def compile_kernels(
     backend = BACKENDS[target.backend]
     parts: dict[str, bytes] = {PROGRAM: ir_text.encode()} if ir_text else {}
     launches = []
-    for number, kernel in enumerate(kernels):
-        start = perf_counter()
-        built = backend.compile(kernel, target)
-        COMPILATIONS.add()
-        log(LOG_TIMINGS, f"compile: {kernel.name} for {target} in {(perf_counter() - start) * 1e3:.0f} ms")
+    for number, (kernel, built) in enumerate(zip(kernels, _build(kernels, backend, target), strict=True)):
         log(LOG_SOURCE, built.source)
         launch = _launch(kernel, built, f"kernels/{number}_{kernel.name}", backend.suffix)
         parts |= {
@@ -70,6 +67,22 @@ def compile_kernels(
         extra=extra or {},
     )
     return Artifact.of(manifest, parts)
+
+
+def _build(kernels: Sequence[Kernel], backend: Backend, target: Target) -> list[Compiled]:
+    """Every kernel compiled; side by side where the backend's compiler leaves the interpreter lock."""
+
+    def one(kernel: Kernel) -> Compiled:
+        start = perf_counter()
+        built = backend.compile(kernel, target)
+        COMPILATIONS.add()
+        log(LOG_TIMINGS, f"compile: {kernel.name} for {target} in {(perf_counter() - start) * 1e3:.0f} ms")
+        return built
+
+    if len(kernels) < 2 or not backend.concurrent:
+        return [one(kernel) for kernel in kernels]
+    with ThreadPoolExecutor(len(kernels)) as pool:
+        return list(pool.map(one, kernels))
 
 
 def quick_digest(quick_key: Hashable, target: Target) -> str:

@@ -31,6 +31,7 @@ class RecordingBackend:
     """Compiles to a name, and records what is compiled and launched."""
 
     suffix = "o"
+    concurrent = False
 
     def __init__(self) -> None:
         self.compiled: list[str] = []
@@ -178,6 +179,7 @@ def mark(what):
         file.write(what + "\\n")
 class Backend:
     suffix = "o"
+    concurrent = False
     requirements = lambda self, target: Requirements()
     versions = lambda self: {}
     def compile(self, kernel, target):
