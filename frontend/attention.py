@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import InputError, UnsupportedError
+from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
 from .captured import is_array, is_monotone
 from .kernel import quick_key
 from .mask import Mask
@@ -160,7 +160,7 @@ class Problem:
         if kv_batch != self.batch:
             if kv_batch != 1:
                 raise InputError("attention.key", f"batch {self.batch} (the query's) or 1", kv_batch)
-            self.key, self.value = key.expand(self.batch, -1, -1, -1), value.expand(self.batch, -1, -1, -1)
+            self.key, self.value = (t.expand(self.batch, -1, -1, -1) for t in (self.key, self.value))
         if self.heads != kv_heads:
             self._check_heads(kv_heads, enable_gqa)
         self.contiguous = tuple(
@@ -168,7 +168,12 @@ class Problem:
         )
 
     def _check_tensors(self) -> None:
-        import torch
+        try:
+            import torch
+        except ImportError:
+            raise MissingDependencyError("torch", "torch", "gossamer.attention") from None
+        from torch._C._functorch import is_functorch_wrapped_tensor as is_transformed
+        from torch.autograd import forward_ad
 
         names = DTYPE_NAMES or _fill_names()
         query = self.query
@@ -207,6 +212,19 @@ class Problem:
                     f"{where} requires a gradient, and gradients are not built yet. "
                     f"Call under torch.no_grad(), or pass {name}.detach()"
                 )
+            # What follows reads memory, which these tensors do not show.
+            if is_transformed(tensor):
+                raise UnsupportedError(
+                    f"{where} is inside torch.func.vmap, jvp or the like, which are not built yet. "
+                    "Pass batches in the first dimension"
+                )
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise UnsupportedError(
+                    f"{where} has a tangent, and forward-mode gradients are not built yet. "
+                    f"Pass forward_ad.unpack_dual({name}).primal"
+                )
+            if tensor.is_neg():
+                setattr(self, name, tensor.resolve_neg())
         self.dtype = names[query.dtype]
 
     def mask_of(self, value: Any) -> Mask:

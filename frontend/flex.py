@@ -13,12 +13,16 @@ from functools import partial, reduce
 from operator import and_, or_
 from typing import Any
 
-import torch
+from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+
+try:
+    import torch
+except ImportError:
+    raise MissingDependencyError("torch", "torch", "gossamer.flex") from None
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, FlexKernelOptions, create_mask, noop_mask
 from torch.nn.attention.flex_attention import BlockMask as PyTorchBlockMask
 
-from ..ir.errors import InputError, UnsupportedError
 from . import block_mask as blocks
 from .attention import Problem, run
 from .block_mask import BlockMask, MaskMod

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from gossamer import masks
 from gossamer.ir.errors import GossamerError, InputError, UnsupportedError
 
 torch = pytest.importorskip("torch")
+forward_ad = pytest.importorskip("torch.autograd.forward_ad")
 
 Q, K, V = torch.randn(3, 1, 4, 20, 16)
 TABLE = torch.zeros(3, 20)
@@ -123,6 +126,33 @@ def test_gradients_of_captured_tensors_are_refused() -> None:
     bias = torch.zeros(4, requires_grad=True)
     with refuses(UnsupportedError, "captured tensor requires a gradient", "tensor.detach()"):
         gossamer.attention(Q, K, V, score_mod=lambda s, b, h, q, k: s + bias[h])
+
+
+def test_transforms_of_functions_are_refused() -> None:
+    with refuses(UnsupportedError, "attention.query is inside torch.func.vmap", "not built yet"):
+        torch.vmap(lambda x: gossamer.attention(x[None], K, V))(Q)
+    with (
+        forward_ad.dual_level(),
+        refuses(UnsupportedError, "attention.key has a tangent", "unpack_dual(key)"),
+    ):
+        gossamer.attention(Q, forward_ad.make_dual(K, torch.ones_like(K)), V)
+
+
+def test_a_negation_that_torch_has_put_off_is_seen() -> None:
+    lazy = torch.complex(torch.zeros_like(Q), Q).conj().imag
+    assert lazy.is_neg()
+    assert torch.equal(gossamer.attention(lazy, K, V), gossamer.attention(lazy.resolve_neg(), K, V))
+    two = Q.expand(2, -1, -1, -1)
+    assert torch.equal(gossamer.attention(two, lazy, V), gossamer.attention(two, lazy.resolve_neg(), V))
+
+
+@pytest.mark.parametrize("use", ["gossamer.attention(1, 2, 3)", "gossamer.flex"])
+def test_without_torch(use: str) -> None:
+    code = f"import sys, gossamer; sys.modules['torch'] = None; {use}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (
+        f"{use.partition('(')[0]} needs torch; install it with: pip install 'gossamer[torch]'" in done.stderr
+    )
 
 
 # ---- masks ----
