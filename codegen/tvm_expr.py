@@ -133,7 +133,7 @@ class Printer(Typing):
         index, varying = [], False
         for size, i in zip(tensor.shape, expr.args[1:], strict=True):
             value = self._print(i)
-            varying |= value.varying
+            varying |= value.varying or tensor.dtype == "i64"  # its values may need all 64 bits
             last = safe(size) if isinstance(size, str) else str(size)
             last = f'T.Cast("int32", {last} - 1)' if value.dtype == "int32" else f"{last} - 1"
             index.append(value.text if value.number else f"T.max(T.min({value.text}, {last}), 0)")

@@ -17,7 +17,7 @@ from ..ir.errors import InputError, UnsupportedError
 from .captured import as_numpy, is_array, readable
 from .term import TRUE, Term, negate, rename, show
 from .term_expr import from_expr, to_expr
-from .term_mask import joined, segments
+from .term_mask import bake_large, joined, segments
 from .trace import dtype_name, trace_mask
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Mask:
     was made with stay. Tensors it captured are kept by reference and read at each call.
 
     key: what a kernel depends on; made of primitives, the same in every process.
-    values: integers for p0, p1, ...; another value compiles nothing.
+    values: integers for p0, p1, ...; another value compiles nothing (from 2**30 on they are part of `key`).
     tensors: the captured tensors c0, c1, ...
 
     >>> window = Mask.trace(lambda b, h, q_idx, kv_idx: abs(q_idx - kv_idx) <= 2)
@@ -58,8 +58,8 @@ class Mask:
         tensors: tuple[Any, ...] = (),
         signature: Signature = (),
     ) -> None:
-        self._term, self._signature, self._tensors = term, signature, tensors
-        self.values = values
+        self._term, self.values = bake_large(term, values, "p")
+        self._signature, self._tensors = signature, tensors
 
     # ---- making one ----
 

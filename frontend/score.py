@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .captured import readable
 from .term import show
 from .term_expr import to_expr
+from .term_mask import bake_large
 from .trace import trace_score
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class ScoreMod:
         tensors: tuple[Any, ...],
         signature: tuple[tuple[str, int], ...],
     ) -> None:
-        self._term, self._signature, self._tensors = term, signature, tensors
-        self.values = values
+        self._term, self.values = bake_large(term, values, "s")
+        self._signature, self._tensors = signature, tensors
 
     @staticmethod
     def trace(score_mod: Callable[..., Any]) -> ScoreMod:

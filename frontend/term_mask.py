@@ -1,10 +1,38 @@
-"""What masks ask of their terms: to join two of them, and which tensors hold segment ids."""
+"""What masks ask of their terms: to join two, to hold large integers, and which tensors are segment ids."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-from .term import Term, both, children, either, rewrite, shifted
+from ..ir.errors import InputError
+from .term import Term, both, children, either, rename, rewrite, shifted
+
+LARGE = 2**30  # kernels add runtime integers to 32-bit coordinates
+LARGEST = 2**61  # and sums of a few numbers must fit 64 bits
+
+
+def bake_large(
+    term: Term, values: tuple[int | float, ...], letter: str
+) -> tuple[Term, tuple[int | float, ...]]:
+    """The term with integers that 32 bits may not hold as numbers, and the values that are left.
+
+    letter: what its integers are called, p0, p1, ... or s0, s1, ... Raises InputError for an integer that
+    64 bits may not hold.
+
+    >>> bake_large(("le", ("sub", "q", "p0"), "p1"), (2**40, 7), "p")
+    (('le', ('sub', 'q', 1099511627776), 'p0'), (7,))
+    """
+    names: dict[str, Term] = {}
+    kept: list[int | float] = []
+    for i, value in enumerate(values):
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise InputError("mask or score_mod: a captured integer", "at most 2**61 either way", value)
+        if isinstance(value, int) and abs(value) >= LARGE:
+            names[f"{letter}{i}"] = value
+        else:
+            names[f"{letter}{i}"] = f"{letter}{len(kept)}"
+            kept.append(value)
+    return (rename(term, names), tuple(kept)) if len(kept) < len(values) else (term, values)
 
 
 @lru_cache(maxsize=1024)

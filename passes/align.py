@@ -5,7 +5,8 @@ a row tile takes rows of one residue class, walks the columns of its class with 
 strided term is dense inside. Terms of stride 1 run in the natural order, terms of an n-d index space
 in boxes. Terms that share an order share a group; groups merge by carrying the softmax.
 
-Leaves alone: strides whose residue depends on a runtime integer or on a floor of q (natural order).
+Leaves alone: strides whose residue depends on a runtime integer or on a floor of q, and strides so long
+that a residue class has few rows (natural order).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .decompose import Term
 from .progression import as_set
 
 PARAM = isl.dim_type.param
+MAX_STRIDE = 4096  # a row tile of one residue class then spans 128k rows or more
 
 
 def align_mask(mask: Mask, terms: tuple[Term, ...], *, whole: bool = True) -> tuple[Group, ...]:
@@ -47,7 +49,7 @@ def _plain_order(region: isl.Map) -> Order:
     info = region.get_range_stride_info(0)
     stride = int(info.get_stride().to_python())
     residue = _residue(info.get_offset(), stride)
-    if stride <= 1 or residue is None:
+    if not 1 < stride <= MAX_STRIDE or residue is None:
         return Order()
     slope, shift = residue
     return Order((OrderDim(None, stride if slope else 1, stride, slope, shift),))

@@ -10,16 +10,18 @@ Leaves alone: expressions without captured tensors.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import islpy as isl
 import sympy
 
-from ..ir.affine import ISL_LOCK, condition, to_pw_aff
+from ..ir.affine import ISL_LOCK, QuotaExceeded, condition, quota, to_pw_aff
 from ..ir.expr import Expr, integer, maximum, minimum, read, readf, to_text
 from ..ir.mask import Mask
 
 PARAM = isl.dim_type.param
+MAX_OPERATIONS = 500_000  # of isl, for one index; it has no check beyond (kernels stay inside tensors anyway)
 SIZES = {"b": "B", "h": "Hq", "q": "q_len", "k": "kv_len"}
 
 
@@ -41,7 +43,7 @@ def sizes(tensor: sympy.Symbol, rank: int) -> list[sympy.Symbol]:
 
 
 def checks(mask: Mask, expr: Expr, *, attending: bool) -> tuple[Check, ...]:
-    """One check for every affine index of every read in expr.
+    """One check for every affine index of every read in expr, where isl finds it in good time.
 
     attending: expr is evaluated on pairs of the mask only (a score), else on every pair (the mask)."""
     found = []
@@ -49,11 +51,12 @@ def checks(mask: Mask, expr: Expr, *, attending: bool) -> tuple[Check, ...]:
         domain = _domain(mask if attending and mask.exact else None)
         for r in _reads(expr):
             for index, size in zip(r.args[1:], sizes(r.args[0], len(r.args) - 1), strict=True):
-                bad = _outside(index, size, domain)
-                if bad is not None and not bad.is_empty():
-                    some = domain.project_out_except([*SIZES.values()], [PARAM]).params()
-                    holds = bad.complement().gist(some).coalesce()
-                    found.append(Check(condition(bad), condition(holds), to_text(r)))
+                with suppress(QuotaExceeded), quota(MAX_OPERATIONS):
+                    bad = _outside(index, size, domain)
+                    if bad is not None and not bad.is_empty():
+                        some = domain.project_out_except([*SIZES.values()], [PARAM]).params()
+                        holds = bad.complement().gist(some).coalesce()
+                        found.append(Check(condition(bad), condition(holds), to_text(r)))
     return tuple(found)
 
 
@@ -73,6 +76,11 @@ def _clamped(r: Expr) -> Expr:
 def is_affine(index: Expr) -> bool:
     """Whether isl can hold the index, so that a check exists for it."""
     return not index.has(read, readf) and to_pw_aff(index) is not None
+
+
+def unchecked(expr: Expr) -> list[tuple[Expr, Expr, int]]:
+    """(read, index, dimension) of every index that `checks` has no closed form for."""
+    return [(r, index, d) for r in _reads(expr) for d, index in enumerate(r.args[1:]) if not is_affine(index)]
 
 
 def _reads(expr: Expr) -> list[Expr]:
