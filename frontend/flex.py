@@ -24,9 +24,10 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, FlexKernelO
 from torch.nn.attention.flex_attention import BlockMask as PyTorchBlockMask
 
 from . import block_mask as blocks
-from .attention import Problem, run
+from .attention import run
 from .block_mask import BlockMask, MaskMod
 from .mask import Mask
+from .problem import Problem
 from .score import ScoreMod
 
 __all__ = [

@@ -139,7 +139,8 @@ class Kernel:
 
         mask, score_mod: of the structure that was compiled; they bring the runtime integers and the
         captured tensors. Raises InputError when something is not what the kernel was compiled for."""
-        from .attention import Problem, call_values, launch
+        from .attention import call_values, launch
+        from .problem import Problem
 
         if not self.target.startswith("cpu"):
             raise UnsupportedError(

@@ -13,8 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from .attention import Problem
     from .mask import Mask
+    from .problem import Problem
     from .score import ScoreMod
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..ir.errors import InputError
-from .attention import Problem, allocate
+from .attention import allocate
 from .mask import Mask
+from .problem import Problem
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,163 @@
+"""The checked inputs of one attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+from .captured import is_array
+from .mask import Mask
+
+DTYPE_NAMES: dict[Any, str] = {}
+
+
+def _fill_names() -> dict[Any, str]:
+    import torch
+
+    DTYPE_NAMES.update(
+        {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
+    )
+    return DTYPE_NAMES
+
+
+class Problem:
+    """Checked inputs of one attention. Attributes: sizes, dtype name and the three tensors."""
+
+    __slots__ = (
+        "batch",
+        "contiguous",
+        "dtype",
+        "heads",
+        "key",
+        "kv_len",
+        "q_len",
+        "qk_size",
+        "query",
+        "v_size",
+        "value",
+    )
+
+    def __init__(self, query: Any, key: Any, value: Any, enable_gqa: bool) -> None:
+        self.query, self.key, self.value = query, key, value
+        self._check_tensors()
+        (self.batch, self.heads, self.q_len, self.qk_size) = query.shape
+        kv_batch, kv_heads, self.kv_len, size = key.shape
+        self.v_size = value.shape[3]
+        if value.shape[:3] != key.shape[:3]:
+            raise InputError(
+                "attention.value",
+                f"(B, Hk, kv_len, Dv) = {tuple(key.shape[:3])} + (Dv,) as key has",
+                tuple(value.shape),
+            )
+        if size != self.qk_size:
+            raise InputError(
+                "attention.key", f"the query's head size {self.qk_size} in the last dimension", size
+            )
+        if kv_batch != self.batch:
+            if kv_batch != 1:
+                raise InputError("attention.key", f"batch {self.batch} (the query's) or 1", kv_batch)
+            self.key, self.value = (t.expand(self.batch, -1, -1, -1) for t in (self.key, self.value))
+        if self.heads != kv_heads:
+            self._check_heads(kv_heads, enable_gqa)
+        self.contiguous = tuple(
+            t.stride(3) == 1 or t.shape[3] == 1 for t in (self.query, self.key, self.value)
+        )
+
+    def _check_tensors(self) -> None:
+        try:
+            import torch
+        except ImportError:
+            raise MissingDependencyError("torch", "torch", "gossamer.attention") from None
+        from torch._C._functorch import is_functorch_wrapped_tensor as is_transformed
+        from torch._subclasses.fake_tensor import FakeTensor
+        from torch.autograd import forward_ad
+
+        if torch.compiler.is_compiling():
+            raise UnsupportedError(
+                "gossamer.attention inside torch.compile or torch.export is not built yet. "
+                "Wrap the call in a function decorated with torch.compiler.disable"
+            )
+        names = DTYPE_NAMES or _fill_names()
+        query = self.query
+        for name, tensor in (("query", query), ("key", self.key), ("value", self.value)):
+            where = f"attention.{name}"
+            if not isinstance(tensor, torch.Tensor):
+                raise InputError(
+                    where,
+                    "a torch.Tensor",
+                    type(tensor).__name__,
+                    "Convert with torch.from_numpy or torch.utils.dlpack",
+                )
+            if isinstance(tensor, FakeTensor):
+                raise UnsupportedError(f"{where} is a FakeTensor, and tracing is not built yet")
+            if tensor.dim() != 4:
+                raise InputError(
+                    where,
+                    "4 dimensions (batch, heads, length, size)",
+                    f"{tensor.dim()}: {tuple(tensor.shape)}",
+                )
+            if tensor.dtype not in names:
+                raise InputError(where, "float16, bfloat16, float32 or float64", tensor.dtype)
+            if tensor.dtype != query.dtype:
+                raise InputError(where, f"the query's dtype {query.dtype}", tensor.dtype, "Cast one of them")
+            if tensor.device.type != "cpu":
+                raise InputError(
+                    where,
+                    "a CPU tensor",
+                    tensor.device,
+                    "GPU kernels are compiled ahead of time only, with gossamer.compile",
+                )
+            if tensor.layout != torch.strided:
+                raise InputError(where, "a strided tensor", tensor.layout, "Call .to_dense()")
+            if not 1 <= tensor.shape[3] <= 1024:
+                raise InputError(where, "a head size from 1 to 1024", tensor.shape[3])
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise UnsupportedError(
+                    f"{where} requires a gradient, and gradients are not built yet. "
+                    f"Call under torch.no_grad(), or pass {name}.detach()"
+                )
+            # What follows reads memory, which these tensors do not show.
+            if is_transformed(tensor):
+                raise UnsupportedError(
+                    f"{where} is inside torch.func.vmap, jvp or the like, which are not built yet. "
+                    "Pass batches in the first dimension"
+                )
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise UnsupportedError(
+                    f"{where} has a tangent, and forward-mode gradients are not built yet. "
+                    f"Pass forward_ad.unpack_dual({name}).primal"
+                )
+            if tensor.is_neg():
+                setattr(self, name, tensor.resolve_neg())
+        self.dtype = names[query.dtype]
+
+    def mask_of(self, value: Any) -> Mask:
+        """The Mask of an argument; a boolean tensor has to broadcast to this problem."""
+        if is_array(value) and not isinstance(value, Mask):
+            wanted = (self.batch, self.heads, self.q_len, self.kv_len)
+            got = tuple(value.shape)
+            if any(n not in (1, m) for n, m in zip(reversed(got), reversed(wanted), strict=False)):
+                raise InputError("attention.mask", f"a tensor broadcastable to {wanted}", f"shape {got}")
+        return Mask.of(value)
+
+    def _check_heads(self, kv_heads: int, enable_gqa: bool) -> None:
+        if not enable_gqa:
+            raise InputError(
+                "attention.key",
+                f"{self.heads} heads, as the query has",
+                kv_heads,
+                "Pass enable_gqa=True to share key heads" + self._layout_hint(kv_heads),
+            )
+        if kv_heads == 0 or self.heads % kv_heads:
+            raise InputError(
+                "attention.key",
+                f"a number of heads that divides the query's {self.heads}",
+                kv_heads,
+                self._layout_hint(kv_heads).lstrip("; "),
+            )
+
+    def _layout_hint(self, kv_heads: int) -> str:
+        """What to do when heads and lengths look exchanged between query and key."""
+        if 1 < self.q_len == kv_heads or 1 < self.heads == self.kv_len:
+            return "; what is (batch, length, heads, size), pass as x.transpose(1, 2)"
+        return ""
