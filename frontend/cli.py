@@ -48,7 +48,7 @@ def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> 
     typer.echo(f"warning: {message}", err=True)
 
 
-HELP = """A compiler for sparse attention and MoE kernels: say which pairs attend, get one fast kernel.
+HELP = """A compiler for sparse attention kernels: say which pairs attend, get one fast kernel.
 
 Start with
 
