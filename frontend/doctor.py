@@ -48,7 +48,7 @@ def checks() -> Iterator[Check]:
         yield Check(name, _package(name, name, ""), default=True)
     yield Check("threads", _threads, default=True)
     yield Check("cache", _cache)
-    yield Check("torch", _package("torch", "torch", "torch"))
+    yield Check("torch", _package("torch", "torch", "torch"), default=True)
     yield Check("tvm", _tvm, default=True)
     yield Check("tvm-ffi", _package("apache-tvm-ffi", "tvm_ffi", "cpu"), default=True)
     yield Check("orcjit", _package("apache-tvm-ffi-orcjit", "tvm_ffi_orcjit", "cpu"), default=True)
