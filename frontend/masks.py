@@ -277,7 +277,7 @@ def random_blocks(count: int, block: int, seed: int = 0, per_head: bool = False)
 
     def drawn(b: Any, h: Any, q: Any, k: Any) -> Any:
         row = q // block + 4099 * h if per_head else q // block
-        blocks = (kv_length(k) + (block - 1)) // block
+        blocks = maximum((kv_length(k) + (block - 1)) // block, 1)
         attends: Any = False
         for draw in range(count):
             attends = attends | (k // block == _hash(row, seed, draw) % blocks)

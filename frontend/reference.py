@@ -45,13 +45,12 @@ def exact_attention(
         factor = 1 / np.sqrt(floats(problem.qk_size)) if scale is None else floats(scale)
         scores = (q @ k.swapaxes(-1, -2)) * factor
         b, h, q_at, k_at = np.ogrid[: problem.batch, : problem.heads, : problem.q_len, : problem.kv_len]
-        if score is not None:
-            mapped = score.ir.evaluate(
-                scores, b, h, q_at, k_at, score.values, _arrays(score.tensors), floats=floats
-            )
-            scores = np.broadcast_to(mapped, scores.shape)
         lengths = {"q_len": problem.q_len, "kv_len": problem.kv_len}
         attends = mask.ir.evaluate(b, h, q_at, k_at, mask.values, _arrays(mask.tensors), **lengths)
+        attends = np.broadcast_to(attends, scores.shape)
+        if score is not None:  # which is defined on pairs that attend only
+            points, numbers = np.nonzero(attends), (score.values, _arrays(score.tensors))
+            scores[points] = score.ir.evaluate(scores[points], *points, *numbers, floats=floats)
         scores = np.where(attends, scores, -np.inf)
         peak = scores.max(-1, keepdims=True, initial=-np.inf)
         weights = np.exp(scores - np.where(np.isneginf(peak), 0, peak))

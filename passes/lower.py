@@ -94,7 +94,9 @@ class _Builder:
         assert spec.score_map is not None, "lower takes specs whose score map holds the scale"
         score = spec.score_map.expr
         self.folded = not self.wide and score == real("score") * SCALE  # the scale goes into Q once
-        self.score = self.over.bind(together(score, self.acc)).xreplace({real("score"): real("S")})
+        self.score = self.over.bind(together(score, self.acc), attending=True).xreplace(
+            {real("score"): real("S")}
+        )
 
     def kernel(self) -> Kernel:
         axes = [Axis("i", self.over.rows, self.over.rows), Axis("j", self.over.cols, self.over.cols)]

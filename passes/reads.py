@@ -1,9 +1,9 @@
 """reads: when does a captured tensor get indexed outside its bounds?
 
 A read whose index is affine gets a closed-form condition on lengths, sizes and runtime integers under
-which some attending pair reads out of range; the launcher evaluates it at each call, in microseconds,
-and the kernel reads unguarded. Other indices (data-dependent ones) are clamped in the kernel, so
-that nothing outside the tensor is ever touched.
+which some pair reads out of range; the launcher evaluates it at each call, in microseconds, and the
+kernel reads unguarded. Other indices (data-dependent ones, and those of scores, which are right for
+attending pairs only) are clamped in the kernel, so that nothing outside the tensor is ever touched.
 
 Leaves alone: expressions without captured tensors.
 """
@@ -60,17 +60,19 @@ def checks(mask: Mask, expr: Expr, *, attending: bool) -> tuple[Check, ...]:
     return tuple(found)
 
 
-def clamp(expr: Expr) -> Expr:
-    """expr with every index that has no check kept inside its tensor."""
-    return expr.replace(lambda e: isinstance(e, (read, readf)), _clamped)
+def clamp(expr: Expr, *, attending: bool) -> Expr:
+    """expr with every index that may leave its tensor somewhere in a tile kept inside.
 
+    attending: checks cover the pairs of the mask only, while tiles hold others too."""
 
-def _clamped(r: Expr) -> Expr:
-    inside = [
-        i if is_affine(i) else minimum(maximum(i, sympy.Integer(0)), size - 1)
-        for i, size in zip(r.args[1:], sizes(r.args[0], len(r.args) - 1), strict=True)
-    ]
-    return r.func(r.args[0], *inside)
+    def clamped(r: Expr) -> Expr:
+        inside = [
+            i if is_affine(i) and not attending else minimum(maximum(i, sympy.Integer(0)), size - 1)
+            for i, size in zip(r.args[1:], sizes(r.args[0], len(r.args) - 1), strict=True)
+        ]
+        return r.func(r.args[0], *inside)
+
+    return expr.replace(lambda e: isinstance(e, (read, readf)), clamped)
 
 
 def is_affine(index: Expr) -> bool:

@@ -23,6 +23,7 @@ from ..ir.expr import (
     floormod,
     integer,
     kind,
+    maximum,
     minimum,
     read,
     readf,
@@ -79,14 +80,17 @@ class Scaffold:
             inner = [For(f"n{d}", self.loops.spans[d], tuple(inner))]
         return inner
 
-    def bind(self, expr: Expr) -> Expr:
+    def bind(self, expr: Expr, *, attending: bool = False) -> Expr:
         """An expression of q and k over the tiles that hold them; captured tensors are read in range.
 
+        attending: only the values at pairs of the mask are used, as those of a score.
         Costly parts (reads, divisions, bit operations) of rows alone move to tiles made once a row tile,
         parts of keys alone to tiles made once a key tile."""
         row, col = ROW, COL
         if expr.has(read, readf):
-            row, col, expr = self.safe_row, minimum(COL, KV_LEN - 1), clamp(expr)
+            row, col, expr = self.safe_row, minimum(COL, KV_LEN - 1), clamp(expr, attending=attending)
+            if self.boxes or any(a is not None for a in self.schedule.anchors):
+                col = maximum(col, sympy.Integer(0))  # the first tile may begin before key 0
         if self.boxes:
             expr = _delinearised(expr, self.order.dims, "q", self.row_names)
             expr = _delinearised(expr, self.order.dims, "k", self.col_names)
@@ -157,7 +161,9 @@ def _unflatten(axis: str, sizes: tuple[int, ...]) -> list[Expr]:
 
 
 def _delinearised(expr: Expr, dims: tuple, index: str, names: list[Expr]) -> Expr:  # type: ignore[type-arg]
-    """index // W and index % W spelled by the coordinates that are already at hand."""
+    """index // W and index % W spelled by the coordinates that are already at hand.
+
+    Not inside reads: coordinates beyond their width are none of the index that reads are clamped to."""
     symbol = integer(index)
     known: dict[Expr, Expr] = {}
     outer: Expr = symbol  # what is left of the index above dimension d
@@ -170,4 +176,13 @@ def _delinearised(expr: Expr, dims: tuple, index: str, names: list[Expr]) -> Exp
         inner = sympy.Integer(dims[1].width * dims[2].width)
         known[floordiv(symbol, inner)] = names[0]
         known[floordiv(floormod(symbol, inner), sympy.Integer(dims[2].width))] = names[1]
-    return expr.xreplace(known)
+
+    def spell(part: Expr) -> Expr:
+        if part in known:
+            return known[part]
+        if isinstance(part, (read, readf)) or not part.args:
+            return part
+        args = [spell(a) for a in part.args]
+        return part if tuple(args) == part.args else part.func(*args)
+
+    return spell(expr)

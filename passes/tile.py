@@ -39,7 +39,8 @@ from .tilesets import (
 from .truth import TileTruth
 
 NOTHING = "{ [q] -> [k] : false }"
-MAX_OPERATIONS = 1_500_000  # of isl: up to a second; the pattern library takes a tenth of it, 3-d grids all
+# Of isl, for one dimension and for more: a few times what the pattern library takes.
+MAX_OPERATIONS = (200_000, 1_500_000)
 
 
 def plan(group: Group, schedule: Schedule, monotone: frozenset[str] = frozenset()) -> tuple[Group, Loops]:
@@ -47,10 +48,11 @@ def plan(group: Group, schedule: Schedule, monotone: frozenset[str] = frozenset(
 
     That is the group itself, or, where closed forms would take isl too long, one with coarser bounds
     around the same predicate. monotone: captured tensors known to be sorted."""
+    limit = MAX_OPERATIONS[len(group.order.dims) > 1]
     with ISL_LOCK:
         for bound in (lambda: group, lambda: _hull(group)):
             candidate = bound()
-            with suppress(QuotaExceeded), quota(MAX_OPERATIONS):
+            with suppress(QuotaExceeded), quota(limit):
                 found = _closed_forms(candidate, schedule)
                 break
         else:
@@ -68,7 +70,7 @@ def plan_loops(group: Group, schedule: Schedule, monotone: frozenset[str] = froz
 def _hull(group: Group) -> Group:
     """The group with the half-planes around its points as bounds from above, and none from below."""
     hull = EVERYWHERE
-    with suppress(QuotaExceeded), quota(MAX_OPERATIONS):
+    with suppress(QuotaExceeded), quota(MAX_OPERATIONS[0]):
         hull = str(isl.Map.from_basic_map(isl.Map(group.may).remove_divs().simple_hull()))
     return replace(group, may=hull, must=NOTHING)
 
