@@ -65,7 +65,7 @@ def test_parse_reads_every_level(text: str, level: str) -> None:
 
 
 def test_other_values_are_refused() -> None:
-    with pytest.raises(InputError, match="expected a graph, kernel, program, mask or score map, .* got int"):
+    with pytest.raises(InputError, match=r"expected a graph, kernel, program, mask or score map, .* got int"):
         testing.to_text(3)  # type: ignore[arg-type]
 
 
