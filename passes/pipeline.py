@@ -24,7 +24,7 @@ from .fuse import fuse
 from .lower import lower_attention
 from .normalize import normalize_mask
 from .reads import checks
-from .schedule import choose
+from .schedule import check, choose
 from .spec import AttentionSpec
 from .tile import plan
 
@@ -65,6 +65,8 @@ def schedule(graph: Graph) -> Graph:
         groups = op.attr("groups")
         if given and len(given) != len(groups):
             raise InputError("schedule", f"{len(groups)} schedules, one a group", len(given))
+        for group, chosen in zip(groups, given, strict=False):
+            check(group, chosen)
         return op.with_attrs(schedules=given or tuple(choose(spec, group) for group in groups))
 
     return _fused(graph, rule)

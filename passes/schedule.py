@@ -16,13 +16,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import islpy as isl
+import sympy
 
 from ..ir.affine import ISL_LOCK, QuotaExceeded, quota, to_expr
+from ..ir.errors import InputError
 from ..ir.expr import Expr, to_text
-from ..ir.order import Order
+from ..ir.order import Order, OrderDim
 from ..ir.plan import Group, Schedule
 from .spec import AttentionSpec
 
+MAX_EXTENT = 1024
 CPU_ROWS, CPU_KEYS = 32, 32
 BOX_ROWS = 64
 MAX_OPERATIONS = 200_000  # of isl, to bound k - q in one dimension
@@ -101,8 +104,7 @@ def anchor(group: Group, d: int) -> Expr | None:
 
     Proven by isl to bound every pair. None when nothing bounds the distance, or when rows and
     columns of the dimension do not share their residue."""
-    dim = group.order.dims[d]
-    if (dim.row_stride, dim.slope if dim.col_stride > 1 else 1, dim.shift) != (dim.col_stride, 1, 0):
+    if not _in_step(group.order.dims[d]):
         return None
     with ISL_LOCK, suppress(QuotaExceeded), quota(MAX_OPERATIONS):
         distance = _distances(group, d)
@@ -114,11 +116,40 @@ def anchor(group: Group, d: int) -> Expr | None:
             return None
         for _, least in pieces:
             form = to_expr(isl.PwAff.from_aff(least))
-            names = ", ".join(sorted(s.name for s in form.free_symbols))
-            floor = isl.Set(f"[{names}] -> {{ [x] : x >= {to_text(form)} }}")
-            if distance.is_subset(floor):
+            if _bounds(form, distance):
                 return form
     return None
+
+
+def check(group: Group, schedule: Schedule) -> None:
+    """Whether a given schedule computes this group. Raises InputError."""
+    rank = len(group.order.dims)
+    for name, extents in (("rows", schedule.rows), ("cols", schedule.cols)):
+        sizes = all(isinstance(n, int) and n >= 1 for n in extents)
+        if len(extents) != rank or not sizes or math.prod(extents) > MAX_EXTENT:
+            wanted = f"one extent a dimension ({rank}), at least 1 each, {MAX_EXTENT} together at most"
+            raise InputError(f"schedule.{name}", wanted, extents)
+    if len(schedule.anchors) not in (0, rank):
+        raise InputError("schedule.anchors", f"none, or one anchor a dimension ({rank})", schedule.anchors)
+    for d, form in enumerate(schedule.anchors):
+        if form is None:
+            continue
+        with ISL_LOCK:
+            fits = isinstance(form, sympy.Basic) and _in_step(group.order.dims[d])
+            if not fits or not _bounds(form, _distances(group, d)):
+                expected = "an expression of the mask's integers that bounds k - q from below"
+                raise InputError(f"schedule.anchors[{d}]", expected, form, "Leave it out, or pass None")
+
+
+def _in_step(dim: OrderDim) -> bool:
+    """Whether rows and columns of a tile share their residue, so that k - q is a number of steps."""
+    return (dim.row_stride, dim.slope if dim.col_stride > 1 else 1, dim.shift) == (dim.col_stride, 1, 0)
+
+
+def _bounds(form: Expr, distance: isl.Set) -> bool:
+    """Whether no distance is below an affine form of params."""
+    names = ", ".join(sorted(s.name for s in form.free_symbols))
+    return distance.is_subset(isl.Set(f"[{names}] -> {{ [x] : x >= {to_text(form)} }}"))
 
 
 def _reach(group: Group, d: int) -> float:
