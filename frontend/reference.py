@@ -49,8 +49,10 @@ def exact_attention(
         attends = mask.ir.evaluate(b, h, q_at, k_at, mask.values, _arrays(mask.tensors), **lengths)
         attends = np.broadcast_to(attends, scores.shape)
         if score is not None:  # which is defined on pairs that attend only
-            points, numbers = np.nonzero(attends), (score.values, _arrays(score.tensors))
-            scores[points] = score.ir.evaluate(scores[points], *points, *numbers, floats=floats)
+            points = b, h, q_at, k_at = np.nonzero(attends)
+            scores[points] = score.ir.evaluate(
+                scores[points], b, h, q_at, k_at, score.values, _arrays(score.tensors), floats=floats
+            )
         scores = np.where(attends, scores, -np.inf)
         peak = scores.max(-1, keepdims=True, initial=-np.inf)
         weights = np.exp(scores - np.where(np.isneginf(peak), 0, peak))

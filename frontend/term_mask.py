@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TypeVar
 
 from ..ir.errors import InputError
 from .term import Term, both, children, either, rename, rewrite, shifted
 
+Number = TypeVar("Number", bound=int | float)
 LARGE = 2**30  # kernels add runtime integers to 32-bit coordinates
 LARGEST = 2**61  # and sums of a few numbers must fit 64 bits
 
 
-def bake_large(
-    term: Term, values: tuple[int | float, ...], letter: str
-) -> tuple[Term, tuple[int | float, ...]]:
+def bake_large(term: Term, values: tuple[Number, ...], letter: str) -> tuple[Term, tuple[Number, ...]]:
     """The term with integers that 32 bits may not hold as numbers, and the values that are left.
 
     letter: what its integers are called, p0, p1, ... or s0, s1, ... Raises InputError for an integer that
@@ -23,7 +23,7 @@ def bake_large(
     (('le', ('sub', 'q', 1099511627776), 'p0'), (7,))
     """
     names: dict[str, Term] = {}
-    kept: list[int | float] = []
+    kept: list[Number] = []
     for i, value in enumerate(values):
         if isinstance(value, int) and abs(value) > LARGEST:
             raise InputError("mask or score_mod: a captured integer", "at most 2**61 either way", value)
