@@ -67,7 +67,7 @@ def expect(mask: gossamer.Mask, given: dict[str, Any], found: dict[str, np.ndarr
     np.testing.assert_allclose(found["lse"], lse, atol=3e-5)
 
 
-@examples(ci=220, deep=100_000)
+@examples(ci=150, deep=100_000)
 @given(testing.masks(4, 110), LENGTHS, LENGTHS, HEADS)
 def test_lowered_kernels_on_random_masks(mask, q_len, kv_len, heads):
     program = compile_spec(spec_of(mask))
@@ -79,7 +79,7 @@ def test_lowered_kernels_on_random_masks(mask, q_len, kv_len, heads):
     )
 
 
-@examples(ci=80, deep=5_000)
+@examples(ci=70, deep=5_000)
 @given(
     testing.masks(4, 600), st.lists(st.tuples(LONG, LONG), min_size=2, max_size=2), HEADS, st.integers(1, 2)
 )
@@ -91,7 +91,7 @@ def test_compiled_kernels_on_random_masks(mask, lengths, heads, batch):
 
 
 @pytest.mark.parametrize("name", [name for name, _ in PIPELINE])
-@examples(ci=25, deep=5_000)
+@examples(ci=20, deep=5_000)
 @given(testing.masks(3, 40), st.integers(1, 40), st.integers(1, 40), HEADS)
 def test_passes_keep_the_meaning(name, mask, q_len, kv_len, heads):
     """interpret(pass(g)) == interpret(g), for the graph as each pass meets it."""
