@@ -140,6 +140,7 @@ def sddmm(
 
 def sparse_softmax(scores: ACSRTensor) -> ACSRTensor:
     """The softmax of every row over its entries; rows without one stay zeros."""
+    _check_acsr("sparse_softmax.scores", scores)
     values = scores.values.clone()
     if values.shape[3]:
         like = values[..., :1]
@@ -149,6 +150,10 @@ def sparse_softmax(scores: ACSRTensor) -> ACSRTensor:
 
 def spmm(weights: ACSRTensor, value: torch.Tensor, *, enable_gqa: bool = False) -> torch.Tensor:
     """weights times value: (B, Hq, q_len, Dv) in value's dtype. value: (B, Hk, kv_len, Dv)."""
+    _check_acsr("spmm.weights", weights)
+    if getattr(value, "dtype", None) != weights.values.dtype:
+        got = getattr(value, "dtype", type(value).__name__)
+        raise InputError("spmm.value", f"a tensor of the weights' dtype {weights.values.dtype}", got)
     if value.dim() != 4 or value.shape[2] != weights.kv_len:
         raise InputError("spmm.value", f"(B, Hk, {weights.kv_len}, Dv)", tuple(value.shape))
     batch, heads, q_len = weights.values.shape[:3]
@@ -158,6 +163,11 @@ def spmm(weights: ACSRTensor, value: torch.Tensor, *, enable_gqa: bool = False) 
     call = {"values": weights.values.detach(), "v": problem.value.detach(), "acc": acc}
     _run("spmm", problem, weights.mask, weights.layout, call)
     return acc.to(value.dtype)
+
+
+def _check_acsr(where: str, value: Any) -> None:
+    if not isinstance(value, ACSRTensor):
+        raise InputError(where, "an ACSRTensor, as gossamer.sddmm returns", type(value).__name__)
 
 
 def _run(kind: str, problem: Problem, mask: Mask, layout: Layout, call: dict[str, Any]) -> None:

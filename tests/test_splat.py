@@ -7,7 +7,7 @@ import torch
 
 import gossamer
 from gossamer import masks
-from gossamer.ir.errors import UnsupportedError
+from gossamer.ir.errors import InputError, UnsupportedError
 
 CASES = {
     "window": masks.sliding_window(9),
@@ -45,3 +45,16 @@ def test_storage_is_proportional_to_the_entries():
 def test_opaque_masks_are_refused():
     with pytest.raises(UnsupportedError, match="union of ACSR terms"):
         gossamer.sddmm(torch.randn(1, 1, 32, 16), torch.randn(1, 1, 32, 16), lambda b, h, q, k: (q & k) == 0)
+
+
+def test_other_things_are_refused():
+    q = torch.randn(1, 1, 32, 16)
+    scores = gossamer.sddmm(q, q, masks.sliding_window(3))
+    with pytest.raises(InputError, match=r"sparse_softmax.scores: expected an ACSRTensor.*; got Tensor"):
+        gossamer.sparse_softmax(q)
+    with pytest.raises(InputError, match=r"spmm.weights: expected an ACSRTensor.*; got Tensor"):
+        gossamer.spmm(q, q)
+    with pytest.raises(InputError, match=r"the weights' dtype torch.float32; got torch.float64"):
+        gossamer.spmm(scores, q.double())
+    with pytest.raises(InputError, match=r"spmm.value: expected \(B, Hk, 32, Dv\); got \(1, 1, 20, 16\)"):
+        gossamer.spmm(scores, q[:, :, :20])
