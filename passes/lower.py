@@ -16,7 +16,7 @@ import math
 
 import sympy
 
-from ..ir.expr import INF, Expr, exp2, floordiv, integer, log2, maximum, real, where
+from ..ir.expr import INF, Expr, exp2, integer, log2, maximum, real, where
 from ..ir.kernel import (
     Axis,
     Compute,
@@ -33,8 +33,9 @@ from ..ir.kernel import (
     Tensor,
 )
 from ..ir.plan import Group, Loops, Schedule
+from .operands import Operands, per_row
 from .rounding import together
-from .scaffold import COL, ROW, B, H, Scaffold
+from .scaffold import Scaffold
 from .spec import SCALE, AttentionSpec
 
 LOG2E = sympy.Float(math.log2(math.e))
@@ -58,12 +59,11 @@ def lower_attention(spec: AttentionSpec, plans: tuple[tuple[Group, Schedule, Loo
 
 
 def _state(spec: AttentionSpec) -> tuple[Tensor, ...]:
-    shape = ("B", "Hq", "q_len")
     acc = spec.accumulator
     return (
-        Tensor("acc_state", acc, (*shape, spec.v_size), "inout", 3),
-        Tensor("max_state", acc, shape, "inout", 2),
-        Tensor("sum_state", acc, shape, "inout", 2),
+        per_row("acc_state", acc, "inout", spec.v_size),
+        per_row("max_state", acc, "inout"),
+        per_row("sum_state", acc, "inout"),
     )
 
 
@@ -85,6 +85,7 @@ class _Builder:
         self.spec, self.schedule, self.loops = spec, schedule, loops
         self.first, self.last, self.index, self.total = first, last, index, total
         self.over = Scaffold(group, schedule, loops, spec.accumulator)
+        self.at = Operands(spec, self.over)
         self.acc = spec.accumulator
         self.wide = (
             spec.target_kind != "cpu"
@@ -127,19 +128,13 @@ class _Builder:
 
     def _arguments(self) -> tuple[Tensor | Scalar, ...]:
         spec = self.spec
-        unit_q, unit_k, unit_v = (3 if u else None for u in spec.contiguous)
-        args: list[Tensor | Scalar] = [
-            Tensor("q", spec.dtype, ("B", "Hq", "q_len", spec.qk_size), "in", unit_q),
-            Tensor("k", spec.dtype, ("B", "Hk", "kv_len", spec.qk_size), "in", unit_k),
-            Tensor("v", spec.dtype, ("B", "Hk", "kv_len", spec.v_size), "in", unit_v),
-            *spec.capture_tensors,
-        ]
+        args: list[Tensor | Scalar] = [*self.at.inputs, *spec.capture_tensors]
         if self.last:
-            args.append(Tensor("o", spec.dtype, ("B", "Hq", "q_len", spec.v_size), "out", 3))
+            args.append(per_row("o", spec.dtype, "out", spec.v_size))
             if spec.return_lse:
-                args.append(Tensor("lse", spec.lse_dtype, ("B", "Hq", "q_len"), "out", 2))
+                args.append(per_row("lse", spec.lse_dtype, "out"))
             if spec.return_max:
-                args.append(Tensor("max", spec.lse_dtype, ("B", "Hq", "q_len"), "out", 2))
+                args.append(per_row("max", spec.lse_dtype, "out"))
         if self.total > 1:
             args += _state(spec)
         args += [Scalar(name, "i64") for name in spec.params]
@@ -147,15 +142,9 @@ class _Builder:
         return tuple(args)
 
     def _rows(self) -> list[Stmt]:
-        load = Load("Q", self.operand, ("i", "d"), "q", (B, H, self.over.safe_row, D_AXIS))
-        share = Let("hk", floordiv(H, floordiv(integer("Hq"), integer("Hk"))))
+        load = Load("Q", self.operand, ("i", "d"), "q", self.at.query(D_AXIS))
         fold = self._set("Q", self.operand, ("i", "d"), real("Q") * SCALE * LOG2E)
-        return [
-            share,
-            *self.over.make_rows,
-            load,
-            *([fold] if self.folded else []),
-        ]
+        return [*self.at.head, *self.over.make_rows, load, *([fold] if self.folded else [])]
 
     def _begin(self) -> list[Stmt]:
         acc = self.acc
@@ -165,7 +154,7 @@ class _Builder:
                 Compute("l", acc, ("i",), sympy.Integer(0)),
                 Compute("O", acc, ("i", "e"), sympy.Integer(0)),
             ]
-        at = (B, H, self.over.safe_row)
+        at = self.at.safe_row
         return [
             Load("m", acc, ("i",), "max_state", at),
             Load("l", acc, ("i",), "sum_state", at),
@@ -196,9 +185,8 @@ class _Builder:
         ]
 
     def _scores(self) -> list[Stmt]:
-        key = (B, integer("hk"), COL, D_AXIS)
         out: list[Stmt] = [
-            Load("K", self.operand, ("j", "d"), "k", key, self.over.valid_col),
+            Load("K", self.operand, ("j", "d"), "k", self.at.key(D_AXIS), self.over.valid_col),
             Dot("S", self.acc, ("i", "j"), "Q", "K", "d", precision=self.spec.precision),
         ]
         if not self.folded and isinstance(self.score, sympy.Add):
@@ -224,7 +212,6 @@ class _Builder:
                 Reduce("rose", "bool", (), "any", peak > m + STALE, ("i",)),
                 If(sympy.Symbol("rose"), rescale),
             ]
-        value = (B, integer("hk"), COL, E_AXIS)
         weights, narrow = "P", []
         if self.operand != acc:
             weights, narrow = "W", [Compute("W", self.operand, ij, real("P"))]
@@ -237,7 +224,7 @@ class _Builder:
             Reduce("gain", acc, ("i",), "sum", real("P"), ("j",)),
             self._set("l", acc, ("i",), real("l") + real("gain")),
             *narrow,
-            Load("V", self.operand, ("j", "e"), "v", value, self.over.valid_col),
+            Load("V", self.operand, ("j", "e"), "v", self.at.key(E_AXIS), self.over.valid_col),
             Dot(
                 "O",
                 acc,
@@ -254,7 +241,7 @@ class _Builder:
     # the end ----------------------------------------------------------------------------------------
 
     def _finish(self) -> list[Stmt]:
-        at = (B, H, ROW)
+        at = self.at.row
         if not self.last:
             return [
                 Store("max_state", at, real("m"), ("i",), self.over.valid_row),
