@@ -9,7 +9,7 @@ import sympy
 
 from ..ir import expr as ex
 from ..ir.expr import Expr
-from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Stmt, Store
+from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Scan, Stmt, Store
 from .layout import INDENT, WIDTH, wrap
 from .triton_expr import Speller
 from .triton_helpers import HELPERS
@@ -38,7 +38,9 @@ class Body:
     def __init__(self, kernel: Kernel, scope: Scope) -> None:
         self.kernel, self.scope = kernel, scope
         self.assigned = {
-            s.dst for s in _walk(kernel.body) if isinstance(s, (Compute, Dot, Reduce)) and not s.declares
+            s.dst
+            for s in _walk(kernel.body)
+            if isinstance(s, (Compute, Dot, Reduce, Scan)) and not s.declares
         }
         self.zeros: dict[str, frozenset[str]] = {}
         self.padded = {a.name for a in kernel.axes if a.size != a.extent}
@@ -254,6 +256,19 @@ class Body:
         self._line(f"{name.text} = {text}")
         self.zeros[stmt.dst] = frozenset()
 
+    def _scan(self, stmt: Scan) -> None:
+        """Padding lies behind every coordinate, so no sum that is used holds any."""
+        axes = self.scope.order(stmt.axes)
+        dtype = (
+            stmt.dtype if stmt.dtype in ("f64", "i64", "i32") else "f32" if stmt.dtype in FLOATS else "i32"
+        )
+        speller = Speller.of(self.scope, axes, [stmt.expr], dtype)
+        text = self._full(speller.convert(speller.spell(stmt.expr), dtype), dtype, axes)
+        name = self._tile(stmt.dst, stmt.dtype, axes, stmt.declares)
+        cast = "" if dtype == stmt.dtype else f".to({TL[stmt.dtype]})"
+        self._line(f"{name.text} = tl.cumsum({text}, axis={axes.index(stmt.over)}){cast}")
+        self.zeros[stmt.dst] = frozenset()
+
     def _for(self, stmt: For) -> None:
         """One loop, however many spans: a counter runs over all of them and picks the span it is in,
         so that the loads of the next span are under way before the last one ends."""
@@ -295,6 +310,7 @@ class Body:
         Store: _store,
         Dot: _dot,
         Reduce: _reduce,
+        Scan: _scan,
         For: _for,
         If: _if,
     }

@@ -12,13 +12,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import lru_cache
 
-from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Scalar, Stmt, Store, Tensor
+from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Scalar, Scan, Stmt, Store, Tensor
 from .tvm_context import Context
 from .tvm_layout import BYTES, LINE, TENSOR_DTYPES, Tile
 from .tvm_memory import load, store
 from .tvm_names import safe
 from .tvm_text import Lines
-from .tvm_tiles import compute, dot, reduce
+from .tvm_tiles import compute, dot, reduce, scan
 
 
 def emit(kernel: Kernel) -> str:
@@ -147,6 +147,8 @@ def _statement(ctx: Context, stmt: Stmt) -> None:
             dot(ctx, stmt)
         case Reduce():
             reduce(ctx, stmt)
+        case Scan():
+            scan(ctx, stmt)
         case If():
             with ctx.out.block(f"if {ctx.scalar(stmt.cond, 'bool')}:"):
                 _body(ctx, stmt.body)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import sympy
 
 from ..ir.expr import Expr
-from ..ir.kernel import Compute, Dot, Kernel, Load, Reduce
+from ..ir.kernel import Compute, Dot, Kernel, Load, Reduce, Scan
 from .tvm_expr import SCALAR_CALLS, Printer, contains
 from .tvm_layout import Piece, Tile, Workspace, pieces, walk
 from .tvm_names import Names
@@ -123,7 +123,7 @@ def _definitions(kernel: Kernel) -> dict[sympy.Symbol, Expr]:
     """Integer tiles that are written once, from coordinates and scalars only: what they stand for."""
     written: dict[str, list[object]] = {}
     for stmt in walk(kernel.body):
-        if isinstance(stmt, (Compute, Load, Dot, Reduce)):
+        if isinstance(stmt, (Compute, Load, Dot, Reduce, Scan)):
             written.setdefault(stmt.dst, []).append(stmt)
     known: dict[sympy.Symbol, Expr] = {}
     for name, (first, *more) in written.items():

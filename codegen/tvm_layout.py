@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..ir.errors import UnsupportedError, VerifyError
-from ..ir.kernel import Compute, Dot, For, If, Kernel, Load, Reduce, Stmt
+from ..ir.kernel import Compute, Dot, For, If, Kernel, Load, Reduce, Scan, Stmt
 
 TENSOR_DTYPES = {
     "f64": "float64",
@@ -109,10 +109,10 @@ class Workspace:
         self.scratch: dict[str, Tile] = {}
         self.end = 0
         for stmt in walk(kernel.body):
-            if isinstance(stmt, (Compute, Load, Dot, Reduce)):
+            if isinstance(stmt, (Compute, Load, Dot, Reduce, Scan)):
                 self._declare(stmt)
 
-    def _declare(self, stmt: Compute | Load | Dot | Reduce) -> None:
+    def _declare(self, stmt: Compute | Load | Dot | Reduce | Scan) -> None:
         if stmt.dtype not in TILE_DTYPES:
             raise UnsupportedError(
                 f"tile {stmt.dst}: no dtype {stmt.dtype!r} on CPUs; use {', '.join(TILE_DTYPES)}"

@@ -1,9 +1,9 @@
-"""Compute, Reduce and Dot on tiles."""
+"""Compute, Reduce, Scan and Dot on tiles."""
 
 from __future__ import annotations
 
 from ..ir.expr import integer
-from ..ir.kernel import Compute, Dot, Reduce
+from ..ir.kernel import Compute, Dot, Reduce, Scan
 from .tvm_context import Context
 from .tvm_layout import BYTES, REGISTER_BYTES, Piece, Tile, pieces
 from .tvm_math import literal
@@ -156,6 +156,19 @@ def _fold_piece(ctx: Context, stmt: Reduce, axis: str, piece: Piece, r: str, dty
             into = f"{r}[i_{axis}]" if half > 1 else f"{r}[0]"
             _merge(ctx, stmt.op, dtype, into, f"{r}[i_{axis} + {half}]" if half > 1 else f"{r}[1]")
         half //= 2
+
+
+def scan(ctx: Context, stmt: Scan) -> None:
+    """Prefix sums, one element after another along the summed axis."""
+    tile = ctx.tiles[stmt.dst]
+    ctx.out.line(f"{shape_comment(tile)} = cumsum over {stmt.over}")
+    total = f"{ctx.register(f'{stmt.dst}_sum', (1,), tile.storage)}[0]"
+    with ctx.loops(*(a for a in tile.axes if a != stmt.over)):
+        ctx.out.line(f"{total} = {_zero(tile.storage)}")
+        with ctx.loops(stmt.over):
+            printer = ctx.printer(stmt.expr, dtype=tile.storage)
+            ctx.out.line(f"{total} = {total} + {printer.operand(stmt.expr, tile.storage)}")
+            ctx.out.line(f"{ctx.names.element(tile)} = {printer.rounded(total, tile.dtype)}")
 
 
 # products -----------------------------------------------------------------------------------------

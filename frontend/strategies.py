@@ -333,12 +333,15 @@ class _KernelMaker:
     def statements(self) -> list[K.Stmt]:
         """A new tile, an update of one, or an update under a condition."""
         st = self.st
-        choice = self.draw(st.sampled_from(["tile", "update", "branch", "rows"]))
+        choice = self.draw(st.sampled_from(["tile", "update", "branch", "rows", "sums"]))
         axes = ("i",) if choice == "rows" else ("i", "j")
         if choice == "rows":
             made = self.name(axes)
             op = self.draw(st.sampled_from(["sum", "max", "min"]))
             return [K.Reduce(made, "f32", axes, op, self.value(("i", "j"), but=made), ("j",))]
+        if choice == "sums":
+            value = self.value(axes)
+            return [K.Scan(self.name(axes), "f32", axes, value, self.draw(st.sampled_from(axes)))]
         if choice == "tile":
             value = self.value(axes)
             return [K.Compute(self.name(axes), "f32", axes, value)]

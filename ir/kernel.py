@@ -42,13 +42,13 @@ class Tensor:
     """A tensor argument in global memory.
 
     shape: each entry an integer or a name; names are bound from the tensor at the call and are
-    visible as integer scalars in the kernel. unit: the position of the dimension whose stride is 1
+    visible as integer scalars in the kernel (an intermediate of a program may have expressions). unit: the position of the dimension whose stride is 1
     (None: all strides are read at run time). role: 'in', 'out' or 'inout'.
     """
 
     name: str
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: tuple[int | str | Expr, ...]
     role: str = "in"
     unit: int | None = None
 
@@ -154,6 +154,20 @@ class Reduce:
 
 
 @dataclass(frozen=True)
+class Scan:
+    """`tile dst: dtype[axes] = cumsum expr over axis`: inclusive prefix sums along one axis of the tile.
+
+    dst[.., n] = sum of expr[.., 0] to expr[.., n]; expr is elementwise over axes, `over` is one of them."""
+
+    dst: str
+    dtype: str
+    axes: tuple[str, ...]
+    expr: Expr
+    over: str
+    declares: bool = True
+
+
+@dataclass(frozen=True)
 class Span:
     """A half-open interval of a loop: lo <= x < hi, empty when hi <= lo."""
 
@@ -178,7 +192,7 @@ class If:
     body: tuple[Stmt, ...]
 
 
-Stmt = Let | Compute | Load | Store | Dot | Reduce | For | If
+Stmt = Let | Compute | Load | Store | Dot | Reduce | Scan | For | If
 
 
 @dataclass(frozen=True)
@@ -217,7 +231,8 @@ class Kernel:
 class Program:
     """Kernels in launch order. Arguments of one name are one tensor or scalar.
 
-    intermediates: tensors that live between kernels and start uninitialised. text: the IR text that
+    intermediates: tensors that live between kernels and start uninitialised; an extent may be an
+    expression of dimension names and integer arguments, and kernels give it a name of their own. text: the IR text that
     the kernels were lowered from. checks: (condition, message) pairs, as text over dimension names
     and integer arguments; a call for which a condition holds is an error."""
 

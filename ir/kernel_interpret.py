@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
+import sympy
 
 from . import expr as E
 from . import kernel as K
 from .errors import InputError, InterpretError
-from .evaluate import NUMPY, Compiled, compiled, round_to
+from .evaluate import NUMPY, Compiled, compiled, evaluate, round_to
 from .kernel_text import statement_text
 from .kernel_verify import dtype_kind, verify
 
@@ -51,13 +52,37 @@ def _program(program: K.Program, arguments: dict[str, Any]) -> dict[str, np.ndar
             "program", f"arguments {', '.join(sorted(names - made))}", sorted(set(arguments) - names)
         )
     written: dict[str, np.ndarray] = {}
+    for tensor in program.intermediates:
+        arguments[tensor.name] = _uninitialised(tensor, _integers(program, arguments))
     for kernel in program.kernels:
         given = {a.name: arguments[a.name] for a in kernel.args if a.name in arguments}
-        machine = _Machine(kernel, given, fresh=made)
+        machine = _Machine(kernel, given)
         machine.run()
         written |= machine.outputs()
         arguments |= machine.outputs()
     return {name: array for name, array in written.items() if name not in made}
+
+
+def _integers(program: K.Program, arguments: dict[str, Any]) -> dict[str, int]:
+    """The integers that extents of intermediates are made of: dimensions of the arguments given, scalars."""
+    found: dict[str, int] = {}
+    for argument in (a for k in program.kernels for a in k.args if a.name in arguments):
+        value = arguments[argument.name]
+        if isinstance(argument, K.Scalar):
+            found |= {argument.name: int(value)} if argument.dtype[0] == "i" else {}
+        elif np.ndim(value) == len(argument.shape):
+            found |= {
+                n: s for n, s in zip(argument.shape, np.shape(value), strict=True) if isinstance(n, str)
+            }
+    return found
+
+
+def _uninitialised(tensor: K.Tensor, integers: dict[str, int]) -> np.ndarray:
+    """NaN, or the least integer: what no kernel may read before it is written."""
+    extents = [E.integer(n) if isinstance(n, str) else sympy.sympify(n) for n in tensor.shape]
+    shape = tuple(int(evaluate(n, integers)) for n in extents)
+    kind = NUMPY[tensor.dtype]
+    return np.full(shape, np.nan if dtype_kind(tensor.dtype) == "float" else np.iinfo(kind).min, kind)
 
 
 @dataclass(frozen=True)
@@ -71,9 +96,7 @@ class _Plan:
 
 
 class _Machine:
-    def __init__(
-        self, kernel: K.Kernel, arguments: Arguments, fresh: frozenset[str] | set[str] = frozenset()
-    ) -> None:
+    def __init__(self, kernel: K.Kernel, arguments: Arguments) -> None:
         self.kernel = kernel
         self.scalars: dict[str, Any] = {}
         self.tensors: dict[str, np.ndarray] = {}
@@ -86,14 +109,14 @@ class _Machine:
         self.where = f"kernel @{kernel.name}"
         for axis in kernel.axes:
             self.tiles[axis.name] = ("i64", (axis.name,), np.arange(axis.extent))
-        self._bind(arguments, fresh)
+        self._bind(arguments)
 
     def fail(self, message: str) -> NoReturn:
         raise InterpretError(f"{message}\n  in {self.where}")
 
     # arguments ---------------------------------------------------------------------------------
 
-    def _bind(self, arguments: Arguments, fresh: frozenset[str] | set[str]) -> None:
+    def _bind(self, arguments: Arguments) -> None:
         known = {a.name for a in self.kernel.args}
         if set(arguments) - known:
             raise InputError(
@@ -109,7 +132,7 @@ class _Machine:
             self.tensors[tensor.name] = np.array(round_to(arguments[tensor.name], tensor.dtype))
         for tensor in self.kernel.tensors:
             if tensor.name not in self.tensors:
-                if tensor.role != "out" and tensor.name not in fresh:
+                if tensor.role != "out":
                     raise InputError(self.where, f"an array for {tensor.name!r}", "none")
                 self.tensors[tensor.name] = self._fresh(tensor)
             if tensor.role != "in":
@@ -192,7 +215,7 @@ class _Machine:
             self.where = f"`{statement_text(statement).strip()}` of kernel @{self.kernel.name}"
             getattr(self, f"_{type(statement).__name__.lower()}")(statement)
 
-    def write(self, s: K.Compute | K.Load | K.Dot | K.Reduce, value: Any) -> None:
+    def write(self, s: K.Compute | K.Load | K.Dot | K.Reduce | K.Scan, value: Any) -> None:
         array = np.broadcast_to(round_to(value, s.dtype), self.shape(s.axes))
         self.tiles[s.dst] = (s.dtype, s.axes, array)
 
@@ -264,6 +287,9 @@ class _Machine:
         over = tuple(range(len(s.axes), value.ndim))
         reduce = {"sum": np.sum, "max": np.max, "min": np.min, "any": np.any}[s.op]
         self.write(s, reduce(value, axis=over))
+
+    def _scan(self, s: K.Scan) -> None:
+        self.write(s, np.cumsum(self.full(s.expr, s.axes, s.dtype), axis=s.axes.index(s.over)))
 
     def _for(self, s: K.For) -> None:
         bounds = [(int(self.value(x.lo, ())), int(self.value(x.hi, ()))) for x in s.spans]

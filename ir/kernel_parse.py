@@ -40,6 +40,11 @@ def symbol_of(name: str, dtype: str) -> Expr:
     return real(name) if dtype[0] == "f" or dtype == "bf16" else integer(name)
 
 
+def _plain(extent: Expr) -> int | str | Expr:
+    """An extent as tensors hold it: numbers and names are plain."""
+    return int(extent) if extent.is_Integer else extent.name if extent.is_Symbol else extent
+
+
 class _Reader:
     def __init__(self, text: str) -> None:
         self.cursor = Cursor(text)
@@ -70,9 +75,7 @@ class _Reader:
             c.end_statement()
         intermediates = []
         while c.take("intermediate"):
-            name = c.name("the name of a tensor")
-            c.expect(":")
-            intermediates.append(self.tensor(name, self.dtype()))
+            intermediates.append(self.intermediate())
             c.end_statement()
         kernels = []
         while not c.take("}"):
@@ -130,6 +133,18 @@ class _Reader:
         self.scope.update((n, integer(n)) for n in shape if isinstance(n, str))
         self.scope[name] = integer(name) if dtype == "bool" else symbol_of(name, dtype)
         return K.Tensor(name, dtype, shape, role, unit)
+
+    def intermediate(self) -> K.Tensor:
+        """A tensor whose extents are expressions of integers that the kernels' arguments name."""
+        c = self.cursor
+        name = c.name("the name of a tensor")
+        c.expect(":")
+        dtype = self.dtype()
+        shape = c.items("[", "]", lambda: _plain(c.expr(None, ",")))
+        role = c.one_of(("in", "out", "inout"), "a role")
+        return K.Tensor(
+            name, dtype, shape, role, c.integer("the dimension of stride 1") if c.take("unit") else None
+        )
 
     def extent(self) -> int | str:
         c = self.cursor
@@ -243,7 +258,8 @@ class _Reader:
         return self.value(name, *self.tiles[name], declares=False)
 
     def value(self, dst: str, dtype: str, axes: tuple[str, ...], *, declares: bool) -> K.Stmt:
-        """What follows the target: `= load ...`, `= dot(...)`, `+= dot(...)`, `= max ... over`, `= expr`."""
+        """What follows the target: `= load ...`, `= dot(...)`, `+= dot(...)`, `= max ... over`,
+        `= cumsum ... over`, `= expr`."""
         c = self.cursor
         accumulate = c.take("+=")
         if not accumulate:
@@ -252,6 +268,10 @@ class _Reader:
             return self.dot(dst, dtype, axes, accumulate=accumulate, declares=declares)
         if declares and c.take("load"):
             return self.load(dst, dtype, axes)
+        if c.take("cumsum"):
+            summed = c.expr(self.scope, "over")
+            c.expect("over")
+            return K.Scan(dst, dtype, axes, summed, c.name("the axis to sum along"), declares)
         start = c.at
         for op in REDUCTIONS:
             # `max x over i` is a reduction, `max(x, y)` a function.

@@ -71,14 +71,18 @@ def _argument(argument: K.Tensor | K.Scalar) -> str:
 
 def _tensor(tensor: K.Tensor) -> str:
     unit = "" if tensor.unit is None else f" unit {tensor.unit}"
-    return f"{tensor.name}: {tensor.dtype}[{', '.join(map(str, tensor.shape))}] {tensor.role}{unit}"
+    return f"{tensor.name}: {tensor.dtype}[{', '.join(map(_extent, tensor.shape))}] {tensor.role}{unit}"
+
+
+def _extent(extent: int | str | K.Expr) -> str:
+    return text_of(extent) if isinstance(extent, sympy.Basic) else str(extent)
 
 
 def _axis(axis: K.Axis) -> str:
     return f"{axis.name}: {axis.extent}" + (f" of {axis.size}" if axis.size != axis.extent else "")
 
 
-def _target(statement: K.Compute | K.Dot | K.Reduce, equals: str = "=") -> str:
+def _target(statement: K.Compute | K.Dot | K.Reduce | K.Scan, equals: str = "=") -> str:
     if not statement.declares:
         return f"{statement.dst} {equals} "
     return f"tile {statement.dst}: {statement.dtype}[{', '.join(statement.axes)}] {equals} "
@@ -111,6 +115,9 @@ def _statement(statement: K.Stmt, indent: str) -> Iterator[str]:
             yield f"{indent}{head}dot({statement.a}, {statement.b}) over {statement.over}{precision}"
         case K.Reduce():
             value = f"{statement.op} {text_of(statement.expr)}{_over(statement.over)}"
+            yield f"{indent}{_target(statement)}{value}"
+        case K.Scan():
+            value = f"cumsum {text_of(statement.expr)} over {statement.over}"
             yield f"{indent}{_target(statement)}{value}"
         case K.For():
             spans = " | ".join(f"{text_of(s.lo)} .. {text_of(s.hi)}" for s in statement.spans)

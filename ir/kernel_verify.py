@@ -1,7 +1,7 @@
 """The rules of tile programs. `verify` raises VerifyError that names the rule and the statement.
 
 Rules, in the order of a kernel: argument, name, axis, meta (headers); scope, kind, axes, scalar
-(every expression); declare, assign, load, store, dot, reduce, loop (statements).
+(every expression); declare, assign, load, store, dot, reduce, scan, loop (statements).
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ def verify(value: K.Kernel | K.Program) -> None:
     for tensor in value.intermediates:
         if tensor.name not in seen:
             raise VerifyError(f"program: the intermediate {tensor.name!r} is an argument of no kernel")
+        got = seen[tensor.name]
+        if (tensor.dtype, len(tensor.shape)) != (got.dtype, len(got.shape)):
+            raise VerifyError(f"program: the intermediate {tensor.name!r} is {tensor}, its argument {got}")
 
 
 class _Verifier:
@@ -104,7 +107,9 @@ class _Verifier:
                 "argument", f"unit of {tensor.name}: expected a dimension below {rank}; got {tensor.unit}"
             )
         for extent in tensor.shape:
-            if isinstance(extent, int):
+            if isinstance(extent, E.Expr):
+                self.fail("argument", f"shape of {tensor.name}: expected numbers and names; got {extent}")
+            elif isinstance(extent, int):
                 if extent < 1:
                     self.fail(
                         "argument", f"shape of {tensor.name}: expected extents of at least 1; got {extent}"
@@ -195,7 +200,7 @@ class _Verifier:
             getattr(self, f"_{type(statement).__name__.lower()}")(statement)
         self.scope = outer
 
-    def target(self, s: K.Compute | K.Load | K.Dot | K.Reduce, declares: bool) -> None:
+    def target(self, s: K.Compute | K.Load | K.Dot | K.Reduce | K.Scan, declares: bool) -> None:
         """The tile a statement writes is new, or is there with the dtype and axes stated."""
         value = _Value("tile", s.dtype, tuple(s.axes))
         if not declares:
@@ -303,6 +308,14 @@ class _Verifier:
                 "reduce", f"expected bool for 'any' and a number for others; got {s.dtype} for {s.op!r}"
             )
         self.expression(s.expr, dtype_kind(s.dtype), (*s.axes, *s.over))
+        self.target(s, s.declares)
+
+    def _scan(self, s: K.Scan) -> None:
+        if s.over not in s.axes:
+            self.fail("scan", f"expected to sum along one of ({', '.join(s.axes)}); got {s.over!r}")
+        if s.dtype == "bool":
+            self.fail("scan", "expected sums of numbers; got bool")
+        self.expression(s.expr, dtype_kind(s.dtype), s.axes)
         self.target(s, s.declares)
 
     def _for(self, s: K.For) -> None:

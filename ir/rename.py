@@ -96,6 +96,8 @@ class _Renamer:
                 s = replace(s, axes=self.axes(s.axes), a=a, b=b, over=over)
             case K.Reduce():
                 s = replace(s, axes=self.axes(s.axes), expr=self.expr(s.expr), over=self.axes(s.over))
+            case K.Scan():
+                s = replace(s, axes=self.axes(s.axes), expr=self.expr(s.expr), over=self.names[s.over])
         return replace(s, dst=self.bind(s.dst, "t") if s.declares else self.names[s.dst])
 
 

@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 
 from .errors import ParseError
 from .expr_text import parse as parse_expr
-from .functions import DTYPES, FUNCTIONS, Expr
+from .functions import DTYPES, FUNCTIONS, Expr, integer
 
 T = TypeVar("T")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
@@ -48,7 +48,7 @@ RESERVED = frozenset(
         "out",
         "inout",
     }
-    | {"let", "tile", "load", "store", "dot", "over", "precision", "sum", "any", "graph"}
+    | {"let", "tile", "load", "store", "dot", "over", "precision", "sum", "any", "cumsum", "graph"}
 )
 """Words that no argument, axis, tile or scalar may be called."""
 
@@ -182,13 +182,15 @@ class Cursor:
             self.fail("expected a closing bracket; got the end of the text", start)
         return self.text[start : self.at].rstrip(), start
 
-    def expr(self, names: Mapping[str, Expr], *stops: str) -> Expr:
-        """An expression that ends where `until(*stops)` does."""
+    def expr(self, names: Mapping[str, Expr] | None, *stops: str) -> Expr:
+        """An expression that ends where `until(*stops)` does. names: None takes every name for an integer."""
         text, start = self.until(*stops)
         if not text:
             self.fail(f"expected an expression; got {self.shown()}", start)
         line, column = self.place(start)
-        return parse_expr(" ".join(text.split()) if "\n" in text else text, names, line=line, column=column)
+        text = " ".join(text.split()) if "\n" in text else text
+        unknown = integer if names is None else None
+        return parse_expr(text, names or {}, line=line, column=column, unknown=unknown)
 
     def items(self, open_: str, close: str, item: Callable[[], T]) -> tuple[T, ...]:
         """`( item, item, ... )`; items may stand on lines of their own."""

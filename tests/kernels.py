@@ -69,7 +69,16 @@ def _window(rng: np.random.Generator) -> tuple[dict, Arrays]:
     return {"q": q, "k": k, "v": v, "p0": 9, "scale": 0.16}, {"o": o, "lse": lse}
 
 
+def _compact(rng: np.random.Generator) -> tuple[dict, Arrays]:
+    x = rng.integers(-3, 4, (7, 45), dtype=np.int32)
+    kept = np.zeros_like(x)
+    for row, out in zip(x, kept, strict=True):
+        out[: (row > 0).sum()] = row[row > 0]
+    return {"x": x}, {"kept": kept, "counts": (x > 0).sum(1).astype(np.int32)}
+
+
 PROGRAMS: dict[str, Callable[[np.random.Generator], tuple[dict, Arrays]]] = {
+    "compact": _compact,
     "gemm": _gemm,
     "layer_norm": _layer_norm,
     "squared_relu": _squared_relu,
