@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import GossamerError, InputError
+from ..ir.syntax import parse_expression
 
 if TYPE_CHECKING:
     from .mask import Mask
@@ -76,7 +77,7 @@ def _patterns() -> dict[str, Callable[..., Any]]:
 
 def _from_pattern(text: str) -> Mask:
     try:
-        tree = ast.parse(text, mode="eval").body
+        tree = parse_expression(text)
     except SyntaxError as error:
         where = f" at column {error.offset}" if error.offset else ""
         raise _wrong(text, f"{text!r}, which is malformed{where}") from None

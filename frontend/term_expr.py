@@ -6,6 +6,7 @@ import ast
 import math
 from typing import Any
 
+from ..ir.syntax import parse_expression
 from .term import FALSE, TRUE, Term, constant, float_of
 
 
@@ -89,7 +90,7 @@ def from_expr(expr: Any) -> Term:
     """
     from ..ir import expr as E
 
-    tree = ast.parse(E.to_text(expr), mode="eval").body
+    tree = parse_expression(E.to_text(expr))
     floats = {str(r.args[0]) for r in expr.atoms(E.readf)}
     return _from_tree(tree, floats)
 

@@ -17,6 +17,7 @@ from sympy.logic.boolalg import BooleanFunction
 
 from . import functions as F
 from .errors import ParseError, UnsupportedError
+from .syntax import parse_expression
 
 OR, AND, NOT, COMPARE, SUM, PRODUCT, SIGN, POWER, ATOM = range(9)
 """Precedences, loosest first."""
@@ -214,7 +215,7 @@ def parse(
     """
     reader = _Reader(names, unknown, line, column + len(text) - len(text.lstrip()))
     try:
-        return reader.expr(ast.parse(text.strip(), mode="eval").body)
+        return reader.expr(parse_expression(text.strip()))
     except SyntaxError as error:
         at = (error.offset or 1) - 1 if (error.lineno or 1) == 1 else 0
         message = f"not an expression: {text.strip()!r} ({error.msg})"

@@ -25,6 +25,7 @@ import sympy
 
 from . import expr as E
 from .errors import GossamerError, ParseError, UnsupportedError
+from .syntax import parse_expression
 
 C = TypeVar("C", bound=type)
 REGISTRY: dict[str, type] = {}
@@ -83,7 +84,7 @@ def load(text: str, *, line: int = 1, column: int = 1) -> Any:
     (1, 2.5, 'two', None, q + 1)
     """
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = parse_expression(text.strip())
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ParseError(f"not a value: {text.strip()[:80]!r} ({error})", line, column) from None
     return _Reader(line, column).value(tree)

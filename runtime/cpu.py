@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.errors import BackendError, MissingDependencyError
+from ..ir.syntax import PARSER
 from .workers import POOL
 
 Kernel = Callable[..., None]  # (*arguments, worker, workers, workspace)
@@ -39,7 +40,8 @@ def build_object(source: str, target: str) -> bytes:
     cpu = target.partition(":")[2] or str(tvm.get_global_func("target.llvm_get_system_cpu")())
     llvm = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "opt-level": _LLVM_LEVEL})
     try:
-        function = tvm.script.from_source(source, extra_vars={"T": tirx}, check_well_formed=False)
+        with PARSER:
+            function = tvm.script.from_source(source, extra_vars={"T": tirx}, check_well_formed=False)
         module = tvm.tirx.build(function, target=llvm, pipeline=_PIPELINE)
     except Exception as error:
         raise BackendError(f"TVM refused a generated kernel for {target}: {error}") from error

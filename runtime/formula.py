@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..ir.errors import ArtifactError
+from ..ir.syntax import parse_expression
 
 Formula = Callable[[Mapping[str, int]], int]
 
@@ -44,7 +45,7 @@ def parse_formula(text: str) -> Formula:
     Raises ArtifactError if the text is anything else. KeyError at the call: a name without a value.
     """
     try:
-        return _build(ast.parse(text, mode="eval").body, text)
+        return _build(parse_expression(text), text)
     except SyntaxError:
         raise _malformed(text) from None
 
