@@ -183,7 +183,8 @@ def _grid(kernel: Kernel) -> str:
     spelled = {s: ex.integer(scalar_name(str(s))) for s in symbols}
     names = sorted(s.name for s in spelled.values())
     extents = [dim.extent.xreplace(spelled) for dim in kernel.grid if dim.extent != 1]
-    product = " * ".join(f"({ex.to_text(e)})" if e.is_Add else ex.to_text(e) for e in extents)
+    atoms = (sympy.Symbol, sympy.Integer)
+    product = " * ".join(ex.to_text(e) if isinstance(e, atoms) else f"({ex.to_text(e)})" for e in extents)
     lines = wrap(f"return ({product or 1},)", 1)
     return "\n".join([f"def grid({', '.join([*names, '**_'])}):", *lines]) + "\n"
 

@@ -57,14 +57,22 @@ class Schedule:
         return self.anchors[d] if self.anchors else None
 
 
+# "rows": the row tiles of one head in order, head after head, so that neighbours share keys in the cache;
+# "reversed": from the last row tile to the first, for masks whose later rows see more keys; "heads": one row
+# tile of every head, then the next, so that keys stay cached for as long as a window needs them.
+PROGRAMS = ("rows", "reversed", "heads")
+
+
 @dataclass(frozen=True)
 class Loops:
     """The closed-form loops over the key tiles of one row tile.
 
     spans: for each dimension, outermost first, the disjoint spans of its n; together they cover
     every tile that holds a point. touched: a condition that skips tiles of the spans without points
-    (true when there are none). full: implies that every pair of the tile with key below kv_len attends."""
+    (true when there are none). full: implies that every pair of the tile with key below kv_len attends.
+    programs: the order in which row tiles start, see `PROGRAMS`."""
 
     spans: tuple[tuple[Span, ...], ...]
     touched: Expr = sympy.true
     full: Expr = sympy.false
+    programs: str = "rows"

@@ -14,7 +14,7 @@ from __future__ import annotations
 from ..ir.graph import Graph, Op, Value
 from .spec import AttentionSpec
 
-FACTS = ("contiguous", "monotone", "precision", "target")  # attributes that say how, not what
+FACTS = ("contiguous", "monotone", "positive", "precision", "target")  # attributes that say how, not what
 
 
 def build(spec: AttentionSpec) -> Graph:
@@ -36,6 +36,7 @@ def build(spec: AttentionSpec) -> Graph:
         "mask": mask,
         "contiguous": spec.contiguous,
         "monotone": tuple(sorted(spec.monotone)),
+        "positive": spec.positive,
         "precision": spec.precision,
         "target": spec.target,
     }
@@ -67,6 +68,7 @@ def spec_of(graph: Graph, op: Op) -> AttentionSpec:
         target=op.attr("target"),
         precision=op.attr("precision"),
         monotone=frozenset(op.attr("monotone")),
+        positive=op.attr("positive"),
     )
 
 

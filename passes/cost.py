@@ -142,8 +142,9 @@ def estimate(device: Device, size: Size, plans: Sequence[Plan]) -> Estimate:
         pairs += counted.visited * cells
         tiles += counted.visited + counted.rows
         waves = max(waves, _idle(counted.rows, device.workers))
-    state = 2 * (len(plans) - 1) * size.batch * size.heads * size.q_len * (size.v_size + 2)
-    moved = len(plans) * size.io_bytes + state * max(4, BYTES[size.dtype])
+    row = size.v_size * BYTES[size.dtype] + 2 * max(4, BYTES[size.dtype])  # the output again, a sum both ways
+    state = size.batch * size.heads * size.q_len * row
+    moved = len(plans) * size.io_bytes + (len(plans) - 1) * state
     work = pairs * (size.pair_flops / device.peak(size.dtype) + 1 / device.exps)
     return Estimate(
         compute=work * waves,

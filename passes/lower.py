@@ -1,8 +1,8 @@
 """lower: one fused attention, planned, to tile programs: one kernel a group.
 
-The first kernel starts the online softmax, the last one divides and stores the output; those in
-between pass the unnormalised state (accumulator, row maximum, row sum) through memory, so that
-groups merge exactly. Scores live in the base-2 domain: s * scale * log2(e).
+Every kernel stores its output; one that is not the first starts its online softmax from what the one
+before has stored, the output and the logarithm of its weights' sum, so that groups merge exactly. Scores
+live in the base-2 domain: s * scale * log2(e).
 
 Before (one group)::  %o, %lse = attention %q, %k, %v {mask, groups, schedule, loops}
 After::               kernel @attention_acsr_fwd(q, k, v, o, lse, ...) grid(...) { ... }
@@ -59,12 +59,8 @@ def lower_attention(spec: AttentionSpec, plans: tuple[tuple[Group, Schedule, Loo
 
 
 def _state(spec: AttentionSpec) -> tuple[Tensor, ...]:
-    acc = spec.accumulator
-    return (
-        per_row("acc_state", acc, "inout", spec.v_size),
-        per_row("max_state", acc, "inout"),
-        per_row("sum_state", acc, "inout"),
-    )
+    """What passes from one kernel to the next beside the output: log2 of the sum of a row's weights."""
+    return (per_row("log_sum", spec.accumulator, "inout"),)
 
 
 class _Builder:
@@ -84,7 +80,7 @@ class _Builder:
     ) -> None:
         self.spec, self.schedule, self.loops = spec, schedule, loops
         self.first, self.last, self.index, self.total = first, last, index, total
-        self.over = Scaffold(group, schedule, loops, spec.accumulator)
+        self.over = Scaffold(group, schedule, loops, spec.accumulator, flat=spec.target_kind != "cpu")
         self.at = Operands(spec, self.over)
         self.acc = spec.accumulator
         self.wide = (
@@ -94,7 +90,9 @@ class _Builder:
         self.lowest = LOWEST[self.acc]
         assert spec.score_map is not None, "lower takes specs whose score map holds the scale"
         score = spec.score_map.expr
-        self.folded = not self.wide and score == real("score") * SCALE  # the scale goes into Q once
+        plain = score == real("score") * SCALE
+        self.folded = plain and not self.wide  # the scale goes into Q once
+        self.late = plain and self.wide and spec.positive  # it follows the maximum, and joins the exponent
         self.score = self.over.bind(together(score, self.acc), attending=True).xreplace(
             {real("score"): real("S")}
         )
@@ -129,12 +127,12 @@ class _Builder:
     def _arguments(self) -> tuple[Tensor | Scalar, ...]:
         spec = self.spec
         args: list[Tensor | Scalar] = [*self.at.inputs, *spec.capture_tensors]
-        if self.last:
-            args.append(per_row("o", spec.dtype, "out", spec.v_size))
-            if spec.return_lse:
-                args.append(per_row("lse", spec.lse_dtype, "out"))
-            if spec.return_max:
-                args.append(per_row("max", spec.lse_dtype, "out"))
+        role = "out" if self.first else "inout"
+        args.append(per_row("o", spec.dtype, role, spec.v_size))
+        if spec.return_lse and self.last:
+            args.append(per_row("lse", spec.lse_dtype, "out"))
+        if spec.return_max:
+            args.append(per_row("max", spec.lse_dtype, role))
         if self.total > 1:
             args += _state(spec)
         args += [Scalar(name, "i64") for name in spec.params]
@@ -144,22 +142,24 @@ class _Builder:
     def _rows(self) -> list[Stmt]:
         load = Load("Q", self.operand, ("i", "d"), "q", self.at.query(D_AXIS))
         fold = self._set("Q", self.operand, ("i", "d"), real("Q") * SCALE * LOG2E)
-        return [*self.at.head, *self.over.make_rows, load, *([fold] if self.folded else [])]
+        return [*self.over.head, *self.at.head, *self.over.make_rows, load, *([fold] if self.folded else [])]
 
     def _begin(self) -> list[Stmt]:
         acc = self.acc
         if self.first:
-            return [
+            out: list[Stmt] = [
                 Compute("m", acc, ("i",), -INF),
                 Compute("l", acc, ("i",), sympy.Integer(0)),
                 Compute("O", acc, ("i", "e"), sympy.Integer(0)),
             ]
+            return [*out, Compute("top", acc, ("i",), -INF)] if self.spec.return_max else out
         at = self.at.safe_row
-        return [
-            Load("m", acc, ("i",), "max_state", at),
-            Load("l", acc, ("i",), "sum_state", at),
-            Load("O", acc, ("i", "e"), "acc_state", (*at, E_AXIS)),
+        out = [
+            Load("m", acc, ("i",), "log_sum", at),
+            Compute("l", acc, ("i",), where(real("m") < self.lowest, 0, 1)),
+            Load("O", acc, ("i", "e"), "o", (*at, E_AXIS)),
         ]
+        return [*out, Load("top", acc, ("i",), "max", at)] if self.spec.return_max else out
 
     def _tile(self) -> list[Stmt]:
         """What happens to one key tile: scores, the mask where it cuts, the online softmax."""
@@ -189,11 +189,13 @@ class _Builder:
             Load("K", self.operand, ("j", "d"), "k", self.at.key(D_AXIS), self.over.valid_col),
             Dot("S", self.acc, ("i", "j"), "Q", "K", "d", precision=self.spec.precision),
         ]
-        if not self.folded and isinstance(self.score, sympy.Add):
+        if self.folded or self.late:
+            return out
+        if isinstance(self.score, sympy.Add):
             # As one product, sympy would distribute log2(e): differences of large, rounded numbers.
             out.append(self._set("S", self.acc, ("i", "j"), self.score))
             out.append(self._set("S", self.acc, ("i", "j"), real("S") * LOG2E))
-        elif not self.folded:
+        else:
             out.append(self._set("S", self.acc, ("i", "j"), self.score * LOG2E))
         return out
 
@@ -207,7 +209,7 @@ class _Builder:
             self._set("m", acc, ("i",), peak),
         )
         lazy: list[Stmt] = list(rescale)
-        if self.schedule.lazy_rescale and not self.spec.return_max:
+        if self.schedule.lazy_rescale:
             lazy = [
                 Reduce("rose", "bool", (), "any", peak > m + STALE, ("i",)),
                 If(sympy.Symbol("rose"), rescale),
@@ -215,12 +217,15 @@ class _Builder:
         weights, narrow = "P", []
         if self.operand != acc:
             weights, narrow = "W", [Compute("W", self.operand, ij, real("P"))]
+        scale = SCALE * LOG2E if self.late else sympy.Integer(1)
+        highest = maximum(real("top"), scale * peak)
         return [
             Reduce("peak", acc, ("i",), "max", real("S"), ("j",)),
-            self._set("peak", acc, ("i",), maximum(m, peak)),
+            *([self._set("top", acc, ("i",), highest)] if self.spec.return_max else []),
+            self._set("peak", acc, ("i",), maximum(m, scale * peak)),
             *lazy,
             Compute("safe", acc, ("i",), where(m < self.lowest, 0, m)),
-            Compute("P", acc, ij, exp2(real("S") - safe)),
+            Compute("P", acc, ij, exp2(scale * real("S") - safe)),
             Reduce("gain", acc, ("i",), "sum", real("P"), ("j",)),
             self._set("l", acc, ("i",), real("l") + real("gain")),
             *narrow,
@@ -241,25 +246,20 @@ class _Builder:
     # the end ----------------------------------------------------------------------------------------
 
     def _finish(self) -> list[Stmt]:
-        at = self.at.row
-        if not self.last:
-            return [
-                Store("max_state", at, real("m"), ("i",), self.over.valid_row),
-                Store("sum_state", at, real("l"), ("i",), self.over.valid_row),
-                Store("acc_state", (*at, E_AXIS), real("O"), ("i", "e"), self.over.valid_row),
-            ]
+        at, valid = self.at.row, self.over.valid_row
         empty = sympy.Eq(real("l"), 0)
+        log_sum = where(empty, -INF, real("m") + log2(where(empty, 1, real("l"))))
         out: list[Stmt] = [
             Compute("inv", self.acc, ("i",), sympy.Integer(1) / where(empty, 1, real("l"))),
             self._set("O", self.acc, ("i", "e"), real("O") * real("inv")),
-            Store("o", (*at, E_AXIS), real("O"), ("i", "e"), self.over.valid_row),
+            Store("o", (*at, E_AXIS), real("O"), ("i", "e"), valid),
         ]
-        if self.spec.return_lse:
-            lse = (real("m") + log2(where(empty, 1, real("l")))) * LN2
-            out.append(Compute("L", self.acc, ("i",), where(empty, -INF, lse)))
-            out.append(Store("lse", at, real("L"), ("i",), self.over.valid_row))
+        if not self.last:
+            out.append(Store("log_sum", at, log_sum, ("i",), valid))
+        elif self.spec.return_lse:
+            out.append(Store("lse", at, log_sum * LN2, ("i",), valid))
         if self.spec.return_max:
-            out.append(Store("max", at, real("m") * LN2, ("i",), self.over.valid_row))
+            out.append(Store("max", at, real("top") * (LN2 if self.last else 1), ("i",), valid))
         return out
 
     def _set(self, name: str, dtype: str, axes: tuple[str, ...], expr: Expr) -> Compute:

@@ -23,6 +23,7 @@ from .delinearize import widths
 from .fuse import fuse
 from .lower import lower_attention
 from .normalize import normalize_mask
+from .programs import order_programs
 from .reads import checks
 from .schedule import check, choose
 from .spec import AttentionSpec
@@ -80,6 +81,8 @@ def tile(graph: Graph) -> Graph:
         sorted_ids = frozenset(op.attr("monotone"))
         plans = [plan(group, schedule, sorted_ids) for group, schedule in chosen]
         groups, loops = zip(*plans, strict=True)
+        if spec_of(graph, op).target_kind != "cpu":
+            loops = tuple(map(order_programs, groups, op.attr("schedules"), loops))
         return op.with_attrs(groups=groups, loops=loops)
 
     return _fused(graph, rule)

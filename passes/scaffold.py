@@ -8,6 +8,7 @@ col0, col1, ...
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import sympy
 
@@ -31,7 +32,7 @@ from ..ir.expr import (
     shl,
     shr,
 )
-from ..ir.kernel import Compute, For, GridDim, If, Stmt
+from ..ir.kernel import Compute, For, GridDim, If, Let, Span, Stmt
 from ..ir.plan import Group, Loops, Schedule
 from .reads import clamp
 from .tilesets import column_index, linear, row_index
@@ -43,10 +44,15 @@ _WIDE = (bitand, bitor, bitxor, shl, shr)  # hashes and products of indices need
 
 
 class Scaffold:
-    """The tiles and loops of one planned group."""
+    """The tiles and loops of one planned group.
 
-    def __init__(self, group: Group, schedule: Schedule, loops: Loops, floats: str = "f32") -> None:
-        self.floats = floats
+    flat: whether loops over a box of key tiles are one loop, as GPUs like it. head: statements that come
+    before all others."""
+
+    def __init__(
+        self, group: Group, schedule: Schedule, loops: Loops, floats: str = "f32", *, flat: bool = False
+    ) -> None:
+        self.floats, self.flat = floats, flat
         self.group, self.schedule, self.loops, self.order = group, schedule, loops, group.order
         self.boxes = len(self.order.dims) > 1
         self.rows, self.cols = math.prod(schedule.rows), math.prod(schedule.cols)
@@ -58,27 +64,63 @@ class Scaffold:
         self.valid_col = all_of([inside, *anchored, COL < KV_LEN])
         self._hoisted: dict[Expr, Expr] = {}
         self.attends = all_of([self.bind(group.predicate), self.valid_col])
+        self.head = [self._reversal()] if loops.programs == "reversed" else []
 
     def grid(self) -> tuple[GridDim, ...]:
-        """Row tiles fastest, then residues, heads and batch."""
+        """The launch grid, fastest first: row tiles, residues, heads and batch, or heads and batch first."""
         tiles, residues = [], []
         for d, dim in enumerate(self.order.dims):
-            extent: Expr = sympy.Integer(dim.width or 0)
-            if dim.width is None:
-                extent = ceildiv(Q_LEN, math.prod(x.width or 1 for x in self.order.dims[1:]))
-            tiles.append(GridDim(f"m{d}", ceildiv(extent, dim.row_stride * self.schedule.rows[d])))
+            tiles.append(GridDim(f"m{d}", self._row_tiles(d)))
             if dim.row_stride > 1:
                 residues.append(GridDim(f"r{d}", sympy.Integer(dim.row_stride)))
-        return (*tiles, *residues, GridDim("h", integer("Hq")), GridDim("b", integer("B")))
+        heads = (GridDim("h", integer("Hq")), GridDim("b", integer("B")))
+        if self.loops.programs == "reversed":
+            tiles[0] = replace(tiles[0], name="t0")
+        rows = (*tiles, *residues)
+        return (*heads, *rows) if self.loops.programs == "heads" else (*rows, *heads)
+
+    def _reversal(self) -> Let:
+        return Let("m0", self._row_tiles(0) - 1 - integer("t0"))
+
+    def _row_tiles(self, d: int) -> Expr:
+        """How many row tiles dimension d has."""
+        dim = self.order.dims[d]
+        extent: Expr = sympy.Integer(dim.width or 0)
+        if dim.width is None:
+            extent = ceildiv(Q_LEN, math.prod(x.width or 1 for x in self.order.dims[1:]))
+        return ceildiv(extent, dim.row_stride * self.schedule.rows[d])
 
     def loop(self, body: list[Stmt]) -> list[Stmt]:
         """body once for every key tile that holds a point."""
         inner: list[Stmt] = [*self.make_cols, *body]
         if self.loops.touched != sympy.true:
             inner = [If(self.loops.touched, tuple(inner))]
+        if self.flat and self._rectangular():
+            return self._flattened(inner)
         for d in reversed(range(len(self.loops.spans))):
             inner = [For(f"n{d}", self.loops.spans[d], tuple(inner))]
         return inner
+
+    def _rectangular(self) -> bool:
+        """Whether the key tiles are a box: one span a dimension, none depending on another dimension's n."""
+        names = {integer(f"n{d}") for d in range(len(self.loops.spans))}
+        bounds = [e for spans in self.loops.spans for s in spans for e in (s.lo, s.hi)]
+        one = all(len(spans) == 1 for spans in self.loops.spans)
+        return self.boxes and one and not any(e.free_symbols & names for e in bounds)
+
+    def _flattened(self, body: list[Stmt]) -> list[Stmt]:
+        """The nest of loops over a box of key tiles as one loop, whose loads can be pipelined throughout."""
+        out, inner, rest = [], [], integer("n")
+        total: Expr = sympy.Integer(1)
+        for d, (span,) in enumerate(self.loops.spans):
+            out.append(Let(f"first{d}", span.lo))
+            out.append(Let(f"count{d}", maximum(span.hi - integer(f"first{d}"), sympy.Integer(0))))
+            total = total * integer(f"count{d}")
+        for d in reversed(range(len(self.loops.spans))):
+            count = integer(f"count{d}")
+            inner.insert(0, Let(f"n{d}", integer(f"first{d}") + (floormod(rest, count) if d else rest)))
+            rest = floordiv(rest, count)
+        return [*out, For("n", (Span(sympy.Integer(0), total),), (*inner, *body))]
 
     def bind(self, expr: Expr, *, attending: bool = False) -> Expr:
         """An expression of q and k over the tiles that hold them; captured tensors are read in range.
@@ -138,8 +180,15 @@ class Scaffold:
         names: list[Expr] = [integer(f"{stem}{d}") for d in range(len(parts))]
         made: list[Stmt] = [Compute(f"{stem}{d}", "i32", (axis,), part) for d, part in enumerate(parts)]
         made.append(Compute(stem, "i32", (axis,), linear(self.order, names)))
-        inside = [name < dim.width for name, dim in zip(names[1:], self.order.dims[1:], strict=True)]
-        return made, names, all_of(inside)
+        over = [d for d in range(1, len(parts)) if self._overhangs(d, sizes, stem)]
+        return made, names, all_of([names[d] < self.order.dims[d].width for d in over])
+
+    def _overhangs(self, d: int, sizes: tuple[int, ...], stem: str) -> bool:
+        """Whether tiles of an inner dimension may reach beyond its width: not where they divide it."""
+        dim = self.order.dims[d]
+        stride = dim.row_stride if stem == "row" else dim.col_stride
+        free = stem == "col" and self.schedule.anchor(d) is not None
+        return free or dim.width is None or dim.width % (stride * sizes[d]) > 0
 
 
 def _needs_64_bits(expr: Expr) -> bool:

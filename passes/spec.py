@@ -24,8 +24,8 @@ class AttentionSpec:
 
     contiguous: for q, k and v, whether the last dimension has stride 1 (other strides are always
     runtime values). return_max: also the largest score of every row (needs return_lse). monotone:
-    captured tensors whose values never decrease (the caller has checked). Raises InputError on an
-    unknown dtype or a size outside 1..1024."""
+    captured tensors whose values never decrease (the caller has checked). positive: the scale is known to
+    be above 0, and no denormal. Raises InputError on an unknown dtype or a size outside 1..1024."""
 
     mask: Mask
     score_map: ScoreMap | None = None
@@ -38,6 +38,7 @@ class AttentionSpec:
     target: str = "cpu"
     precision: str = "ieee"
     monotone: frozenset[str] = frozenset()
+    positive: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -129,7 +129,7 @@ def test_prediction_is_above_the_floor_and_grows():
 
 def test_second_kernel_moves_the_state():
     one, two = (estimate(TOY, Size(512, 512), [plan("mask() { k <= q }")] * n) for n in (1, 2))
-    assert two.bytes - 2 * one.bytes == 2 * 512 * (64 + 2) * 4
+    assert two.bytes - 2 * one.bytes == 512 * (64 + 2) * 4
 
 
 def test_waves_cost_idle_workers():

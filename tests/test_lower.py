@@ -60,14 +60,16 @@ def dense(q, k, v, attends):
     return out, np.where(empty, -np.inf, peak + np.log(np.where(empty, 1, total)))[..., 0]
 
 
+@pytest.mark.parametrize("target", ["cpu", "cuda:sm_90"])
 @pytest.mark.parametrize("name, sorted_ids", [*((name, False) for name in CASES), ("documents", True)])
-def test_lowered_kernels_compute_attention(name, sorted_ids):
+def test_lowered_kernels_compute_attention(name, sorted_ids, target):
     text, params = CASES[name]
     mask = Mask.parse(text)
     rng = np.random.default_rng()
     tensors = captured(mask, rng)
     monotone = frozenset(c.name for c in mask.captures if c.dtype == "i32") if sorted_ids else frozenset()
-    program = compile_spec(AttentionSpec(mask, qk_size=QK, v_size=V, return_lse=True, monotone=monotone))
+    facts = {"target": target, "monotone": monotone, "positive": target != "cpu"}
+    program = compile_spec(AttentionSpec(mask, qk_size=QK, v_size=V, return_lse=True, **facts))
     for q_len, kv_len in ((61, 83), (40, 37)):
         q, k, v = (
             rng.standard_normal((B, h, s, d), np.float32)
