@@ -27,9 +27,15 @@ from .reads import checks
 from .schedule import check, choose
 from .spec import AttentionSpec
 from .tile import plan
+from .uniform import uniform as uniform_mask
 
 Pass = Callable[[Graph], Graph]
 Watcher = Callable[[str, Any], None]
+
+
+def uniform(graph: Graph) -> Graph:
+    """What masks read once a batch and head, as integers of their sets."""
+    return _masked(graph, lambda op: op.with_attrs(mask=uniform_mask(op.attr("mask"))))
 
 
 def normalize(graph: Graph) -> Graph:
@@ -86,6 +92,7 @@ def tile(graph: Graph) -> Graph:
 
 
 PIPELINE: tuple[tuple[str, Pass], ...] = (
+    ("uniform", uniform),
     ("normalize", normalize),
     ("delinearize", delinearize),
     ("decompose", decompose),
@@ -129,7 +136,7 @@ def lower(graph: Graph) -> Program:
     [op] = fused
     spec = spec_of(graph, op)
     plans = tuple(zip(op.attr("groups"), op.attr("schedules"), op.attr("loops"), strict=True))
-    found = [*checks(spec.mask, spec.mask.predicate, attending=False)]
+    found = [*checks(spec.mask, spec.mask.inlined.predicate, attending=False)]
     if spec.score_map is not None:
         found += checks(spec.mask, spec.score_map.expr, attending=True)
     guards = tuple(
