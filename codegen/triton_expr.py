@@ -12,6 +12,7 @@ Rules, in one place:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import sympy
@@ -229,6 +230,10 @@ class Speller:
     def _trunc(self, expr: Expr) -> Value:
         return self._helper("trunc", [self.number(expr.args[0], floating=True)])
 
+    def _random_bits(self, expr: Expr) -> Value:
+        value = self._helper("random_bits", [self.integer(a) for a in expr.args])
+        return replace(value, dtype="i32")
+
     def _divide(self, expr: Any) -> Value:
         a, b = expr.args
         remainder = isinstance(expr, ex.floormod)
@@ -365,6 +370,7 @@ class Speller:
         (sympy.tan, _tan),
         (sympy.tanh, _tanh),
         (ex.trunc, _trunc),
+        (ex.random_bits, _random_bits),
         (tuple(_UNARY), _unary),
         ((ex.floordiv, ex.floormod), _divide),
         (tuple(_BITWISE), _bits),

@@ -26,6 +26,18 @@ def tanh(x, small):
     y = tl.where(a < small, series, (1.0 - t) / (1.0 + t))
     return tl.where(x < 0, -y, y)
 ''',
+    "random_bits": '''\
+@triton.jit
+def random_bits(key, x, y):
+    """The first word of Philox2x32-10 at the counter (x, y), as a signed integer."""
+    key, x, y = tl.cast(key, tl.uint32), tl.cast(x, tl.uint32), tl.cast(y, tl.uint32)
+    for _ in tl.static_range(10):
+        low = x * 0xD256D193
+        x = tl.umulhi(x, 0xD256D193) ^ key ^ y
+        y = low
+        key = key + 0x9E3779B9
+    return tl.cast(x, tl.int32, bitcast=True)
+''',
     "trunc": '''\
 @triton.jit
 def trunc(x):

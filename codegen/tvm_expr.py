@@ -18,6 +18,7 @@ from ..ir.expr import Expr
 from .tvm_layout import TENSOR_DTYPES, TILE_DTYPES
 from .tvm_math import VECTOR, literal
 from .tvm_names import Names, safe
+from .tvm_random import random_bits
 from .tvm_value import (
     AND,
     ATOM,
@@ -286,6 +287,11 @@ class Printer(Typing):
 
     def _shr(self, expr: Expr) -> Text:
         return self._bitwise(expr, "shift_right")
+
+    def _random_bits(self, expr: Expr) -> Text:
+        words = [self._print(a) for a in expr.args]
+        text = random_bits(*(self._to(w, "uint32").text for w in words), self.let)
+        return Text(text, "int32", any(w.varying for w in words))
 
     # choice ---------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class ErrorTooLarge(AssertionError):
 
 def _shuffled(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers in another order, in a tensor of the same strides."""
-    numbers = tensor.flatten()[torch.randperm(tensor.numel())]
+    numbers = tensor.flatten()[torch.randperm(tensor.numel(), device=tensor.device)]
     return torch.empty_like(tensor).copy_(numbers.view(tensor.shape))
 
 
@@ -98,7 +98,7 @@ def _check(
 def assert_close(name: str, ours: torch.Tensor, exact: np.ndarray, plain: torch.Tensor) -> None:
     """Assert the rule for one result. Infinities must agree in place and sign, NaN in place."""
     assert tuple(ours.shape) == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {exact.shape}"
-    got, peer = (t.double().numpy().astype(exact.dtype) for t in (ours, plain))
+    got, peer = (t.double().cpu().numpy().astype(exact.dtype) for t in (ours, plain))
     finite = np.isfinite(exact)
     assert (np.isfinite(got) == finite).all(), f"{name}: non-finite values differ from the reference"
     infinite = np.isinf(exact)
@@ -125,13 +125,14 @@ def _plain(
     repeat = heads // max(1, k.shape[1])
     k, v = (t.repeat_interleave(repeat, 1) for t in (k, v))
     scores = (q @ k.transpose(-1, -2)) * (1 / math.sqrt(size) if scale is None else scale)
-    grid = torch.meshgrid(*(torch.arange(n) for n in (batch, heads, q_len, kv_len)), indexing="ij")
+    points = (torch.arange(n, device=q.device) for n in (batch, heads, q_len, kv_len))
+    grid = torch.meshgrid(*points, indexing="ij")
     if score_mod is not None:
         scores = score_mod(scores, *grid).to(q.dtype)
     attends = torch.empty(scores.shape, dtype=torch.bool)
     for b, h in itertools.product(range(batch), range(heads)):
         attends[b, h] = torch.from_numpy(mask.to_dense(q_len, kv_len, b, h))
-    scores = scores.masked_fill(~attends, -math.inf)
+    scores = scores.masked_fill(~attends.to(q.device), -math.inf)
     lse = (
         torch.logsumexp(scores.float() if q.dtype != torch.float64 else scores, -1)
         if kv_len

@@ -169,6 +169,15 @@ class Mask:
     def tensors(self) -> tuple[Any, ...]:
         return tuple(map(readable, self._tensors))
 
+    def to(self, device: Any) -> Mask:
+        """The same pairs, with the captured tensors as torch tensors on a device.
+
+        Those that are not there are copied: what is later written to the original is not seen."""
+        import torch
+
+        tensors = tuple(torch.as_tensor(tensor, device=device) for tensor in self.tensors)
+        return Mask(self._term, self.values, tensors, self._signature)
+
     @cached_property
     def segments(self) -> tuple[int, ...]:
         """The captured tensors read only as segment ids: c[q] == c[k], or c[b, q] == c[b, k].

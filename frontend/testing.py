@@ -28,7 +28,7 @@ from ..ir.graph import Graph
 from ..ir.kernel import Kernel, Program, Tensor
 from ..ir.mask import Mask
 from ..ir.rename import canonical
-from ..ir.score import ScoreMap
+from ..ir.score import ProbMap, ScoreMap
 from .strategies import expressions, graphs, kernels, masks
 
 __all__ = [
@@ -56,6 +56,7 @@ _PARSERS: dict[str, Callable[[str], IR]] = {
     "program": kernel_text.parse_program,
     "mask": Mask.parse,
     "score": ScoreMap.parse,
+    "prob": ProbMap.parse,
 }
 
 

@@ -18,6 +18,7 @@ import sympy
 
 from . import expr as E
 from .errors import InterpretError
+from .philox import random_bits
 
 Values = Mapping[str, Any]
 Compiled = Callable[[Values], Any]
@@ -123,6 +124,8 @@ def _function(expr: E.Expr, parts: list[Compiled], floats: type) -> Compiled:
             divide = np.floor_divide if isinstance(expr, E.floordiv) else np.remainder
             text = E.to_text(expr)
             return lambda v: divide(_int(a(v)), _divisor(b(v), text))
+        case E.random_bits():
+            return lambda v: random_bits(*(_int(p(v)) for p in parts))
         case sympy.Abs():
             return lambda v: np.abs(_number(parts[0](v)))
         case sympy.floor():

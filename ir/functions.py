@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import sympy
 from sympy.logic.boolalg import Boolean
 
+from .philox import random_bits as philox
+
 if TYPE_CHECKING:
     Expr = Any  # sympy's operators and attributes are beyond type checkers
 else:
@@ -142,6 +144,23 @@ shl = _bitwise("shl", lambda a, b: a << b, range(64))
 shr = _bitwise("shr", lambda a, b: a >> b, range(64))
 
 
+class random_bits(_Typed):
+    """`random_bits(key, x, y)`: the 32 random bits at the counter (x, y), as a signed integer.
+
+    Philox2x32-10 (`ir/philox.py`); key, x and y count modulo 2**32."""
+
+    result = "int"
+    nargs = (3,)
+
+    @classmethod
+    def eval(cls, key: Expr, x: Expr, y: Expr) -> Expr | None:
+        return sympy.Integer(int(philox(*map(_word, (key, x, y))))) if _ints(key, x, y) else None
+
+
+def _word(value: Expr) -> int:
+    return int(value) % 2**32
+
+
 class minimum(_Typed):
     """The smaller of two numbers; unlike sympy.Min it never reasons, so it stays cheap."""
 
@@ -226,7 +245,7 @@ _SYMPY_FUNCTIONS = (sympy.exp, sympy.log, sympy.sqrt, sympy.tanh, sympy.sin, sym
 FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "min": minimum,
     "max": maximum,
-    **{f.__name__: f for f in (where, read, readf, bitand, bitor, bitxor, shl, shr, cast)},
+    **{f.__name__: f for f in (where, read, readf, bitand, bitor, bitxor, shl, shr, random_bits, cast)},
     **{f.__name__: f for f in (exp2, log2, sigmoid, erf, trunc)},
     **{f.__name__: f for f in _SYMPY_FUNCTIONS},
     "abs": sympy.Abs,

@@ -7,14 +7,25 @@ are few, so that a pass or a gradient needs one rule each and none for attention
     sddmm        q [B, Hq, M, D] x k [B, Hk, N, D] -> scores [B, Hq, M, N] where `mask` holds, -inf elsewhere
     score_map    scores -> scores, by the ScoreMap `score`; -inf stays
     softmax      over the last axis; a row of -inf gives zeros; further results, if asked for: the
-                 log-sum-exp, and the largest score, of every row
+                 log-sum-exp, and the largest score, of every row. A second operand [Hq] holds sinks: one
+                 more score a head, which takes its part of the sum and is left out of the results
+    prob_map     probabilities p, and the scores they are of -> probabilities, by the ProbMap `prob`; where
+                 a score is -inf, zero
     spmm         p [B, Hq, M, N] x v [B, Hk, N, E]; Hq is a multiple of Hk, as in sddmm
     reduce       `op` (sum, max, min, mean) over `axis`
     map          elementwise, by the expression `expr` of x0, x1, ...
-    attention    sddmm, score_map, softmax and spmm in one, as `fuse` makes it; passes attach their plans
 
-Runtime numbers and captured tensors of a mask, then of a score map, are further operands, in the
-order in which the mask and the score map name them. Semantics: graph_interpret.py; rules:
+What `fuse` makes of them; passes attach their plans. `sinks`: whether an operand of sinks follows.
+
+    attention    sddmm, score_map, softmax, prob_map and spmm of q, k, v; the results of spmm and, if
+                 asked for, of softmax
+    row_lse      sddmm, score_map and softmax of q, k: the log-sum-exp and, if asked for, the largest score
+    weigh        sddmm, score_map, prob_map and spmm of q, k, v and rows whose log-sum-exp is known
+    column_sums  sddmm, score_map and reduce of q, k and rows whose log-sum-exp is known: what each key
+                 gets from all queries
+
+Runtime numbers and captured tensors of a mask, then of a score map, then of a probability map, are
+further operands, in the order in which these name them. Semantics: graph_interpret.py; rules:
 graph_verify.py; text: graph_text.py.
 """
 

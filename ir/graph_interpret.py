@@ -7,6 +7,7 @@ result to its dtype once. Scores are held densely, -inf where the mask does not 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from .evaluate import evaluate, round_to
 from .graph import Graph, Op, Value
 from .graph_verify import verify
 from .mask import Mask
-from .score import ScoreMap
+from .score import ProbMap, ScoreMap
 
 Array = np.ndarray
 Operands = list[Any]
@@ -96,15 +97,25 @@ def _mapped(score: ScoreMap, scores: Array, operands: Operands, floats: type) ->
     return np.where(np.isneginf(scores), scores, found)
 
 
-def _normalised(scores: Array) -> tuple[Array, Array, Array]:
+def _normalised(scores: Array, sinks: Array | None = None) -> tuple[Array, Array, Array]:
     """Softmax of the last axis, its log-sum-exp and maximum; rows of -inf give zeros and -inf."""
     peak = scores.max(-1, keepdims=True, initial=-np.inf)
     safe = np.where(np.isneginf(peak), 0, peak)
     weights = np.exp(scores - safe)
     total = weights.sum(-1, keepdims=True)
     empty = total == 0
-    lse = np.where(empty, -np.inf, np.log(np.where(empty, 1, total)) + safe)
-    return weights / np.where(empty, 1, total), lse[..., 0], peak[..., 0]
+    lse = np.where(empty, -np.inf, np.log(np.where(empty, 1, total)) + safe)[..., 0]
+    if sinks is not None:
+        return _weights_of(scores, lse, sinks), lse, peak[..., 0]
+    return weights / np.where(empty, 1, total), lse, peak[..., 0]
+
+
+def _weights_of(scores: Array, lse: Array, sinks: Array | None) -> Array:
+    """exp(scores) over their known sum, which a sink joins; zero where a score is -inf."""
+    norm = lse[..., None]
+    if sinks is not None:
+        norm = np.logaddexp(norm, np.minimum(sinks, np.finfo(scores.dtype).max)[:, None, None])
+    return np.where(np.isneginf(scores), 0, np.exp(scores - norm)).astype(scores.dtype)
 
 
 def _matmul(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
@@ -121,7 +132,22 @@ def _score_map(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _softmax(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    return _normalised(x[0].astype(floats))
+    return _normalised(*(operand.astype(floats) for operand in x))
+
+
+def _prob_map(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    probabilities, scores, *rest = x
+    return (_reweighed(op.attr("prob"), probabilities.astype(floats), scores, rest, floats),)
+
+
+def _reweighed(
+    prob: ProbMap | None, weights: Array, scores: Array, operands: Operands, floats: type
+) -> Array:
+    if prob is None:
+        return weights
+    params, captures = _runtime(prob, operands)
+    found = prob.evaluate(weights, *_grid(weights.shape), params, captures, floats=floats)
+    return np.where(np.isneginf(scores), floats(0), found)
 
 
 def _spmm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
@@ -139,14 +165,53 @@ def _map(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     return (np.broadcast_to(found, np.broadcast_shapes(*(v.shape for v in x))),)
 
 
+@dataclass(frozen=True)
+class _Fused:
+    """What fused operations share: the scores, the sinks, and the operands of the probability map."""
+
+    scores: Array
+    sinks: Array | None
+    rest: Operands
+
+    @staticmethod
+    def of(op: Op, q: Array, k: Array, rest: Operands, floats: type) -> _Fused:
+        sinks = None
+        if op.attr("sinks"):
+            sinks, rest = rest[0].astype(floats), rest[1:]
+        scores = _scores(op, q, k, rest, floats)
+        if op.attr("mask") is not None:
+            rest = rest[sum(map(len, _runtime(op.attr("mask"), rest))) :]
+        score = op.attr("score")
+        if score is not None:
+            scores = _mapped(score, scores, rest, floats)
+            rest = rest[sum(map(len, _runtime(score, rest))) :]
+        return _Fused(scores, sinks, rest)
+
+
 def _attention(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     q, k, v, *rest = x
-    scores = _scores(op, q, k, rest, floats)
-    if op.attr("score") is not None:
-        taken = sum(map(len, _runtime(op.attr("mask"), rest))) if op.attr("mask") is not None else 0
-        scores = _mapped(op.attr("score"), scores, rest[taken:], floats)
-    weights, *rows = _normalised(scores)
+    of = _Fused.of(op, q, k, rest, floats)
+    weights, *rows = _normalised(of.scores, of.sinks)
+    weights = _reweighed(op.attr("prob"), weights, of.scores, of.rest, floats)
     return weights @ _heads(v, q.shape[1]).astype(floats), *rows
+
+
+def _row_lse(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    return _normalised(_Fused.of(op, x[0], x[1], x[2:], floats).scores)[1:]
+
+
+def _weigh(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    q, k, v, lse, *rest = x
+    of = _Fused.of(op, q, k, rest, floats)
+    weights = _weights_of(of.scores, lse.astype(floats), of.sinks)
+    weights = _reweighed(op.attr("prob"), weights, of.scores, of.rest, floats)
+    return (weights @ _heads(v, q.shape[1]).astype(floats),)
+
+
+def _column_sums(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    q, k, lse, *rest = x
+    of = _Fused.of(op, q, k, rest, floats)
+    return (_weights_of(of.scores, lse.astype(floats), of.sinks).sum(2),)
 
 
 RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
@@ -154,8 +219,12 @@ RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
     "sddmm": _sddmm,
     "score_map": _score_map,
     "softmax": _softmax,
+    "prob_map": _prob_map,
     "spmm": _spmm,
     "reduce": _reduce,
     "map": _map,
     "attention": _attention,
+    "row_lse": _row_lse,
+    "weigh": _weigh,
+    "column_sums": _column_sums,
 }

@@ -18,7 +18,7 @@ from .errors import VerifyError
 from .graph import Extent, Graph, Op, Value
 from .graph_text import FORMATS, op_text
 from .mask import Mask
-from .score import ScoreMap
+from .score import ProbMap, ScoreMap
 
 REDUCTIONS = ("sum", "max", "min", "mean")
 Shape = tuple[Extent, ...]
@@ -69,7 +69,7 @@ def _define(known: dict[str, Value], value: Value, where: str) -> None:
 
 def _results(op: Op, expected: tuple[Shape, ...], where: str) -> None:
     shapes = tuple(v.shape for v in op.outputs)
-    optional = op.kind in ("softmax", "attention") and 1 <= len(shapes) < len(expected)
+    optional = op.kind in ("softmax", "attention", "row_lse") and 1 <= len(shapes) < len(expected)
     if len(shapes) != len(expected) and not optional:
         _fail("type", f"expected {len(expected)} result(s); got {len(shapes)}", where)
     for value, shape in zip(op.outputs, expected, strict=False):
@@ -116,6 +116,16 @@ class _Checker:
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             self.fail("attrs", f"{name}: expected {names}; got {value!r}")
         return value
+
+    def sinks(self, at: int, heads: Extent) -> None:
+        """The operand at this place is one number a query head."""
+        if len(self.operands) <= at:
+            self.fail("operands", f"expected sinks after the first {at}; got {len(self.operands)}")
+        value = self.operands[at]
+        if value.shape != (heads,):
+            self.fail(
+                "type", f"%{value.name}: expected sinks of shape {_show((heads,))}; got {_show(value.shape)}"
+            )
 
     def captured(self, first: int, *holders: Mask | ScoreMap | None) -> None:
         """The operands from `first` on are the runtime numbers and tensors that the holders name."""
@@ -170,10 +180,22 @@ def _score_map(c: _Checker) -> tuple[Shape, ...]:
 
 def _softmax(c: _Checker) -> tuple[Shape, ...]:
     (scores,) = c.shapes(1)
-    c.captured(1)
     if not scores:
         c.fail("type", "expected at least 1 dimension; got a number")
+    sinks = len(c.operands) > 1
+    if sinks:
+        c.shapes(1, (4,))
+        c.sinks(1, scores[1])
+    c.captured(1 + sinks)
     return scores, scores[:-1], scores[:-1]
+
+
+def _prob_map(c: _Checker) -> tuple[Shape, ...]:
+    probabilities, scores = c.shapes(2, (4, 4))
+    c.captured(2, c.attr("prob", ProbMap))
+    if probabilities != scores:
+        c.fail("type", f"expected one shape; got {_show(probabilities)} and {_show(scores)}")
+    return (probabilities,)
 
 
 def _spmm(c: _Checker) -> tuple[Shape, ...]:
@@ -214,17 +236,45 @@ def _map(c: _Checker) -> tuple[Shape, ...]:
     return (tuple(reversed(out)),)
 
 
-def _attention(c: _Checker) -> tuple[Shape, ...]:
-    q, k, v = c.shapes(3, (4, 4, 4))
-    c.captured(3, c.attr("mask", Mask, needed=False), c.attr("score", ScoreMap, needed=False))
+def _fused(c: _Checker, tensors: str) -> list[Shape]:
+    """The shapes of the first operands of a fused operation: q, k and what the word names of v and lse."""
+    names = ["q", "k", *tensors.split()]
+    q, k, *rest = shapes = c.shapes(len(names), tuple(3 if n == "lse" else 4 for n in names))
+    sinks = c.attr("sinks", bool, needed=False) or False
+    if sinks:
+        c.sinks(len(names), q[1])
+    maps = (c.attr("mask", Mask, needed=False), c.attr("score", ScoreMap, needed=False))
+    c.captured(len(names) + sinks, *maps, c.attr("prob", ProbMap, needed=False))
     c.attr("scale", (int, float), needed=False)
     c.same("batch", q[0], k[0])
-    c.same("batch", k[0], v[0])
-    c.same("number of key heads", k[1], v[1])
     c.heads(q[1], k[1])
     c.same("head size", q[3], k[3])
-    c.same("number of keys", k[2], v[2])
+    for name, shape in zip(names[2:], rest, strict=True):
+        for what, a, b in zip(
+            ("batch", "number of heads", "length"), shape, k if name == "v" else q, strict=False
+        ):
+            c.same(f"{what} of {name}", a, b)
+    return shapes
+
+
+def _attention(c: _Checker) -> tuple[Shape, ...]:
+    q, _, v = _fused(c, "v")
     return (*q[:3], v[3]), q[:3], q[:3]
+
+
+def _row_lse(c: _Checker) -> tuple[Shape, ...]:
+    q, _ = _fused(c, "")
+    return q[:3], q[:3]
+
+
+def _weigh(c: _Checker) -> tuple[Shape, ...]:
+    q, _, v, _ = _fused(c, "v lse")
+    return ((*q[:3], v[3]),)
+
+
+def _column_sums(c: _Checker) -> tuple[Shape, ...]:
+    q, k, _ = _fused(c, "lse")
+    return ((*q[:2], k[2]),)
 
 
 SHAPES: dict[str, Callable[[_Checker], tuple[Shape, ...]]] = {
@@ -232,9 +282,13 @@ SHAPES: dict[str, Callable[[_Checker], tuple[Shape, ...]]] = {
     "sddmm": _sddmm,
     "score_map": _score_map,
     "softmax": _softmax,
+    "prob_map": _prob_map,
     "spmm": _spmm,
     "reduce": _reduce,
     "map": _map,
     "attention": _attention,
+    "row_lse": _row_lse,
+    "weigh": _weigh,
+    "column_sums": _column_sums,
 }
 """For each kind of operation, the shapes of its results; checks operands and attributes on the way."""

@@ -1,13 +1,17 @@
 """Masks: which (query, key) pairs attend, as a predicate and as integer sets.
 
-    mask   := "mask(" [name ("," name)*] [";" capture ("," capture)*] ")" "{" predicate "}"
-    capture:= name ":" dtype "[" rank "]"
+    mask    := "mask(" [name ("," name)*] [";" capture ("," capture)*] ")" "{" (let ";")* predicate "}"
+    capture := name ":" dtype "[" rank "]"
+    let     := "let" name "=" expr
 
 The predicate is a Boolean expression (ir/expr.py) over the batch `b`, the query head `h`, the indices
 `q` and `k`, the lengths `q_len` and `kv_len`, runtime integers `p0, p1, ...` and captured tensors
 `c0, c1, ...`:
 
     mask(p0; c0: i32[1]) { ((c0[k] == c0[q]) and (q - k <= p0)) }
+
+A let names an integer that does not depend on q and k: isl takes it for a parameter, whatever it is made of
+(passes/uniform.py makes them).
 
 `may` and `must` are isl maps { [q] -> [k] } on the unbounded quadrant q, k >= 0, parametric in every
 other integer: no pair outside may attends, every pair in must does.
@@ -17,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import islpy as isl
@@ -58,6 +62,8 @@ class Capture:
 class Mask:
     """A predicate on pairs with the names of its runtime integers and its captured tensors.
 
+    lets: (name, integer expression without q and k) pairs that the predicate may use.
+
     >>> m = Mask.parse("mask(p0) { (abs(q - k) <= p0) }")
     >>> str(m.may)
     '[p0] -> { [q] -> [k] : q >= 0 and k >= 0 and -p0 + q <= k <= p0 + q }'
@@ -68,11 +74,13 @@ class Mask:
     predicate: Expr
     params: tuple[str, ...] = ()
     captures: tuple[Capture, ...] = ()
+    lets: tuple[tuple[str, Expr], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "predicate", rebuilt(sympy.sympify(self.predicate)))
         object.__setattr__(self, "params", tuple(self.params))
         object.__setattr__(self, "captures", tuple(self.captures))
+        object.__setattr__(self, "lets", tuple((name, rebuilt(term)) for name, term in self.lets))
         verify(self)
 
     @cached_property
@@ -98,6 +106,14 @@ class Mask:
         with ISL_LOCK:
             return self.may.is_equal(self.must)
 
+    @property
+    def inlined(self) -> Mask:
+        """The same mask without lets."""
+        if not self.lets:
+            return self
+        terms = {integer(name): term for name, term in self.lets}
+        return Mask(self.predicate.xreplace(terms), self.params, self.captures)
+
     # Algebra. The right operand's integers and tensors follow the left's.
 
     def __and__(self, other: Mask) -> Mask:
@@ -107,16 +123,13 @@ class Mask:
         return self._join(other, sympy.Or)
 
     def __invert__(self) -> Mask:
-        return self._with(sympy.Not(self.predicate))
-
-    def _with(self, predicate: Expr) -> Mask:
-        return Mask(predicate, self.params, self.captures)
+        return replace(self, predicate=sympy.Not(self.predicate))
 
     def _join(self, other: Mask, connective: type[Boolean]) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         apart = other.renumbered(len(self.params), len(self.captures))
-        predicate = connective(self.predicate, apart.predicate)
+        predicate = connective(self.inlined.predicate, apart.predicate)
         return Mask(predicate, self.params + apart.params, self.captures + apart.captures)
 
     def renumbered(self, first_param: int = 0, first_capture: int = 0) -> Mask:
@@ -127,7 +140,7 @@ class Mask:
         )
         names = {integer(a): integer(b) for a, b in zip(self.params, params, strict=True)}
         names |= {a.symbol: b.symbol for a, b in zip(self.captures, captures, strict=True)}
-        return Mask(self.predicate.xreplace(names), params, captures)
+        return Mask(self.inlined.predicate.xreplace(names), params, captures)
 
     def substitute(self, values: Mapping[str, Expr | int], params: Sequence[str] = ()) -> Mask:
         """Replace indices, lengths or integers by expressions, all at once.
@@ -135,7 +148,7 @@ class Mask:
         Replaced integers leave `params`; new ones that the expressions bring are named in `params`.
         Nothing is renumbered.
         """
-        new = self.predicate.xreplace({integer(n): sympy.sympify(v) for n, v in values.items()})
+        new = self.inlined.predicate.xreplace({integer(n): sympy.sympify(v) for n, v in values.items()})
         return Mask(new, (*(p for p in self.params if p not in values), *params), self.captures)
 
     def equal(self, other: Mask) -> bool:
@@ -159,7 +172,8 @@ class Mask:
     def to_text(self) -> str:
         """Deterministic text; `Mask.parse` reads it back to an equal mask."""
         captures = "; " + ", ".join(map(str, self.captures)) if self.captures else ""
-        return f"mask({', '.join(self.params)}{captures}) {{ {to_text(self.predicate)} }}"
+        lets = "".join(f"let {name} = {to_text(term)}; " for name, term in self.lets)
+        return f"mask({', '.join(self.params)}{captures}) {{ {lets}{to_text(self.predicate)} }}"
 
     @staticmethod
     def parse(text: str) -> Mask:
@@ -171,7 +185,10 @@ class Mask:
         params = tuple(_split(names))
         captures = tuple(_capture(t) for t in _split(tensors))
         symbols: dict[str, Expr] = {n: integer(n) for n in (*INDICES, *params)}
-        return Mask(parse(head["body"], symbols | {c.name: c.symbol for c in captures}), params, captures)
+        symbols |= {c.name: c.symbol for c in captures}
+        *bindings, body = head["body"].split(";")
+        lets = tuple((name, parse(term, symbols)) for name, term in map(_let, bindings))
+        return Mask(parse(body, symbols | {n: integer(n) for n, _ in lets}), params, captures, lets)
 
     # Meaning.
 
@@ -197,7 +214,7 @@ class Mask:
         values |= {c.name: a for c, a in zip(self.captures, captures, strict=True)}
         wide = any(np.asarray(a).dtype == np.float64 for a in captures)
         try:
-            found = evaluate(self.predicate, values, floats=np.float64 if wide else np.float32)
+            found = evaluate(self.inlined.predicate, values, floats=np.float64 if wide else np.float32)
         except InterpretError as error:
             raise InputError(
                 "mask", "captured tensors that cover every index read from them", str(error)
@@ -217,7 +234,7 @@ class Mask:
 
 def verify(mask: Mask) -> None:
     """Check the rules of this level; raise VerifyError naming the first one broken."""
-    names = [*mask.params, *(c.name for c in mask.captures)]
+    names = [*mask.params, *(c.name for c in mask.captures), *(name for name, _ in mask.lets)]
     if len({*names, *INDICES}) != len(names) + len(INDICES):
         raise VerifyError(
             f"names of a mask are distinct and none of {', '.join(INDICES)}; got {', '.join(names)}"
@@ -232,26 +249,43 @@ def verify(mask: Mask) -> None:
             f"a mask's predicate is a truth value; got {kind(mask.predicate)} {to_text(mask.predicate)}"
         )
     captures = {c.symbol: c for c in mask.captures}
-    for r in mask.predicate.atoms(read, readf):
+    terms = [term for _, term in mask.lets]
+    for r in set().union(*(e.atoms(read, readf) for e in (mask.predicate, *terms))):
         c = captures.get(r.args[0])
         if c is None:
             raise VerifyError(f"{to_text(r)} reads a tensor that the mask does not declare with this kind")
         if len(r.args) - 1 != c.rank:
             raise VerifyError(f"{to_text(r)} reads {c} with {len(r.args) - 1} indices")
     known = {integer(n) for n in (*INDICES, *mask.params)} | set(captures) | {sympy.Symbol(d) for d in DTYPES}
+    for term in terms:
+        if (
+            kind(term) != "int"
+            or term.free_symbols - known
+            or {"q", "k"} & {s.name for s in term.free_symbols}
+        ):
+            raise VerifyError(f"a mask's let is an integer without q and k; got {to_text(term)}")
+    known |= {integer(name) for name, _ in mask.lets}
     unknown = sorted(str(s) for s in mask.predicate.free_symbols - known)
     if unknown:
         raise VerifyError(
-            f"a mask's symbols are indices, its params or its captures; got {', '.join(unknown)}"
+            f"a mask's symbols are indices, its params, captures or lets; got {', '.join(unknown)}"
         )
 
 
 _HEAD = re.compile(r"\s*mask\((?P<header>[^)]*)\)\s*\{(?P<body>.*)\}\s*", re.DOTALL)
+_LET = re.compile(r"\s*let\s+(\w+)\s*=(?!=)(.*)", re.DOTALL)
 _CAPTURE = re.compile(r"(\w+)\s*:\s*(\w+)\[(\d+)\]")
 
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _let(text: str) -> tuple[str, str]:
+    found = _LET.fullmatch(text)
+    if found is None:
+        raise ParseError(f"expected a let like let u0 = c0[b]; got {text.strip()!r}")
+    return found[1], found[2]
 
 
 def _capture(text: str) -> Capture:

@@ -24,12 +24,14 @@ class Group:
     """A part of a mask: its row order, its points, and the predicate that partial tiles evaluate.
 
     may, must: isl text of maps [q] -> [k] bounding the part from above and below, equal when the
-    part is affine. predicate: a Boolean over b, h, q, k, captures and params, exact inside `may`."""
+    part is affine. predicate: a Boolean over b, h, q, k, captures and params, exact inside `may`. lets:
+    what the mask names (Mask.lets); may, must and predicate may use it."""
 
     order: Order
     may: str
     must: str
     predicate: Expr
+    lets: tuple[tuple[str, Expr], ...] = ()
 
     @property
     def exact(self) -> bool:

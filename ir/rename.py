@@ -7,9 +7,11 @@ names, for callers use them.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import sympy
 
 from . import kernel as K
 from .expr import Expr, symbols
@@ -26,6 +28,27 @@ def canonical(value: T) -> T:
     if isinstance(value, K.Program):
         return replace(value, kernels=tuple(map(canonical, value.kernels)))
     return _Renamer(value).kernel()
+
+
+def exchange_extents(kernel: K.Kernel, a: str, b: str) -> K.Kernel:
+    """The kernel with two named extents of its tensors exchanged everywhere."""
+    names = {a: b, b: a}
+    symbols = {symbol_of(old, "i64"): symbol_of(new, "i64") for old, new in names.items()}
+
+    def change(value: Any) -> Any:
+        if isinstance(value, sympy.Basic):
+            return value.xreplace(symbols)
+        if isinstance(value, K.Tensor):
+            return replace(
+                value, shape=tuple(names.get(n, n) if isinstance(n, str) else n for n in value.shape)
+            )
+        if isinstance(value, tuple):
+            return tuple(map(change, value))
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{f.name: change(getattr(value, f.name)) for f in fields(value)})
+        return value
+
+    return change(kernel)
 
 
 class _Renamer:

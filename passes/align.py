@@ -77,9 +77,9 @@ def _group(mask: Mask, order: Order, region: isl.Map, *, alone: bool) -> Group:
     may = str(region)
     must = may if mask.exact else str(region.intersect(mask.must).coalesce())
     if alone and (order.natural or len(order.dims) > 1 or not mask.exact):
-        return Group(order, may, must, mask.predicate)
+        return Group(order, may, must, mask.predicate, mask.lets)
     here = condition(as_set(_known_stride(order, region)))
-    return Group(order, may, must, here if mask.exact else all_of([mask.predicate, here]))
+    return Group(order, may, must, here if mask.exact else all_of([mask.predicate, here]), mask.lets)
 
 
 def _known_stride(order: Order, region: isl.Map) -> isl.Map:

@@ -2,8 +2,10 @@
 
     %s = sddmm %q, %k, %p0 {mask = ..., ...}          scores where the mask holds
     %t = score_map %s, %scale {score = ...}           scale, then the user's score_mod
-    %p, %lse = softmax %t
-    %o = spmm %p, %v
+    %p, %lse = softmax %t, %sinks
+    %w = prob_map %p, %t {prob = ...}                 the user's prob_mod, dropout
+    %o = spmm %w, %v
+    %column_sums = reduce %p {axis = 2, op = 'sum'}   what every key gets
 
 Facts about the target and the tensors travel as attributes of sddmm, so that a graph's text is all a
 kernel is made from.
@@ -12,26 +14,30 @@ kernel is made from.
 from __future__ import annotations
 
 from ..ir.graph import Graph, Op, Value
+from ..ir.score import ScoreMap
 from .spec import AttentionSpec
 
 FACTS = ("contiguous", "monotone", "positive", "precision", "target")  # attributes that say how, not what
+PAIRS = ("B", "Hq", "q_len", "kv_len")
 
 
 def build(spec: AttentionSpec) -> Graph:
     """The unfused graph of a spec."""
     spec = spec.scaled
-    mask, score = spec.mask, spec.score_map
+    mask, score, prob = spec.mask, spec.score_map, spec.prob_map
     assert score is not None
     wide = spec.accumulator
     q = Value("q", spec.dtype, ("B", "Hq", "q_len", spec.qk_size))
     k = Value("k", spec.dtype, ("B", "Hk", "kv_len", spec.qk_size))
     v = Value("v", spec.dtype, ("B", "Hk", "kv_len", spec.v_size))
-    integers = [Value(name, "i64", ()) for name in mask.params]
-    numbers = [Value(name, dtype, ()) for name, dtype in spec.score_params]
+    sinks = [Value("sinks", spec.sinks, ("Hq",))] if spec.sinks else []
     tensors = {t.name: Value(t.name, t.dtype, t.shape) for t in spec.capture_tensors}
-    of_mask = [tensors[c.name] for c in mask.captures]
-    of_score = [tensors[c.name] for c in score.captures]
-    pairs = ("B", "Hq", "q_len", "kv_len")
+    of_mask = [*(Value(name, "i64", ()) for name in mask.params), *(tensors[c.name] for c in mask.captures)]
+
+    def of(map: ScoreMap) -> list[Value]:
+        numbers = (Value(name, dtype, ()) for name, dtype in spec.params_of(map))
+        return [*numbers, *(tensors[c.name] for c in map.captures)]
+
     facts = {
         "mask": mask,
         "contiguous": spec.contiguous,
@@ -40,35 +46,49 @@ def build(spec: AttentionSpec) -> Graph:
         "precision": spec.precision,
         "target": spec.target,
     }
-    scores = Op("sddmm", _names(q, k, *integers, *of_mask), (Value("s", wide, pairs),), tuple(facts.items()))
-    mapped = Op(
-        "score_map", ("s", *_names(*numbers, *of_score)), (Value("t", wide, pairs),), (("score", score),)
-    )
-    lse = (Value("lse", spec.lse_dtype, pairs[:3]),) if spec.return_lse else ()
-    peak = (Value("max", spec.lse_dtype, pairs[:3]),) if spec.return_max else ()
-    weights = Op("softmax", ("t",), (Value("p", wide, pairs), *lse, *peak))
-    out = Op("spmm", ("p", "v"), (Value("o", spec.dtype, (*pairs[:3], spec.v_size)),))
-    inputs = (q, k, v, *integers, *of_mask, *numbers, *of_score)
-    returned = _names(out.output, *lse, *peak)
-    return Graph("attention", inputs, (scores, mapped, weights, out), returned)
+    rows = [Value(n, wide, PAIRS[:3]) for n, asked in _rows(spec) if asked]
+    weights, made = Value("p", wide, PAIRS), []
+    ops = [
+        Op("sddmm", _names(q, k, *of_mask), (Value("s", wide, PAIRS),), tuple(facts.items())),
+        Op("score_map", ("s", *_names(*of(score))), (Value("t", wide, PAIRS),), (("score", score),)),
+        Op("softmax", ("t", *_names(*sinks)), (weights, *rows)),
+    ]
+    if prob is not None:
+        weights = Value("w", wide, PAIRS)
+        ops.append(Op("prob_map", ("p", "t", *_names(*of(prob))), (weights,), (("prob", prob),)))
+    out = Value("o", spec.dtype, (*PAIRS[:3], spec.v_size))
+    ops.append(Op("spmm", _names(weights, v), (out,)))
+    if spec.return_column_sums:
+        made = [Value("column_sums", wide, ("B", "Hq", "kv_len"))]
+        ops.append(Op("reduce", ("p",), tuple(made), (("axis", 2), ("op", "sum"))))
+    inputs = (q, k, v, *sinks, *of_mask, *(x for m in spec.maps for x in of(m)))
+    return Graph("attention", inputs, tuple(ops), _names(out, *rows, *made))
+
+
+def _rows(spec: AttentionSpec) -> tuple[tuple[str, bool], ...]:
+    return ("lse", spec.return_lse), ("max", spec.return_max)
 
 
 def spec_of(graph: Graph, op: Op) -> AttentionSpec:
-    """The spec of a fused attention; its score map holds the scale."""
-    q, v = graph.values[op.inputs[0]], graph.values[op.inputs[2]]
+    """The spec of a fused operation; its score map holds the scale."""
+    q = graph.values[op.inputs[0]]
+    weighs = op.kind in ("attention", "weigh")
+    sinks_at = {"attention": 3, "row_lse": 2, "weigh": 4, "column_sums": 3}[op.kind]
     return AttentionSpec(
         mask=op.attr("mask"),
         score_map=op.attr("score"),
         dtype=q.dtype,
         qk_size=int(q.shape[3]),
-        v_size=int(v.shape[3]),
+        v_size=int(graph.values[op.inputs[2]].shape[3] if weighs else q.shape[3]),
         contiguous=op.attr("contiguous"),
-        return_lse=len(op.outputs) > 1,
-        return_max=len(op.outputs) > 2,
+        return_lse=op.kind == "row_lse" or len(op.outputs) > 1,
+        return_max=len(op.outputs) > 1 + (op.kind == "attention"),
         target=op.attr("target"),
         precision=op.attr("precision"),
         monotone=frozenset(op.attr("monotone")),
         positive=op.attr("positive"),
+        sinks=graph.values[op.inputs[sinks_at]].dtype if op.attr("sinks") else None,
+        prob_map=op.attr("prob"),
     )
 
 

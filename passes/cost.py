@@ -172,11 +172,14 @@ def count_tiles(plan: Plan, size: Size) -> Tiles:
     if total == 0:
         return Tiles(0, 0, 0)
     values, loop_names = _values(size), coordinates(group.order)[2]
+    used = _symbols(loops)
+    lets = [(name, term) for name, term in group.lets if integer(name) in used]
 
     def sample(count: int) -> tuple[int, int]:
         """(visited, full) key tiles of `count` row tiles, evenly spread."""
         flat = (2 * np.arange(count) + 1) * total // (2 * count)
         cells: dict[str, Any] = dict(zip(names, np.unravel_index(flat, extents), strict=True))
+        cells |= {n: np.broadcast_to(evaluate(e, values | cells), count) for n, e in lets}
         here = _expand(cells, values, loops, loop_names)
         touched = np.broadcast_to(evaluate(loops.touched, values | here), _length(here))
         full = np.broadcast_to(evaluate(loops.full, values | here), _length(here)) & touched
@@ -203,7 +206,8 @@ def _values(size: Size) -> dict[str, Any]:
 def _grid(group: Group, schedule: Schedule, loops: Loops, size: Size) -> tuple[list[str], tuple[int, ...]]:
     """Names and extents of the coordinates that row tiles differ in; batch and head only where loops do."""
     grid = {}
-    used = set().union(*(e.free_symbols for e in _expressions(loops)))
+    used = _symbols(loops)
+    used |= {s for name, term in group.lets if integer(name) in used for s in term.free_symbols}
     for name, count in (("b", size.batch), ("h", size.heads)):
         if integer(name) in used:
             grid[name] = count
@@ -216,9 +220,9 @@ def _grid(group: Group, schedule: Schedule, loops: Loops, size: Size) -> tuple[l
     return list(grid), tuple(grid.values())
 
 
-def _expressions(loops: Loops) -> list[sympy.Basic]:
+def _symbols(loops: Loops) -> set[sympy.Basic]:
     bounds = [e for spans in loops.spans for span in spans for e in (span.lo, span.hi)]
-    return [*bounds, loops.touched, loops.full]
+    return set().union(*(e.free_symbols for e in (*bounds, loops.touched, loops.full)))
 
 
 def _repeated(names: list[str], size: Size) -> int:

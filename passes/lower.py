@@ -1,109 +1,81 @@
-"""lower: one fused attention, planned, to tile programs: one kernel a group.
+"""lower: one fused operation, planned, to tile programs: one kernel a group.
 
-Every kernel stores its output; one that is not the first starts its online softmax from what the one
-before has stored, the output and the logarithm of its weights' sum, so that groups merge exactly. Scores
-live in the base-2 domain: s * scale * log2(e).
+A kernel loads the features of its rows, walks over its key tiles, computes the scores of each and masks
+them where the mask cuts, and hands them to the operation's fold (passes/folds.py).
 
 Before (one group)::  %o, %lse = attention %q, %k, %v {mask, groups, schedule, loops}
 After::               kernel @attention_acsr_fwd(q, k, v, o, lse, ...) grid(...) { ... }
 
-Leaves alone: nothing; an attention without loops is an error.
+Leaves alone: nothing; an operation without loops is an error.
 """
 
 from __future__ import annotations
 
-import math
-
 import sympy
 
-from ..ir.expr import INF, Expr, exp2, integer, log2, maximum, real, where
-from ..ir.kernel import (
-    Axis,
-    Compute,
-    Dot,
-    If,
-    Kernel,
-    Let,
-    Load,
-    Program,
-    Reduce,
-    Scalar,
-    Stmt,
-    Store,
-    Tensor,
-)
+from ..ir.expr import INF, Expr, integer, real, where
+from ..ir.kernel import Axis, Compute, Dot, If, Kernel, Let, Load, Reduce, Scalar, Stmt, Tensor
 from ..ir.plan import Group, Loops, Schedule
-from .operands import Operands, per_row
+from ..ir.rename import exchange_extents
+from .folds import FOLDS, LOG2E, Part
+from .operands import Operands, Transposed
 from .rounding import together
 from .scaffold import Scaffold
 from .spec import SCALE, AttentionSpec
+from .transpose import TRANSPOSED, exchanged
 
-LOG2E = sympy.Float(math.log2(math.e))
-LN2 = sympy.Float(math.log(2))
-# Only -inf is below these (the least finite number itself is folded away by TVM's simplifier).
-LOWEST = {"f32": sympy.Float(-3.4028232635611926e38), "f64": sympy.Float(-1.797693134862315e308)}
-STALE = 8  # a row maximum may lag by 2^8 before accumulators are rescaled
-E_AXIS, D_AXIS = integer("e"), integer("d")
+D_AXIS = integer("d")
+Plan = tuple[Group, Schedule, Loops]
 
 
-def lower_attention(spec: AttentionSpec, plans: tuple[tuple[Group, Schedule, Loops], ...]) -> Program:
-    """Kernels of one attention in launch order, and the buffers that carry state between them."""
-    kernels = tuple(
-        _Builder(
-            spec, group, schedule, loops, first=i == 0, last=i == len(plans) - 1, index=i, total=len(plans)
-        ).kernel()
-        for i, (group, schedule, loops) in enumerate(plans)
-    )
-    state = _state(spec) if len(plans) > 1 else ()
-    return Program(kernels, state)
-
-
-def _state(spec: AttentionSpec) -> tuple[Tensor, ...]:
-    """What passes from one kernel to the next beside the output: log2 of the sum of a row's weights."""
-    return (per_row("log_sum", spec.accumulator, "inout"),)
+def lower_operation(kind: str, spec: AttentionSpec, plans: tuple[Plan, ...]) -> tuple[Kernel, ...]:
+    """The kernels of one fused operation in launch order."""
+    count = len(plans)
+    kernels = (_Builder(kind, spec, plan, n, count).kernel() for n, plan in enumerate(plans))
+    if kind in TRANSPOSED:
+        return tuple(exchange_extents(kernel, "q_len", "kv_len") for kernel in kernels)
+    return tuple(kernels)
 
 
 class _Builder:
     """Builds the kernel of one group. Every method returns statements; nothing is decided here."""
 
-    def __init__(
-        self,
-        spec: AttentionSpec,
-        group: Group,
-        schedule: Schedule,
-        loops: Loops,
-        *,
-        first: bool,
-        last: bool,
-        index: int,
-        total: int,
-    ) -> None:
-        self.spec, self.schedule, self.loops = spec, schedule, loops
-        self.first, self.last, self.index, self.total = first, last, index, total
+    def __init__(self, kind: str, spec: AttentionSpec, plan: Plan, index: int, total: int) -> None:
+        group, schedule, loops = plan
+        self.kind, self.spec, self.schedule, self.loops = kind, spec, schedule, loops
+        self.index, self.total = index, total
         self.over = Scaffold(group, schedule, loops, spec.accumulator, flat=spec.target_kind != "cpu")
-        self.at = Operands(spec, self.over)
+        fold = FOLDS[kind]
+        if kind in TRANSPOSED:
+            self.at: Operands = Transposed(spec, self.over)
+        else:
+            self.at = Operands(spec, self.over, values=fold.values)
         self.acc = spec.accumulator
         self.wide = (
             spec.target_kind != "cpu"
         )  # tensor cores: operands keep their dtype, axes are powers of two
         self.operand = spec.dtype if self.wide else self.acc
-        self.lowest = LOWEST[self.acc]
         assert spec.score_map is not None, "lower takes specs whose score map holds the scale"
         score = spec.score_map.expr
         plain = score == real("score") * SCALE
-        self.folded = plain and not self.wide  # the scale goes into Q once
+        self.folded = plain and not self.wide  # the scale goes into the rows once
         self.late = plain and self.wide and spec.positive  # it follows the maximum, and joins the exponent
+        score = exchanged(score) if kind in TRANSPOSED else score
         self.score = self.over.bind(together(score, self.acc), attending=True).xreplace(
             {real("score"): real("S")}
         )
+        first, last = index == 0, index == total - 1
+        scale = SCALE * LOG2E if self.late else sympy.S.One
+        self.fold = fold(Part(spec, schedule, self.over, self.at, self.operand, scale, first, last))
 
     def kernel(self) -> Kernel:
         axes = [Axis("i", self.over.rows, self.over.rows), Axis("j", self.over.cols, self.over.cols)]
-        axes += [self._feature("d", self.spec.qk_size), self._feature("e", self.spec.v_size)]
-        body = [*self._rows(), *self._begin(), *self.over.loop(self._tile()), *self._finish()]
+        axes.append(self._feature("d", self.spec.qk_size))
+        axes += [self._feature("e", self.spec.v_size)] if self.fold.values else []
+        body = [*self._rows(), *self.fold.begin(), *self.over.loop(self._tile()), *self.fold.end()]
         suffix = f"_{self.index}" if self.total > 1 else ""
         return Kernel(
-            name=f"attention_{self.spec.format}_fwd{suffix}",
+            name=f"{self.kind}_{self.spec.format}_fwd{suffix}",
             args=self._arguments(),
             grid=self.over.grid(),
             axes=tuple(axes),
@@ -118,58 +90,34 @@ class _Builder:
 
     def _comment(self) -> tuple[str, ...]:
         part = f"part {self.index + 1} of {self.total}" if self.total > 1 else "one part"
-        s = self.schedule
+        s, (rows, cols) = self.schedule, ("keys", "queries") if self.kind in TRANSPOSED else ("rows", "keys")
         return (
             f"mask: {self.spec.mask_text}",
-            f"{part}; rows {s.rows}, keys {s.cols}, order {self.over.order}",
+            f"{part}; {rows} {s.rows}, {cols} {s.cols}, order {self.over.order}",
         )
 
     def _arguments(self) -> tuple[Tensor | Scalar, ...]:
-        spec = self.spec
-        args: list[Tensor | Scalar] = [*self.at.inputs, *spec.capture_tensors]
-        role = "out" if self.first else "inout"
-        args.append(per_row("o", spec.dtype, role, spec.v_size))
-        if spec.return_lse and self.last:
-            args.append(per_row("lse", spec.lse_dtype, "out"))
-        if spec.return_max:
-            args.append(per_row("max", spec.lse_dtype, role))
-        if self.total > 1:
-            args += _state(spec)
-        args += [Scalar(name, "i64") for name in spec.params]
-        args += [Scalar(name, kind) for name, kind in spec.score_params]
+        args: list[Tensor | Scalar] = [*self.at.inputs, *self.fold.reads(), *self.spec.capture_tensors]
+        args += self.fold.results()
+        args += [Scalar(name, "i64") for name in self.spec.params]
+        args += [Scalar(name, kind) for name, kind in self.spec.map_params]
         return tuple(args)
 
     def _rows(self) -> list[Stmt]:
-        load = Load("Q", self.operand, ("i", "d"), "q", self.at.query(D_AXIS))
-        fold = self._set("Q", self.operand, ("i", "d"), real("Q") * SCALE * LOG2E)
+        rows = self.at.rows
+        load = Load(rows.tile, self.operand, ("i", "d"), rows.tensor, (*rows.at, D_AXIS))
+        fold = self._set(rows.tile, self.operand, ("i", "d"), real(rows.tile) * SCALE * LOG2E)
         return [*self.over.head, *self.at.head, *self.over.make_rows, load, *([fold] if self.folded else [])]
 
-    def _begin(self) -> list[Stmt]:
-        acc = self.acc
-        if self.first:
-            out: list[Stmt] = [
-                Compute("m", acc, ("i",), -INF),
-                Compute("l", acc, ("i",), sympy.Integer(0)),
-                Compute("O", acc, ("i", "e"), sympy.Integer(0)),
-            ]
-            return [*out, Compute("top", acc, ("i",), -INF)] if self.spec.return_max else out
-        at = self.at.safe_row
-        out = [
-            Load("m", acc, ("i",), "log_sum", at),
-            Compute("l", acc, ("i",), where(real("m") < self.lowest, 0, 1)),
-            Load("O", acc, ("i", "e"), "o", (*at, E_AXIS)),
-        ]
-        return [*out, Load("top", acc, ("i",), "max", at)] if self.spec.return_max else out
-
     def _tile(self) -> list[Stmt]:
-        """What happens to one key tile: scores, the mask where it cuts, the online softmax."""
+        """What happens to one key tile: scores, the mask where it cuts, the fold's step."""
         ij, full = ("i", "j"), self.loops.full
         if self.over.group.exact:
             masked = self._set("S", self.acc, ij, where(self.over.attends, real("S"), -INF))
             guard: list[Stmt] = [If(sympy.Not(full), (masked,))]
             if full in (sympy.true, sympy.false):
                 guard = [] if full == sympy.true else [masked]
-            return [*self._scores(), *guard, *self._softmax()]
+            return [*self._scores(), *guard, *self.fold.step()]
         ok = sympy.Symbol("ok")
         whole: list[Stmt] = []
         attends = self.over.attends
@@ -181,13 +129,15 @@ class _Builder:
             *whole,
             Compute("ok", "bool", ij, attends),
             Reduce("some", "bool", (), "any", ok, ij),
-            If(sympy.Symbol("some"), (*self._scores(), masked, *self._softmax())),
+            If(sympy.Symbol("some"), (*self._scores(), masked, *self.fold.step())),
         ]
 
     def _scores(self) -> list[Stmt]:
+        rows, cols = self.at.rows, self.at.cols
+        at = (*cols.at, D_AXIS)
         out: list[Stmt] = [
-            Load("K", self.operand, ("j", "d"), "k", self.at.key(D_AXIS), self.over.valid_col),
-            Dot("S", self.acc, ("i", "j"), "Q", "K", "d", precision=self.spec.precision),
+            Load(cols.tile, self.operand, ("j", "d"), cols.tensor, at, self.over.valid_col),
+            Dot("S", self.acc, ("i", "j"), rows.tile, cols.tile, "d", precision=self.spec.precision),
         ]
         if self.folded or self.late:
             return out
@@ -197,69 +147,6 @@ class _Builder:
             out.append(self._set("S", self.acc, ("i", "j"), real("S") * LOG2E))
         else:
             out.append(self._set("S", self.acc, ("i", "j"), self.score * LOG2E))
-        return out
-
-    def _softmax(self) -> list[Stmt]:
-        acc, ij = self.acc, ("i", "j")
-        m, peak, safe, alpha = real("m"), real("peak"), real("safe"), real("alpha")
-        rescale: tuple[Stmt, ...] = (
-            Compute("alpha", acc, ("i",), exp2(m - where(peak < self.lowest, 0, peak))),
-            self._set("l", acc, ("i",), real("l") * alpha),
-            self._set("O", acc, ("i", "e"), real("O") * alpha),
-            self._set("m", acc, ("i",), peak),
-        )
-        lazy: list[Stmt] = list(rescale)
-        if self.schedule.lazy_rescale:
-            lazy = [
-                Reduce("rose", "bool", (), "any", peak > m + STALE, ("i",)),
-                If(sympy.Symbol("rose"), rescale),
-            ]
-        weights, narrow = "P", []
-        if self.operand != acc:
-            weights, narrow = "W", [Compute("W", self.operand, ij, real("P"))]
-        scale = SCALE * LOG2E if self.late else sympy.Integer(1)
-        highest = maximum(real("top"), scale * peak)
-        return [
-            Reduce("peak", acc, ("i",), "max", real("S"), ("j",)),
-            *([self._set("top", acc, ("i",), highest)] if self.spec.return_max else []),
-            self._set("peak", acc, ("i",), maximum(m, scale * peak)),
-            *lazy,
-            Compute("safe", acc, ("i",), where(m < self.lowest, 0, m)),
-            Compute("P", acc, ij, exp2(scale * real("S") - safe)),
-            Reduce("gain", acc, ("i",), "sum", real("P"), ("j",)),
-            self._set("l", acc, ("i",), real("l") + real("gain")),
-            *narrow,
-            Load("V", self.operand, ("j", "e"), "v", self.at.key(E_AXIS), self.over.valid_col),
-            Dot(
-                "O",
-                acc,
-                ("i", "e"),
-                weights,
-                "V",
-                "j",
-                accumulate=True,
-                declares=False,
-                precision=self.spec.precision,
-            ),
-        ]
-
-    # the end ----------------------------------------------------------------------------------------
-
-    def _finish(self) -> list[Stmt]:
-        at, valid = self.at.row, self.over.valid_row
-        empty = sympy.Eq(real("l"), 0)
-        log_sum = where(empty, -INF, real("m") + log2(where(empty, 1, real("l"))))
-        out: list[Stmt] = [
-            Compute("inv", self.acc, ("i",), sympy.Integer(1) / where(empty, 1, real("l"))),
-            self._set("O", self.acc, ("i", "e"), real("O") * real("inv")),
-            Store("o", (*at, E_AXIS), real("O"), ("i", "e"), valid),
-        ]
-        if not self.last:
-            out.append(Store("log_sum", at, log_sum, ("i",), valid))
-        elif self.spec.return_lse:
-            out.append(Store("lse", at, log_sum * LN2, ("i",), valid))
-        if self.spec.return_max:
-            out.append(Store("max", at, real("top") * (LN2 if self.last else 1), ("i",), valid))
         return out
 
     def _set(self, name: str, dtype: str, axes: tuple[str, ...], expr: Expr) -> Compute:

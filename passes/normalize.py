@@ -12,6 +12,7 @@ Leaves alone: opaque atoms, and predicates that isl would only make longer.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import islpy as isl
 import sympy
@@ -27,7 +28,7 @@ MAX_DISJUNCTS = 16
 def normalize_mask(mask: Mask) -> Mask:
     """The same mask with a shorter predicate where isl finds one."""
     affine, opaque = split(mask.predicate)
-    return Mask(sympy.And(simplified(affine), opaque), mask.params, mask.captures)
+    return replace(mask, predicate=sympy.And(simplified(affine), opaque))
 
 
 def split(predicate: Expr) -> tuple[Expr, Expr]:

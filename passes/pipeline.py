@@ -7,7 +7,7 @@ pass can be inserted by name with `inserted`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,22 +15,30 @@ from ..ir.errors import InputError
 from ..ir.expr import to_text
 from ..ir.graph import Graph, Op
 from ..ir.graph_text import to_text as graph_text
-from ..ir.kernel import Program
+from ..ir.kernel import Kernel, Program, Tensor
 from .align import align_mask
 from .build import build, spec_of
 from .decompose import decompose as terms_of
 from .delinearize import widths
+from .folds import FOLDS
 from .fuse import fuse
-from .lower import lower_attention
+from .lower import lower_operation
 from .normalize import normalize_mask
 from .programs import order_programs
 from .reads import checks
 from .schedule import check, choose
 from .spec import AttentionSpec
 from .tile import plan
+from .transpose import transpose
+from .uniform import uniform as uniform_mask
 
 Pass = Callable[[Graph], Graph]
 Watcher = Callable[[str, Any], None]
+
+
+def uniform(graph: Graph) -> Graph:
+    """What masks read once a batch and head, as integers of their sets."""
+    return _masked(graph, lambda op: op.with_attrs(mask=uniform_mask(op.attr("mask"))))
 
 
 def normalize(graph: Graph) -> Graph:
@@ -89,11 +97,13 @@ def tile(graph: Graph) -> Graph:
 
 
 PIPELINE: tuple[tuple[str, Pass], ...] = (
+    ("uniform", uniform),
     ("normalize", normalize),
     ("delinearize", delinearize),
     ("decompose", decompose),
     ("align", align),
     ("fuse", fuse),
+    ("transpose", transpose),
     ("schedule", schedule),
     ("tile", tile),
 )
@@ -125,20 +135,42 @@ def inserted(
 
 
 def lower(graph: Graph) -> Program:
-    """The kernels of a planned graph with one attention. Raises InputError for a graph that has none."""
-    fused = graph.of_kind("attention")
-    if len(fused) != 1 or fused[0].attr("loops") is None:
-        raise InputError("lower", "a graph with one attention that has passed `tile`", graph_text(graph))
-    [op] = fused
-    spec = spec_of(graph, op)
-    plans = tuple(zip(op.attr("groups"), op.attr("schedules"), op.attr("loops"), strict=True))
-    found = [*checks(spec.mask, spec.mask.predicate, attending=False)]
-    if spec.score_map is not None:
-        found += checks(spec.mask, spec.score_map.expr, attending=True)
-    guards = tuple(
-        (to_text(c.fails), f"{c.text} reads outside its tensor: expected {to_text(c.holds)}") for c in found
-    )
-    return replace(lower_attention(spec, plans), text=graph_text(graph), checks=guards)
+    """The kernels of a planned graph of one attention. Raises InputError for a graph that holds others."""
+    kinds = [op.kind for op in graph.ops]
+    planned = all(op.kind in FOLDS and op.attr("loops") is not None for op in graph.ops)
+    if not planned or len({*kinds}) != len(kinds) or not {"attention", "weigh"} & {*kinds}:
+        raise InputError("lower", "a graph of one attention that has passed `tile`", graph_text(graph))
+    kernels: list[Kernel] = []
+    guards: dict[tuple[str, str], None] = {}
+    for op in graph.ops:
+        spec = spec_of(graph, op)
+        plans = tuple(zip(op.attr("groups"), op.attr("schedules"), op.attr("loops"), strict=True))
+        kernels += lower_operation(op.kind, spec, plans)
+        guards |= dict.fromkeys(_guards(spec))
+    return Program(tuple(kernels), _intermediates(graph, kernels), graph_text(graph), tuple(guards))
+
+
+def _guards(spec: AttentionSpec) -> Iterator[tuple[str, str]]:
+    """Calls that read outside a captured tensor, as checks of a program."""
+    found = [*checks(spec.mask, spec.mask.inlined.predicate, attending=False)]
+    for mapped in spec.maps:
+        found += checks(spec.mask, mapped.expr, attending=True)
+    for c in found:
+        yield to_text(c.fails), f"{c.text} reads outside its tensor: expected {to_text(c.holds)}"
+
+
+def _intermediates(graph: Graph, kernels: list[Kernel]) -> tuple[Tensor, ...]:
+    """What kernels pass on to each other and the graph does not return."""
+    written: dict[str, Tensor] = {}
+    for kernel in kernels:
+        written |= {t.name: t for t in kernel.tensors if t.role != "in" and t.name not in written}
+    kept = [t for t in written.values() if t.role == "inout"]
+    return (*kept, *([written["lse"]] if "lse" in written and not _returns_lse(graph) else []))
+
+
+def _returns_lse(graph: Graph) -> bool:
+    made = [op.outputs[op.kind == "attention"] for op in graph.ops if op.kind in ("attention", "row_lse")]
+    return any(value.name in graph.outputs for value in made)
 
 
 def compile_spec(spec: AttentionSpec, schedules: Any = None, watch: Watcher | None = None) -> Program:
@@ -155,4 +187,4 @@ def _masked(graph: Graph, rule: Callable[[Op], Op]) -> Graph:
 
 
 def _fused(graph: Graph, rule: Callable[[Op], Op]) -> Graph:
-    return graph.map_ops(lambda op: rule(op) if op.kind == "attention" else None)
+    return graph.map_ops(lambda op: rule(op) if op.kind in FOLDS else None)

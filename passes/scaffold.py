@@ -56,7 +56,9 @@ class Scaffold:
         self.group, self.schedule, self.loops, self.order = group, schedule, loops, group.order
         self.boxes = len(self.order.dims) > 1
         self.rows, self.cols = math.prod(schedule.rows), math.prod(schedule.cols)
-        self.make_rows, self.row_names, inside = self._tiles("row", "i", row_index, schedule.rows)
+        made, self.row_names, inside = self._tiles("row", "i", row_index, schedule.rows)
+        lets = [Let(name, clamp(term, attending=True)) for name, term in group.lets]
+        self.make_rows: list[Stmt] = [*lets, *made]
         self.valid_row = all_of([inside, ROW < Q_LEN])
         self.safe_row = minimum(ROW, Q_LEN - 1)
         self.make_cols, self.col_names, inside = self._tiles("col", "j", column_index, schedule.cols)

@@ -12,7 +12,7 @@ from ..ir.errors import InputError
 from ..ir.expr import real
 from ..ir.kernel import Tensor
 from ..ir.mask import Mask
-from ..ir.score import ScoreMap
+from ..ir.score import ProbMap, ScoreMap
 
 SCALE = real("scale")
 DTYPES = ("f16", "bf16", "f32", "f64")
@@ -25,7 +25,9 @@ class AttentionSpec:
     contiguous: for q, k and v, whether the last dimension has stride 1 (other strides are always
     runtime values). return_max: also the largest score of every row (needs return_lse). monotone:
     captured tensors whose values never decrease (the caller has checked). positive: the scale is known to
-    be above 0, and no denormal. Raises InputError on an unknown dtype or a size outside 1..1024."""
+    be above 0, and no denormal. sinks: the dtype of the attention sinks, or None. prob_map: what becomes of
+    the probabilities before they weigh the values. return_column_sums: also what every key gets from all
+    queries, before the prob_map. Raises InputError on an unknown dtype or a size outside 1..1024."""
 
     mask: Mask
     score_map: ScoreMap | None = None
@@ -39,10 +41,14 @@ class AttentionSpec:
     precision: str = "ieee"
     monotone: frozenset[str] = frozenset()
     positive: bool = False
+    sinks: str | None = None
+    prob_map: ProbMap | None = None
+    return_column_sums: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise InputError("AttentionSpec.dtype", f"one of {', '.join(DTYPES)}", repr(self.dtype))
+        for name, dtype in (("dtype", self.dtype), ("sinks", self.sinks or self.dtype)):
+            if dtype not in DTYPES:
+                raise InputError(f"AttentionSpec.{name}", f"one of {', '.join(DTYPES)}", repr(dtype))
         if self.return_max and not self.return_lse:
             raise InputError("AttentionSpec.return_max", "return_lse=True beside it", "return_lse=False")
         for name, size in (("qk_size", self.qk_size), ("v_size", self.v_size)):
@@ -85,16 +91,22 @@ class AttentionSpec:
         return replace(self, score_map=ScoreMap(expr, (("scale", "float"), *inner.params), inner.captures))
 
     @property
-    def score_params(self) -> tuple[tuple[str, str], ...]:
-        """Names and argument dtypes of the score map's runtime numbers."""
-        if self.score_map is None:
-            return ()
-        wide = self.accumulator
-        return tuple((name, "i64" if kind == "int" else wide) for name, kind in self.score_map.params)
+    def maps(self) -> tuple[ScoreMap, ...]:
+        """The score map and the probability map, those that there are."""
+        return tuple(m for m in (self.score_map, self.prob_map) if m is not None)
+
+    @property
+    def map_params(self) -> tuple[tuple[str, str], ...]:
+        """Names and argument dtypes of the maps' runtime numbers."""
+        return tuple(p for m in self.maps for p in self.params_of(m))
+
+    def params_of(self, map: ScoreMap) -> tuple[tuple[str, str], ...]:
+        """Names and argument dtypes of one map's runtime numbers."""
+        return tuple((name, "i64" if kind == "int" else self.accumulator) for name, kind in map.params)
 
     @property
     def capture_tensors(self) -> tuple[Tensor, ...]:
-        captures = [*self.mask.captures, *(self.score_map.captures if self.score_map else ())]
+        captures = [*self.mask.captures, *(c for m in self.maps for c in m.captures)]
         return tuple(
             Tensor(
                 c.name, "u8" if c.dtype == "bool" else c.dtype, tuple(f"{c.name}_{d}" for d in range(c.rank))

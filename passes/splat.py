@@ -40,11 +40,11 @@ from ..ir.kernel import (
 )
 from .align import align_mask
 from .decompose import decompose
-from .lower import LOG2E, LOWEST, SCALE
+from .folds import LOG2E, LOWEST
 from .normalize import normalize_mask
 from .scaffold import COL, ROW, B, H, Scaffold
 from .schedule import choose
-from .spec import AttentionSpec
+from .spec import SCALE, AttentionSpec
 from .tile import plan_loops
 
 VALUES = ("B", "Hq", "q_len", "slots")

@@ -182,6 +182,17 @@ def test_document_per_batch():
     assert mask.segments == (0,)
 
 
+def test_tensors_are_moved_to_a_device():
+    ids = np.repeat(np.arange(4), 5)
+    mask = masks.document(ids) & masks.causal()
+    moved = mask.to("cpu")
+    assert moved.key == mask.key and moved.values == mask.values
+    assert all(isinstance(t, torch.Tensor) for t in moved.tensors)
+    assert (moved.to_dense(20, 20) == mask.to_dense(20, 20)).all()
+    assert moved.to("cpu").tensors[0] is moved.tensors[0]
+    assert moved.to("meta").tensors[0].device.type == "meta"
+
+
 def test_segments_are_what_is_only_compared():
     ids, other = torch.arange(4), torch.arange(4)
     assert (masks.document(ids) & masks.causal()).segments == (0,)

@@ -18,7 +18,7 @@ ORDERS = {
     "longformer": (masks.longformer(128, 64), ["heads"]),
     "dilated": (masks.dilated_window(64, 4), ["rows"]),
     "strided": (masks.strided(64, 64), ["heads", "rows"]),
-    "neighborhood": (masks.neighborhood((24, 24), (5, 5)), ["heads"]),
+    "neighborhood": (masks.neighborhood((24, 24), (5, 5)), ["rows"]),
 }
 
 

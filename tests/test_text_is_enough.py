@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import gossamer
 from gossamer import masks
 from gossamer.codegen import triton, tvm
 from gossamer.ir.graph_text import to_text
@@ -15,11 +17,15 @@ from gossamer.passes.build import build
 from gossamer.passes.pipeline import lower, run
 from gossamer.passes.spec import AttentionSpec
 
+WINDOWS = torch.tensor([3, 40])
 MASKS = {
     "window and global": masks.sliding_window(9) | masks.global_tokens(4),
     "strided": masks.strided(8, local=4),
     "box": masks.neighborhood((16, 16), (5, 5)),
     "documents": masks.document(ids=[0, 0, 1, 1, 2]),
+    "windows by head": gossamer.Mask.trace(
+        lambda b, h, q, k: (q - k <= WINDOWS[h]) & (k >= WINDOWS[b] * WINDOWS[h])
+    ),
     "random blocks": masks.bigbird(9, 4, 2, 16, seed=1),
 }
 CHILD = """
