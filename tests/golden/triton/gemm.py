@@ -52,7 +52,7 @@ OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
 def grid(M, N, **_):
-    return ((M + 15) // 16 * (N + 31) // 32,)
+    return (((M + 15) // 16) * ((N + 31) // 32),)
 
 
 def bind(a, b, c):

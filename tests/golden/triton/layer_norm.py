@@ -57,7 +57,7 @@ OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
 def grid(rows, **_):
-    return ((rows + 7) // 8,)
+    return (((rows + 7) // 8),)
 
 
 def bind(x, weight, bias, y, eps):

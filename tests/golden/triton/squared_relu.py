@@ -73,7 +73,7 @@ OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
 def grid(B, H, q_len, **_):
-    return ((q_len + 15) // 16 * H * B,)
+    return (((q_len + 15) // 16) * H * B,)
 
 
 def bind(q, k, v, o, scale):

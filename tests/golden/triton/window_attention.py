@@ -112,7 +112,7 @@ OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
 def grid(B, Hq, q_len, **_):
-    return ((q_len + 15) // 16 * Hq * B,)
+    return (((q_len + 15) // 16) * Hq * B,)
 
 
 def bind(q, k, v, o, lse, p0, scale):
