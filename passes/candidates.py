@@ -61,7 +61,11 @@ def _schedules(survey: Survey) -> Iterator[Schedule]:
     anchors = [(), survey.anchors] if any(a is not None for a in survey.anchors) else [()]
     for rows, keys, anchored in itertools.product(ROWS, KEYS, anchors):
         aligned = None in (anchored or (None,))
-        shape = ((rows,), (keys,)) if rank == 1 else survey.boxes.shape(rows, keys, aligned=aligned, sizes=(keys,))
+        shape = (
+            ((rows,), (keys,))
+            if rank == 1
+            else survey.boxes.shape(rows, keys, aligned=aligned, sizes=(keys,))
+        )
         for warps, stages in itertools.product(WARPS, STAGES):
             if warps == WARPS[0] or rows >= 64:
                 meta = (("stages", stages), ("warps", warps))

@@ -19,8 +19,8 @@ import math
 from dataclasses import dataclass
 
 from ..ir.plan import Schedule
-from .machine import Device
 from .footprint import footprint, padded, products
+from .machine import Device
 from .tile_count import BYTES, Size, Tiles
 
 # Share of the matrix-product rate that tiles reach, by how products run (`footprint.products`). Warps reuse

@@ -1,11 +1,10 @@
 """footprint: what a GPU kernel of some tile sizes takes of a multiprocessor, before it is compiled.
 
-Shared memory follows Triton's pipeliner exactly (an upper bound for tf32). Where products run on warp groups (Hopper, 16-bit, 64
-rows or more), both operands come from shared memory: `stages` buffers of a key and a value tile, beside
-Q. Elsewhere there is one buffer less, and the weights P stand beside Q. Registers are linear fits to
-what ptxas reports, some tens off: a constant, the accumulators O and S in f32, what more stages keep of
-S, and the vectors of a key tile that a thread copies. `tests/test_footprint.py` compares both with
-compiled kernels.
+Shared memory follows Triton's pipeliner exactly (for tf32 it is an upper bound). Where products run on
+warp groups (Hopper, 16-bit, 64 rows or more), both operands come from shared memory: `stages` buffers of a
+key and a value tile, beside Q. Elsewhere there is one buffer less, and the weights P stand beside Q.
+Registers are linear fits to what ptxas reports, some tens off: a constant, the accumulators O and S in
+f32, what more stages keep of S, and the vectors of a key tile that a thread copies.
 """
 
 from __future__ import annotations
@@ -72,7 +71,9 @@ def footprint(chip: Chip, schedule: Schedule, dtype: str, qk_size: int, v_size: 
     fit, limit = FITS[how, slices if how == "warp groups" else None]
     counts = (1, outputs, scores, scores if stages > 2 else 0, vectors)
     wanted = math.ceil(sum(a * n for a, n in zip(fit, counts, strict=True)))
-    return Footprint(shared_bytes(chip, schedule, dtype, qk_size, v_size), wanted, threads, max(0, wanted - limit))
+    return Footprint(
+        shared_bytes(chip, schedule, dtype, qk_size, v_size), wanted, threads, max(0, wanted - limit)
+    )
 
 
 def shared_bytes(chip: Chip, schedule: Schedule, dtype: str, qk_size: int, v_size: int) -> int:

@@ -6,8 +6,8 @@ misaligned key tiles waste, from the extents of k - q in each dimension. Where k
 below, key tiles are anchored there instead of on a grid.
 
 GPU tiles are the best of `candidates` by the cost model, among those of the size that `measured` has for
-the case, where a device was measured. Both look at the structure of a mask alone, so that another length, window or batch
-compiles nothing.
+the case, where a device was measured. Both look at the structure of a mask alone, so that another length,
+window or batch compiles nothing.
 
 Leaves alone: groups whose schedule is given.
 """

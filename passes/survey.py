@@ -18,7 +18,7 @@ import sympy
 
 from ..ir.errors import InterpretError
 from ..ir.evaluate import evaluate
-from ..ir.expr import Expr, floordiv, floormod, integer, read, readf, reads, sum_of, symbols, where
+from ..ir.expr import Expr, floordiv, floormod, readf, reads, sum_of, symbols, where
 from ..ir.mask import Mask
 from ..ir.plan import Group, Schedule
 from .boxes import Boxes
@@ -32,6 +32,8 @@ CELL = 16  # rows and keys of the cells that tiles are made of
 POINTS = np.array([0, 5, 10, 15])  # of a cell, along each side
 INNER = 4  # row tiles looked at beside the first and the last
 
+Cells = tuple[Any, Any, Any]  # arrays: the weight of each row tile, and [row tile, cell] touched, and full
+
 
 class Survey:
     """Counts tiles of one group of a mask, with one number for all of the mask's integers."""
@@ -41,7 +43,7 @@ class Survey:
         self._predicate = _without_reads(group.predicate, mask)
         self._values: dict[str, Any] = {"q_len": LENGTH, "kv_len": LENGTH, "b": 0, "h": 0, "B": 1, "Hq": 1}
         self._values |= {s.name: number for s in symbols(self._predicate) if s.name not in self._values}
-        self._seen: dict[tuple[int, bool], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._seen: dict[tuple[int, bool], Cells] = {}
 
     @cached_property
     def anchors(self) -> tuple[Expr | None, ...]:
@@ -60,7 +62,9 @@ class Survey:
         """The tiles of one kernel with this schedule on the reference problem."""
         heads, dims = size.batch * size.heads, self.group.order.dims
         if len(dims) > 1:
-            visited, full = self.boxes.visits((schedule.rows, schedule.cols), None in self._anchored(schedule))
+            visited, full = self.boxes.visits(
+                (schedule.rows, schedule.cols), None in self._anchored(schedule)
+            )
             row_tiles = _box_rows(self.group, schedule) * heads
             visited, full = (min(n, LENGTH) * row_tiles for n in (visited, full))
             return Tiles(row_tiles, round(visited - full), round(full), False)
@@ -75,21 +79,21 @@ class Survey:
     def _anchored(self, schedule: Schedule) -> tuple[Expr | None, ...]:
         return schedule.anchors or (None,) * len(self.group.order.dims)
 
-    def _cells(self, rows: int, anchored: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(weight of each row tile looked at; cells touched; cells full), the last two [row tile, cell]."""
+    def _cells(self, rows: int, anchored: bool) -> Cells:
         if (rows, anchored) not in self._seen:
             self._seen[rows, anchored] = self._look(rows, anchored)
         return self._seen[rows, anchored]
 
-    def _look(self, rows: int, anchored: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        [dim] = self.group.order.dims
+    def _look(self, rows: int, anchored: bool) -> Cells:
+        dim = self.group.order.dims[0]
         count = -(-LENGTH // (dim.row_stride * rows))
         at, weights = _sample(count)
         classes = self._values | {"r0": dim.row_stride // 2}
         first: Any = 0
-        if anchored and self.anchors[0] is not None:
-            names = {s.name: self.number for s in self.anchors[0].free_symbols}
-            first = rows * at[:, None, None] + int(evaluate(self.anchors[0], names))
+        form = anchor(self.group, 0) if anchored else None
+        if form is not None:
+            names = {str(s): self.number for s in form.free_symbols}
+            first = rows * at[:, None, None] + int(evaluate(form, names))
         cells = -(-LENGTH // (dim.col_stride * CELL))
         row = (np.arange(-(-rows // CELL))[:, None] * CELL + POINTS).ravel()
         col = (np.arange(cells)[:, None] * CELL + POINTS).ravel()
@@ -112,7 +116,7 @@ class Survey:
 
 
 def _sample(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row tiles to look at, of so many: the first, the last and some between, and how many each stands for."""
+    """Row tiles to look at, of so many: first, last and some between; and how many each stands for."""
     if count <= INNER + 2:
         return np.arange(count), np.ones(count)
     inner = 1 + (2 * np.arange(INNER) + 1) * (count - 2) // (2 * INNER)
