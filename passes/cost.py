@@ -7,99 +7,33 @@
 spread over workers that start in waves. `memory` moves each operand once a kernel, and the softmax state
 between kernels. `tiles` is what a worker pays to start a tile, `launches` what a kernel costs at all. It
 is the roofline model (Williams, Waterman, Patterson, CACM 2009) with two overheads: good for ranking
-schedules and for seeing what bounds a kernel, not for promising a time.
-
-Tiles are counted by evaluating the loops themselves; on very long sequences, those of a sample of rows.
+schedules and for seeing what bounds a kernel, not for promising a time. GPUs with a `Chip` are predicted
+kernel by kernel (`cost_gpu`), where what shares a multiprocessor, and how it overlaps, is known too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import sympy
+from ..ir.plan import Schedule
+from .cost_gpu import kernel_time
+from .machine import Chip, Device
+from .tile_count import Plan, Size, Tiles, count_tiles
 
-from ..ir.errors import InputError
-from ..ir.evaluate import evaluate
-from ..ir.expr import integer
-from ..ir.plan import Group, Loops, Schedule
-from .tilesets import coordinates
-
-BYTES = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
-MAX_COUNTED = 1 << 20  # key tiles evaluated one by one; beyond it, row tiles are sampled evenly
-FEW = 16  # row tiles that are always looked at
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the model knows of a machine, in units of one second.
-
-    flops: matrix-multiply rate by dtype. bandwidth: bytes moved. exps: exponentials. workers: tiles
-    in flight (cores or multiprocessors). tile, launch: seconds that starting a tile on a worker, and a
-    kernel, cost. source: where the numbers come from."""
-
-    name: str
-    flops: tuple[tuple[str, float], ...]
-    bandwidth: float
-    exps: float
-    workers: int
-    tile: float
-    launch: float
-    source: str = ""
-
-    def peak(self, dtype: str) -> float:
-        """FLOP/s of a matrix product in this dtype. Raises InputError when it is not known."""
-        rates = dict(self.flops)
-        if dtype not in rates:
-            raise InputError("Device.peak", f"one of {', '.join(rates)} for {self.name}", repr(dtype))
-        return rates[dtype]
-
-
-@dataclass(frozen=True)
-class Size:
-    """One problem. kv_heads: 0 stands for as many as heads.
-
-    params: the mask's integers and captured tensors (arrays), by name."""
-
-    q_len: int
-    kv_len: int
-    batch: int = 1
-    heads: int = 1
-    kv_heads: int = 0
-    qk_size: int = 64
-    v_size: int = 64
-    dtype: str = "f32"
-    params: Mapping[str, Any] | None = None
-
-    @property
-    def io_bytes(self) -> int:
-        """Bytes of q, k, v and o."""
-        per_query, per_key = self.heads * self.q_len, (self.kv_heads or self.heads) * self.kv_len
-        return self.batch * (per_query + per_key) * (self.qk_size + self.v_size) * BYTES[self.dtype]
-
-    @property
-    def pair_flops(self) -> int:
-        """Floating-point operations of one pair: its score, and its share of the output."""
-        return 2 * (self.qk_size + self.v_size)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How many row tiles one kernel has, and how many key tiles they visit, partly and wholly attended.
-
-    Counts are over all batches and heads; exact is False when they come from a sample."""
-
-    rows: int
-    partial: int
-    full: int
-    exact: bool = True
-
-    @property
-    def visited(self) -> int:
-        return self.partial + self.full
+__all__ = [
+    "Chip",
+    "Device",
+    "Estimate",
+    "Plan",
+    "Size",
+    "Tiles",
+    "count_tiles",
+    "estimate",
+    "estimate_tiles",
+    "floor",
+]
 
 
 @dataclass(frozen=True)
@@ -125,9 +59,6 @@ class Estimate:
         return max(("compute", "memory", "tiles", "launches"), key=lambda name: getattr(self, name))
 
 
-Plan = tuple[Group, Schedule, Loops]
-
-
 def floor(device: Device, size: Size, nnz: int) -> float:
     """Seconds that no kernel can beat on this device: nnz pairs in all, over batches and heads."""
     return max(nnz * size.pair_flops / device.peak(size.dtype), size.io_bytes / device.bandwidth)
@@ -135,116 +66,37 @@ def floor(device: Device, size: Size, nnz: int) -> float:
 
 def estimate(device: Device, size: Size, plans: Sequence[Plan]) -> Estimate:
     """Predicted time of an attention that runs as these kernels."""
-    pairs, tiles, waves = 0, 0, 1.0
-    for plan in plans:
-        counted = count_tiles(plan, size)
-        cells = math.prod(plan[1].rows) * math.prod(plan[1].cols)
-        pairs += counted.visited * cells
-        tiles += counted.visited + counted.rows
-        waves = max(waves, _idle(counted.rows, device.workers))
-    row = size.v_size * BYTES[size.dtype] + 2 * max(4, BYTES[size.dtype])  # the output again, a sum both ways
-    state = size.batch * size.heads * size.q_len * row
-    moved = len(plans) * size.io_bytes + (len(plans) - 1) * state
+    counted = [count_tiles(plan, size) for plan in plans]
+    schedules = [schedule for _, schedule, _ in plans]
+    return estimate_tiles(device, size, schedules, counted)
+
+
+def estimate_tiles(
+    device: Device, size: Size, schedules: Sequence[Schedule], counted: Sequence[Tiles]
+) -> Estimate:
+    """`estimate`, for kernels of which the tiles are known."""
+    cells = [math.prod(s.rows) * math.prod(s.cols) for s in schedules]
+    pairs = sum(n * tiles.visited for n, tiles in zip(cells, counted, strict=True))
+    moved = [size.io_bytes + size.state_bytes * (i > 0) for i in range(len(schedules))]
+    launches = len(schedules) * device.launch
+    if device.chip is not None:
+        kernels = [kernel_time(device, size, *each) for each in zip(schedules, counted, moved, strict=True)]
+        compute, memory = sum(k.arithmetic for k in kernels), sum(k.memory for k in kernels)
+        rest = sum(k.seconds for k in kernels) - launches - max(compute, memory)
+        return Estimate(compute, memory, rest, launches, pairs, sum(moved))
+    tiles = sum(t.visited + t.rows for t in counted)
+    waves = max(1.0, *(_idle(t.rows, device.workers) for t in counted))
     work = pairs * (size.pair_flops / device.peak(size.dtype) + 1 / device.exps)
     return Estimate(
         compute=work * waves,
-        memory=moved / device.bandwidth,
+        memory=sum(moved) / device.bandwidth,
         tiles=tiles * device.tile / device.workers,
-        launches=len(plans) * device.launch,
+        launches=launches,
         pairs=pairs,
-        bytes=moved,
+        bytes=sum(moved),
     )
 
 
 def _idle(cells: int, workers: int) -> float:
     """How much longer whole waves take than an even spread."""
     return -(-cells // workers) * workers / cells if cells else 1.0
-
-
-# ---- counting tiles ----
-
-
-def count_tiles(plan: Plan, size: Size) -> Tiles:
-    """The tiles that one kernel visits, by evaluating its loops."""
-    group, schedule, loops = plan
-    names, extents = _grid(group, schedule, loops, size)
-    total = math.prod(extents)
-    if total == 0:
-        return Tiles(0, 0, 0)
-    values, loop_names = _values(size), coordinates(group.order)[2]
-    used = _symbols(loops)
-    lets = [(name, term) for name, term in group.lets if integer(name) in used]
-
-    def sample(count: int) -> tuple[int, int]:
-        """(visited, full) key tiles of `count` row tiles, evenly spread."""
-        flat = (2 * np.arange(count) + 1) * total // (2 * count)
-        cells: dict[str, Any] = dict(zip(names, np.unravel_index(flat, extents), strict=True))
-        cells |= {n: np.broadcast_to(evaluate(e, values | cells), count) for n, e in lets}
-        here = _expand(cells, values, loops, loop_names)
-        touched = np.broadcast_to(evaluate(loops.touched, values | here), _length(here))
-        full = np.broadcast_to(evaluate(loops.full, values | here), _length(here)) & touched
-        return int(touched.sum()), int(full.sum())
-
-    taken = total
-    if total * (size.kv_len // math.prod(schedule.cols) + 1) > MAX_COUNTED:
-        first = min(total, FEW)
-        each = max(1, sample(first)[0] // first)
-        taken = min(total, max(FEW, MAX_COUNTED // each))
-    visited, full = sample(taken)
-    shared = _repeated(names, size)
-    visited, full = (n * total * shared // taken for n in (visited, full))
-    return Tiles(total * shared, visited - full, full, taken == total)
-
-
-def _values(size: Size) -> dict[str, Any]:
-    lengths = {"q_len": size.q_len, "kv_len": size.kv_len, "b": 0, "h": 0}
-    given = dict(size.params or {})
-    extents = {f"{name}_{d}": n for name, a in given.items() for d, n in enumerate(np.shape(a))}
-    return {**lengths, "B": size.batch, "Hq": size.heads, **given, **extents}
-
-
-def _grid(group: Group, schedule: Schedule, loops: Loops, size: Size) -> tuple[list[str], tuple[int, ...]]:
-    """Names and extents of the coordinates that row tiles differ in; batch and head only where loops do."""
-    grid = {}
-    used = _symbols(loops)
-    used |= {s for name, term in group.lets if integer(name) in used for s in term.free_symbols}
-    for name, count in (("b", size.batch), ("h", size.heads)):
-        if integer(name) in used:
-            grid[name] = count
-    inner = math.prod(dim.width or 1 for dim in group.order.dims[1:])
-    for d, dim in enumerate(group.order.dims):
-        extent = dim.width if dim.width is not None else -(-size.q_len // inner)
-        grid[f"m{d}"] = -(-extent // (dim.row_stride * schedule.rows[d]))
-        if dim.row_stride > 1:
-            grid[f"r{d}"] = dim.row_stride
-    return list(grid), tuple(grid.values())
-
-
-def _symbols(loops: Loops) -> set[sympy.Basic]:
-    bounds = [e for spans in loops.spans for span in spans for e in (span.lo, span.hi)]
-    return set().union(*(e.free_symbols for e in (*bounds, loops.touched, loops.full)))
-
-
-def _repeated(names: list[str], size: Size) -> int:
-    """How many batches and heads share each counted row tile."""
-    return (1 if "b" in names else size.batch) * (1 if "h" in names else size.heads)
-
-
-def _expand(cells: dict[str, Any], values: dict[str, Any], loops: Loops, names: list[str]) -> dict[str, Any]:
-    """Coordinates of every key tile in the spans of these row tiles, as arrays of one length."""
-    for name, spans in zip(names, loops.spans, strict=True):
-        count = _length(cells)
-        found = [{**{n: a[:0] for n, a in cells.items()}, name: np.arange(0)}]
-        for span in spans:
-            low, high = (np.broadcast_to(evaluate(e, values | cells), count) for e in (span.lo, span.hi))
-            lengths = np.maximum(high - low, 0)
-            owner = np.repeat(np.arange(count), lengths)
-            first = np.cumsum(lengths) - lengths
-            tiles = low[owner] + np.arange(owner.size) - first[owner]
-            found.append({**{n: a[owner] for n, a in cells.items()}, name: tiles})
-        cells = {n: np.concatenate([f[n] for f in found]) for n in found[0]}
-    return cells
-
-
-def _length(cells: dict[str, Any]) -> int:
-    return len(next(iter(cells.values())))

@@ -16,38 +16,47 @@ from time import perf_counter
 import numpy as np
 
 from ..ir.errors import InputError
-from .cost import Device
+from .machine import Chip, Device
 
 T = 1e12
+KIB = 1024
+
+# Limits of a multiprocessor: CUDA programming guide, technical specifications per compute capability.
+# Elementwise rates: f32 lanes at boost clock. L2 bandwidth: fitted on the H100, elsewhere an estimate from
+# the bytes a clock that the vendor's white paper gives.
 
 # Matrix products in bf16 and a copy within the device: measured. f32 and f64: NVIDIA H100 SXM data sheet.
 # Exponentials: FlashAttention-3 (arXiv:2407.08608).
 H100 = Device(
     "H100",
-    (("bf16", 790 * T), ("f16", 790 * T), ("f32", 67 * T), ("f64", 67 * T)),
+    (("bf16", 790 * T), ("f16", 790 * T), ("tf32", 395 * T), ("f32", 67 * T), ("f64", 67 * T)),
     bandwidth=3.0e12, exps=3.9e12, workers=132, tile=0.2e-6, launch=4e-6,
     source="bf16 and copy measured; the rest from NVIDIA's data sheet",
+    chip=Chip(228 * KIB, 227 * KIB, warps=64, programs=32, alu=29.6e12, l2=9.8e12, warp_groups=True),
 )  # fmt: skip
 # NVIDIA A100 80GB SXM data sheet (June 2021): 312, 19.5 and 19.5 (tensor core) TFLOP/s, 2039 GB/s, 1.41 GHz.
 A100 = Device(
     "A100",
-    (("bf16", 312 * T), ("f16", 312 * T), ("f32", 19.5 * T), ("f64", 19.5 * T)),
+    (("bf16", 312 * T), ("f16", 312 * T), ("tf32", 156 * T), ("f32", 19.5 * T), ("f64", 19.5 * T)),
     bandwidth=2.039e12, exps=2.4e12, workers=108, tile=0.25e-6, launch=5e-6,
     source="NVIDIA A100 data sheet",
+    chip=Chip(164 * KIB, 163 * KIB, warps=64, programs=32, alu=9.7e12, l2=5.1e12),
 )  # fmt: skip
 # NVIDIA L4 data sheet: 242 TFLOP/s with sparsity, so 121; 30.3 f32; 300 GB/s. f64 is 1/64 of f32 (Ada).
 L4 = Device(
     "L4",
-    (("bf16", 121 * T), ("f16", 121 * T), ("f32", 30.3 * T), ("f64", 0.47 * T)),
+    (("bf16", 121 * T), ("f16", 121 * T), ("tf32", 60 * T), ("f32", 30.3 * T), ("f64", 0.47 * T)),
     bandwidth=0.3e12, exps=1.9e12, workers=58, tile=0.3e-6, launch=5e-6,
     source="NVIDIA L4 data sheet",
+    chip=Chip(100 * KIB, 99 * KIB, warps=48, programs=24, alu=15.1e12, l2=1.8e12),
 )  # fmt: skip
 # NVIDIA Ada GPU architecture white paper, appendix A: 165.2 with fp32 accumulation, 82.6, 1.29; 1008 GB/s.
 RTX4090 = Device(
     "RTX 4090",
-    (("bf16", 165.2 * T), ("f16", 165.2 * T), ("f32", 82.6 * T), ("f64", 1.29 * T)),
+    (("bf16", 165.2 * T), ("f16", 165.2 * T), ("tf32", 82.6 * T), ("f32", 82.6 * T), ("f64", 1.29 * T)),
     bandwidth=1.008e12, exps=5.2e12, workers=128, tile=0.2e-6, launch=4e-6,
     source="NVIDIA Ada architecture white paper",
+    chip=Chip(100 * KIB, 99 * KIB, warps=48, programs=24, alu=41.3e12, l2=5.0e12),
 )  # fmt: skip
 # AMD Instinct MI300X data sheet: 1307.4, 163.4 (vector f32, matrix f64) TFLOP/s, 5.3 TB/s, 304 units.
 MI300X = Device(

@@ -75,7 +75,7 @@ def schedule(graph: Graph) -> Graph:
         if given and len(given) != len(groups):
             raise InputError("schedule", f"{len(groups)} schedules, one a group", len(given))
         for group, chosen in zip(groups, given, strict=False):
-            check(group, chosen)
+            check(spec, group, chosen)
         return op.with_attrs(schedules=given or tuple(choose(spec, group) for group in groups))
 
     return _fused(graph, rule)

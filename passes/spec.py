@@ -60,6 +60,11 @@ class AttentionSpec:
         return "f64" if self.dtype == "f64" else "f32"
 
     @property
+    def product_dtype(self) -> str:
+        """The dtype that matrix products run in: `dtype`, or "tf32" where f32 may be rounded to it."""
+        return "tf32" if (self.dtype, self.precision) == ("f32", "tf32") else self.dtype
+
+    @property
     def lse_dtype(self) -> str:
         return self.accumulator
 

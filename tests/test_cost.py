@@ -9,7 +9,7 @@ from gossamer.ir.errors import InputError
 from gossamer.ir.mask import Mask
 from gossamer.ir.order import Order, OrderDim
 from gossamer.ir.plan import Group, Schedule
-from gossamer.passes import cost
+from gossamer.passes import tile_count
 from gossamer.passes.cost import Device, Estimate, Size, Tiles, count_tiles, estimate, floor
 from gossamer.passes.devices import GPUS, cpu, device, device_of
 from gossamer.passes.tile import plan_loops
@@ -85,7 +85,7 @@ def test_heads_that_differ_are_counted_apart():
 @pytest.mark.parametrize("text", ["mask() { k <= q }", "mask() { abs(q - k) <= 300 }"])
 def test_long_sequences_are_sampled(text, monkeypatch):
     exact = count_tiles(plan(text), Size(4096, 4096))
-    monkeypatch.setattr(cost, "MAX_COUNTED", 1 << 12)
+    monkeypatch.setattr(tile_count, "MAX_COUNTED", 1 << 12)
     sampled = count_tiles(plan(text), Size(4096, 4096))
     assert exact.exact and not sampled.exact
     assert sampled.visited == pytest.approx(exact.visited, rel=0.05)

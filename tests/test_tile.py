@@ -11,7 +11,7 @@ from gossamer.ir.evaluate import evaluate
 from gossamer.ir.mask import Mask
 from gossamer.ir.order import Order, OrderDim
 from gossamer.ir.plan import Group, Schedule
-from gossamer.passes.schedule import anchor
+from gossamer.passes.distance import anchor
 from gossamer.passes.tile import plan_loops
 from gossamer.passes.tilesets import column_index, linear, row_index
 

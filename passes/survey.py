@@ -1,0 +1,159 @@
+"""survey: the tiles that a group would visit on a reference problem, for any tile shape, before any loop.
+
+A schedule is chosen when only the structure of a mask is known: lengths, its integers and its captured
+tensors come with each call. So its tiles are counted on a stand-in: `LENGTH` queries and keys, every
+integer the same number, captured integers that split the sequence into `PARTS` parts, captured truth
+values that hold for one in `PARTS`. The predicate is evaluated for a few row tiles at a few points of
+every 16 x 16 cells; coarser tiles are unions of those. That takes milliseconds whatever the mask is.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import sympy
+
+from ..ir.errors import InterpretError
+from ..ir.evaluate import evaluate
+from ..ir.expr import Expr, floordiv, floormod, readf, reads, sum_of, symbols, where
+from ..ir.mask import Mask
+from ..ir.plan import Group, Schedule
+from .boxes import Boxes
+from .distance import anchor
+from .tile_count import Size, Tiles
+from .tilesets import residue
+
+LENGTH = 4096
+PARTS = 8
+CELL = 16  # rows and keys of the cells that tiles are made of
+POINTS = np.array([0, 5, 10, 15])  # of a cell, along each side
+INNER = 4  # row tiles looked at beside the first and the last
+
+Cells = tuple[Any, Any, Any]  # arrays: the weight of each row tile, and [row tile, cell] touched, and full
+
+
+class Survey:
+    """Counts tiles of one group of a mask, with one number for all of the mask's integers."""
+
+    def __init__(self, mask: Mask, group: Group, number: int) -> None:
+        self.group, self.number = group, number
+        self._predicate = _without_reads(group.predicate, mask)
+        self._values: dict[str, Any] = {"q_len": LENGTH, "kv_len": LENGTH, "b": 0, "h": 0, "B": 1, "Hq": 1}
+        self._values |= {s.name: number for s in symbols(self._predicate) if s.name not in self._values}
+        self._seen: dict[tuple[int, bool], Cells] = {}
+
+    @cached_property
+    def anchors(self) -> tuple[Expr | None, ...]:
+        """The anchor of each dimension, see `distance.anchor`."""
+        return tuple(anchor(self.group, d) for d in range(len(self.group.order.dims)))
+
+    @cached_property
+    def boxes(self) -> Boxes:
+        return Boxes.of(self.group)
+
+    def size(self, dtype: str, qk_size: int, v_size: int) -> Size:
+        """The reference problem."""
+        return Size(LENGTH, LENGTH, 4, 16, 16, qk_size, v_size, dtype)
+
+    def tiles(self, schedule: Schedule, size: Size) -> Tiles:
+        """The tiles of one kernel with this schedule on the reference problem."""
+        heads, dims = size.batch * size.heads, self.group.order.dims
+        if len(dims) > 1:
+            visited, full = self.boxes.visits(
+                (schedule.rows, schedule.cols), None in self._anchored(schedule)
+            )
+            row_tiles = _box_rows(self.group, schedule) * heads
+            visited, full = (min(n, LENGTH) * row_tiles for n in (visited, full))
+            return Tiles(row_tiles, round(visited - full), round(full), False)
+        [rows], [cols] = schedule.rows, schedule.cols
+        weights, touched, full = self._cells(rows, bool(schedule.anchors))
+        touched, full = _merged(touched, cols, any), _merged(full, cols, all)
+        visits, whole = touched.sum(axis=1), (full & touched).sum(axis=1)
+        row_tiles = int(weights.sum()) * dims[0].row_stride * heads
+        visited, full_tiles = (float(weights @ n) / weights.sum() * row_tiles for n in (visits, whole))
+        return Tiles(row_tiles, round(visited - full_tiles), round(full_tiles), False, int(visits.max()))
+
+    def _anchored(self, schedule: Schedule) -> tuple[Expr | None, ...]:
+        return schedule.anchors or (None,) * len(self.group.order.dims)
+
+    def _cells(self, rows: int, anchored: bool) -> Cells:
+        if (rows, anchored) not in self._seen:
+            self._seen[rows, anchored] = self._look(rows, anchored)
+        return self._seen[rows, anchored]
+
+    def _look(self, rows: int, anchored: bool) -> Cells:
+        dim = self.group.order.dims[0]
+        count = -(-LENGTH // (dim.row_stride * rows))
+        at, weights = _sample(count)
+        classes = self._values | {"r0": dim.row_stride // 2}
+        first: Any = 0
+        form = anchor(self.group, 0) if anchored else None
+        if form is not None:
+            names = {str(s): self.number for s in form.free_symbols}
+            first = rows * at[:, None, None] + int(evaluate(form, names))
+        cells = -(-LENGTH // (dim.col_stride * CELL))
+        row = (np.arange(-(-rows // CELL))[:, None] * CELL + POINTS).ravel()
+        col = (np.arange(cells)[:, None] * CELL + POINTS).ravel()
+        q = dim.row_stride * (rows * at[:, None, None] + row[None, :, None]) + classes["r0"]
+        offset = int(evaluate(residue(self.group.order, 0), classes))
+        k = dim.col_stride * (first + col[None, None, :]) + offset
+        inside = (k >= 0) & (k < LENGTH)
+        q = np.minimum(q, LENGTH - 1) if dim.row_stride == 1 else q
+        attends = np.broadcast_to(
+            self._evaluate(q, np.clip(k, 0, LENGTH - 1)) & inside, (len(at), len(row), len(col))
+        )
+        parts = attends.reshape(len(at), len(row), cells, len(POINTS))
+        return weights, parts.any(axis=(1, 3)), parts.all(axis=(1, 3))
+
+    def _evaluate(self, q: np.ndarray, k: np.ndarray) -> Any:
+        try:
+            return evaluate(self._predicate, self._values | {"q": q, "k": k})
+        except InterpretError:  # a division by the number, say: count as if every pair attended
+            return np.True_
+
+
+def _sample(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row tiles to look at, of so many: first, last and some between; and how many each stands for."""
+    if count <= INNER + 2:
+        return np.arange(count), np.ones(count)
+    inner = 1 + (2 * np.arange(INNER) + 1) * (count - 2) // (2 * INNER)
+    weights = np.full(INNER, (count - 2) / INNER)
+    return np.array([0, *inner, count - 1]), np.array([1, *weights, 1])
+
+
+def _merged(cells: np.ndarray, cols: int, how: Any) -> np.ndarray:
+    """Cells [row tile, cell] as tiles of `cols` keys: any or all of a tile's cells."""
+    each = max(1, cols // CELL)
+    missing = -cells.shape[1] % each
+    padded = np.pad(cells, ((0, 0), (0, missing)))
+    return (np.any if how is any else np.all)(padded.reshape(len(cells), -1, each), axis=2)
+
+
+def _box_rows(group: Group, schedule: Schedule) -> int:
+    """Row tiles of one head, residues included."""
+    dims = group.order.dims
+    inner = math.prod(dim.width or 1 for dim in dims)
+    extents = [dim.width if dim.width is not None else -(-LENGTH // inner) for dim in dims]
+    tiles = zip(extents, dims, schedule.rows, strict=True)
+    return math.prod(-(-n // (dim.row_stride * rows)) * dim.row_stride for n, dim, rows in tiles)
+
+
+def _without_reads(predicate: Expr, mask: Mask) -> Expr:
+    """The predicate with stand-ins for captured tensors."""
+    kinds = {c.name: c.dtype for c in mask.captures}
+    found = {r: _stand_in(r, kinds.get(str(r.args[0]), "i32")) for r in reads(predicate)}
+    return predicate.xreplace(found) if found else predicate
+
+
+def _stand_in(element: Expr, dtype: str) -> Expr:
+    *outer, last = element.args[1:]
+    if isinstance(element, readf):
+        return sympy.Float(0)
+    if dtype in ("bool", "u8"):
+        if not outer:
+            return sympy.Integer(1)
+        return where(sympy.Eq(floormod(sum_of([3 * i for i in outer]) + last, sympy.Integer(PARTS)), 0), 1, 0)
+    return floordiv(PARTS * last, sympy.Integer(LENGTH))
