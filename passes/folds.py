@@ -20,7 +20,7 @@ import sympy
 from ..ir.expr import INF, Expr, exp2, integer, log2, maximum, minimum, real, where
 from ..ir.kernel import Compute, Dot, If, Load, Reduce, Stmt, Store, Tensor
 from ..ir.plan import Schedule
-from .operands import Operands, Transposed, per_row
+from .operands import Operands, Transposed
 from .rounding import together
 from .scaffold import H, Scaffold
 from .spec import AttentionSpec
@@ -161,7 +161,7 @@ class Fold:
 
     def _values(self) -> Carried:
         size = self.spec.v_size
-        return Carried("O", ("i", "e"), per_row("acc_state", self.acc, "inout", size), sympy.S.Zero)
+        return Carried("O", ("i", "e"), self.at.per_row("acc_state", self.acc, "inout", size), sympy.S.Zero)
 
     def _known_norm(self, axes: tuple[str, ...], load: Load) -> list[Stmt]:
         """N: the base-2 logarithm of the sum that a row's weights are divided by; 0 for rows without any."""
@@ -188,13 +188,13 @@ class RowLse(Fold):
 
     def state(self) -> list[Carried]:
         return [
-            Carried("m", ("i",), per_row("max_state", self.acc, "inout"), -INF),
-            Carried("l", ("i",), per_row("sum_state", self.acc, "inout"), sympy.S.Zero),
+            Carried("m", ("i",), self.at.per_row("max_state", self.acc, "inout"), -INF),
+            Carried("l", ("i",), self.at.per_row("sum_state", self.acc, "inout"), sympy.S.Zero),
         ]
 
     def results(self) -> list[Tensor]:
         asked = {"lse": self.spec.return_lse, "max": self.spec.return_max}
-        return [per_row(name, self.spec.lse_dtype, "out") for name, there in asked.items() if there]
+        return [self.at.per_row(name, self.spec.lse_dtype, "out") for name, there in asked.items() if there]
 
     def step(self) -> list[Stmt]:
         acc, peak, alpha = self.acc, real("peak"), real("alpha")
@@ -240,7 +240,7 @@ class Attention(RowLse):
         return [*super().state(), self._values()]
 
     def results(self) -> list[Tensor]:
-        return [per_row("o", self.spec.dtype, "out", self.spec.v_size), *super().results()]
+        return [self.at.per_row("o", self.spec.dtype, "out", self.spec.v_size), *super().results()]
 
     def step(self) -> list[Stmt]:
         return [*super().step(), *self._weigh()]
@@ -272,7 +272,7 @@ class Weigh(Fold):
     values = True
 
     def reads(self) -> list[Tensor]:
-        return [per_row("lse", self.spec.lse_dtype, "in"), *super().reads()]
+        return [self.at.per_row("lse", self.spec.lse_dtype, "in"), *super().reads()]
 
     def prepare(self) -> list[Stmt]:
         load = Load("N", self.acc, ("i",), "lse", self.at.safe_row)
@@ -282,7 +282,7 @@ class Weigh(Fold):
         return [self._values()]
 
     def results(self) -> list[Tensor]:
-        return [per_row("o", self.spec.dtype, "out", self.spec.v_size)]
+        return [self.at.per_row("o", self.spec.dtype, "out", self.spec.v_size)]
 
     def step(self) -> list[Stmt]:
         return [Compute("P", self.acc, ("i", "j"), exp2(S - N)), *self._weigh()]
@@ -300,10 +300,10 @@ class ColumnSums(Fold):
         return [Tensor("lse", self.spec.lse_dtype, ("B", "Hq", "kv_len"), "in", 2), *super().reads()]
 
     def state(self) -> list[Carried]:
-        return [Carried("C", ("i",), per_row("column_state", self.acc, "inout"), sympy.S.Zero)]
+        return [Carried("C", ("i",), self.at.per_row("column_state", self.acc, "inout"), sympy.S.Zero)]
 
     def results(self) -> list[Tensor]:
-        return [per_row("column_sums", self.spec.lse_dtype, "out")]
+        return [self.at.per_row("column_sums", self.spec.lse_dtype, "out")]
 
     def step(self) -> list[Stmt]:
         load = Load("N", self.acc, ("j",), "lse", self.at.column, self.over.valid_col)

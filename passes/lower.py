@@ -44,7 +44,7 @@ class _Builder:
         group, schedule, loops = plan
         self.kind, self.spec, self.schedule, self.loops = kind, spec, schedule, loops
         self.index, self.total = index, total
-        self.over = Scaffold(group, schedule, loops, spec.accumulator)
+        self.over = Scaffold(group, schedule, loops, spec.accumulator, spec.sequences)
         fold = FOLDS[kind]
         if kind in TRANSPOSED:
             self.at: Operands = Transposed(spec, self.over)
@@ -69,6 +69,7 @@ class _Builder:
         axes = [Axis("i", self.over.rows, self.over.rows), Axis("j", self.over.cols, self.over.cols)]
         axes.append(self._feature("d", self.spec.qk_size))
         axes += [self._feature("e", self.spec.v_size)] if self.fold.values else []
+        axes += self.over.axes
         body = [*self._rows(), *self.fold.begin(), *self.over.loop(self._tile()), *self.fold.finish()]
         suffix = f"_{self.index}" if self.total > 1 else ""
         return Kernel(
@@ -77,7 +78,7 @@ class _Builder:
             grid=self.over.grid(),
             axes=tuple(axes),
             lanes=None if self.wide else "i",
-            body=tuple(body),
+            body=self.over.framed(body),
             meta=self.schedule.meta,
             comment=self._comment(),
         )
@@ -99,7 +100,7 @@ class _Builder:
             args += self.fold.results()
         if self.total > 1:
             args += sorted((c.tensor for c in self.fold.state()), key=lambda t: t.name)
-        args += [Scalar(name, "i64") for name in self.spec.params]
+        args += [*self.at.scalars, *(Scalar(name, "i64") for name in self.spec.params)]
         args += [Scalar(name, kind) for name, kind in self.spec.map_params]
         return tuple(args)
 
