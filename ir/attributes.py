@@ -11,9 +11,10 @@ from .mask import Capture, Mask
 from .order import Order, OrderDim
 from .plan import Group, Loops, Schedule
 from .score import ProbMap, ScoreMap
+from .sequences import Sequences
 from .text import register
 
 for _cls in (ACSR, Blocks, Capture, Dense, Group, Loops, Mask, Order, OrderDim, Progression):
     register(_cls)
-for _cls in (ProbMap, Remainder, Schedule, ScoreMap, Span, StoredACSR):
+for _cls in (ProbMap, Remainder, Schedule, ScoreMap, Sequences, Span, StoredACSR):
     register(_cls)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, UnsupportedError
 from .evaluate import evaluate, round_to
 from .graph import Graph, Op, Value
 from .graph_verify import verify
@@ -26,9 +26,14 @@ Operands = list[Any]
 def interpret(graph: Graph, arguments: Mapping[str, Any]) -> dict[str, Array]:
     """Run a graph on an array (or a number) for every input; its outputs by name.
 
-    Raises VerifyError, InputError (a missing input, shapes that do not fit the declared ones).
+    Raises VerifyError, UnsupportedError (a graph with sequences), InputError (a missing input, shapes
+    that do not fit the declared ones).
     """
     verify(graph)
+    if any(op.attr("sequences") is not None for op in graph.ops):
+        raise UnsupportedError(
+            f"graph @{graph.name} has sequences, which say how memory holds tensors. Interpret its kernels"
+        )
     names = {v.name for v in graph.inputs}
     if set(arguments) != names:
         raise InputError(f"graph @{graph.name}", f"arguments {', '.join(sorted(names))}", sorted(arguments))

@@ -5,7 +5,8 @@
     let     := "let" name "=" expr
 
 The predicate is a Boolean expression (ir/expr.py) over the batch `b`, the query head `h`, the indices
-`q` and `k`, the lengths `q_len` and `kv_len`, runtime integers `p0, p1, ...` and captured tensors
+`q` and `k`, the lengths `q_len` and `kv_len`, the position `q_offset` of the first query, runtime integers
+`p0, p1, ...` and captured tensors
 `c0, c1, ...`:
 
     mask(p0; c0: i32[1]) { ((c0[k] == c0[q]) and (q - k <= p0)) }
@@ -35,7 +36,7 @@ from .evaluate import evaluate
 from .expr import DTYPES, Expr, integer, kind, parse, read, readf, real, to_text
 from .functions import rebuilt
 
-INDICES = ("b", "h", "q", "k", "q_len", "kv_len")
+INDICES = ("b", "h", "q", "k", "q_len", "kv_len", "q_offset")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .evaluate import evaluate
 from .expr import DTYPES, Expr, integer, kind, parse, read, readf, real, to_text, where
 from .mask import Capture
 
-INDICES = ("b", "h", "q", "k")
+INDICES = ("b", "h", "q", "k", "q_offset")
 KINDS = ("int", "float")
 
 

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from ..ir.graph import Graph, Op, Value
 from ..ir.score import ScoreMap
+from ..ir.sequences import PLAIN
 from .spec import AttentionSpec
 
-FACTS = ("contiguous", "monotone", "positive", "precision", "target")  # attributes that say how, not what
+# Attributes that say how, not what.
+FACTS = ("contiguous", "monotone", "positive", "precision", "sequences", "target")
 PAIRS = ("B", "Hq", "q_len", "kv_len")
 
 
 def build(spec: AttentionSpec) -> Graph:
     """The unfused graph of a spec."""
-    spec = spec.scaled
+    spec = spec.scaled.placed
     mask, score, prob = spec.mask, spec.score_map, spec.prob_map
     assert score is not None
     wide = spec.accumulator
@@ -46,6 +48,8 @@ def build(spec: AttentionSpec) -> Graph:
         "precision": spec.precision,
         "target": spec.target,
     }
+    if spec.sequences != PLAIN:
+        facts["sequences"] = spec.sequences
     rows = [Value(n, wide, PAIRS[:3]) for n, asked in _rows(spec) if asked]
     weights, made = Value("p", wide, PAIRS), []
     ops = [
@@ -89,6 +93,7 @@ def spec_of(graph: Graph, op: Op) -> AttentionSpec:
         positive=op.attr("positive"),
         sinks=graph.values[op.inputs[sinks_at]].dtype if op.attr("sinks") else None,
         prob_map=op.attr("prob"),
+        sequences=op.attr("sequences", PLAIN),
     )
 
 

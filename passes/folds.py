@@ -21,7 +21,7 @@ import sympy
 from ..ir.expr import INF, Expr, exp2, integer, log2, maximum, minimum, real, where
 from ..ir.kernel import Compute, Dot, If, Load, Reduce, Stmt, Store, Tensor
 from ..ir.plan import Schedule
-from .operands import Operands, Transposed, per_row
+from .operands import Operands, Transposed
 from .rounding import together
 from .scaffold import H, Scaffold
 from .spec import AttentionSpec
@@ -125,7 +125,7 @@ class Fold:
 
     def _result(self, name: str, dtype: str, *inner: int) -> Tensor:
         """A result that every kernel stores, and all but the first begin from."""
-        return per_row(name, dtype, "out" if self.first else "inout", *inner)
+        return self.at.per_row(name, dtype, "out" if self.first else "inout", *inner)
 
     def _store(self, tensor: str, value: Expr, *inner: Expr) -> Store:
         axes = ("i", *(str(x) for x in inner))
@@ -193,11 +193,11 @@ class RowLse(Fold):
     def results(self) -> list[Tensor]:
         out = []
         if self.spec.return_lse and self.last:
-            out.append(per_row("lse", self.spec.lse_dtype, "out"))
+            out.append(self.at.per_row("lse", self.spec.lse_dtype, "out"))
         if self.spec.return_max:
             out.append(self._result("max", self.spec.lse_dtype))
         if not (self.first and self.last):
-            out.append(per_row("log_sum", self.acc, "inout"))
+            out.append(self.at.per_row("log_sum", self.acc, "inout"))
         return out
 
     def step(self) -> list[Stmt]:
@@ -280,7 +280,7 @@ class Weigh(Fold):
     values = True
 
     def reads(self) -> list[Tensor]:
-        return [per_row("lse", self.spec.lse_dtype, "in"), *super().reads()]
+        return [self.at.per_row("lse", self.spec.lse_dtype, "in"), *super().reads()]
 
     def prepare(self) -> list[Stmt]:
         load = Load("N", self.acc, ("i",), "lse", self.at.safe_row)

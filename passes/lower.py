@@ -44,7 +44,8 @@ class _Builder:
         group, schedule, loops = plan
         self.kind, self.spec, self.schedule, self.loops = kind, spec, schedule, loops
         self.index, self.total = index, total
-        self.over = Scaffold(group, schedule, loops, spec.accumulator, flat=spec.target_kind != "cpu")
+        flat = spec.target_kind != "cpu"
+        self.over = Scaffold(group, schedule, loops, spec.accumulator, spec.sequences, flat=flat)
         fold = FOLDS[kind]
         if kind in TRANSPOSED:
             self.at: Operands = Transposed(spec, self.over)
@@ -72,6 +73,7 @@ class _Builder:
         axes = [Axis("i", self.over.rows, self.over.rows), Axis("j", self.over.cols, self.over.cols)]
         axes.append(self._feature("d", self.spec.qk_size))
         axes += [self._feature("e", self.spec.v_size)] if self.fold.values else []
+        axes += self.over.axes
         body = [*self._rows(), *self.fold.begin(), *self.over.loop(self._tile()), *self.fold.end()]
         suffix = f"_{self.index}" if self.total > 1 else ""
         return Kernel(
@@ -80,7 +82,7 @@ class _Builder:
             grid=self.over.grid(),
             axes=tuple(axes),
             lanes=None if self.wide else "i",
-            body=tuple(body),
+            body=self.over.framed(body),
             meta=self.schedule.meta,
             comment=self._comment(),
         )
@@ -99,7 +101,7 @@ class _Builder:
     def _arguments(self) -> tuple[Tensor | Scalar, ...]:
         args: list[Tensor | Scalar] = [*self.at.inputs, *self.fold.reads(), *self.spec.capture_tensors]
         args += self.fold.results()
-        args += [Scalar(name, "i64") for name in self.spec.params]
+        args += [*self.at.scalars, *(Scalar(name, "i64") for name in self.spec.params)]
         args += [Scalar(name, kind) for name, kind in self.spec.map_params]
         return tuple(args)
 
@@ -107,7 +109,7 @@ class _Builder:
         rows = self.at.rows
         load = Load(rows.tile, self.operand, ("i", "d"), rows.tensor, (*rows.at, D_AXIS))
         fold = self._set(rows.tile, self.operand, ("i", "d"), real(rows.tile) * SCALE * LOG2E)
-        return [*self.over.head, *self.at.head, *self.over.make_rows, load, *([fold] if self.folded else [])]
+        return [*self.at.head, *self.over.make_rows, load, *([fold] if self.folded else [])]
 
     def _tile(self) -> list[Stmt]:
         """What happens to one key tile: scores, the mask where it cuts, the fold's step."""

@@ -1,21 +1,25 @@
 """operands: where the rows of q, k, v and of everything stored per query row lie in memory.
 
-The one place that turns (batch, head, row, key) into tensor indices. `lower` and `folds` write what happens
-to tiles and take tensors, indices and the scalars that those need from here.
+The one place that turns (batch, head, row, key) into tensor indices, from what `ir.sequences` says of them.
+`lower` and `folds` write what happens to tiles and take tensors, indices and the scalars that those need
+from here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import sympy
+
 from ..ir.expr import Expr, floordiv, integer
-from ..ir.kernel import Let, Stmt, Tensor
+from ..ir.kernel import Let, Scalar, Stmt, Tensor
+from . import sequences as sq
 from .scaffold import COL, ROW, B, H, Scaffold
 from .spec import AttentionSpec
 
 Index = tuple[Expr, ...]
 HK = integer("hk")  # the key head that the query head reads
-ROWS = ("B", "Hq", "q_len")  # extents of what is stored per query row
+ONLY = sympy.Integer(0)  # the batch index of packed tensors
 
 
 @dataclass(frozen=True)
@@ -30,25 +34,45 @@ class Operand:
 class Operands:
     """Tensors and indices of one operation over the tiles of a scaffold; rows are queries, columns keys.
 
-    inputs: the tensors q and k, and v where it is read. rows, cols: of their tiles scores are the products.
-    values: what probabilities weigh. head: statements at the head of a kernel, before any of the indices.
-    row, safe_row: indices of the rows of a tile in tensors made by `per_row`; those of safe_row exist
-    for every coordinate of the tile."""
+    inputs: the tensors q and k, v where it is read, and those that say where sequences are; scalars: integers
+    that do. rows, cols: of their tiles scores are the products. values: what probabilities weigh. head:
+    statements at the head of a kernel, before any of the indices. row, safe_row: indices of a tile's rows in
+    tensors made by `per_row`; those of safe_row exist for every coordinate of the tile."""
 
     def __init__(self, spec: AttentionSpec, over: Scaffold, *, values: bool = True) -> None:
         unit_q, unit_k, unit_v = (3 if u else None for u in spec.contiguous)
-        inputs = (
-            Tensor("q", spec.dtype, ("B", "Hq", "q_len", spec.qk_size), "in", unit_q),
-            Tensor("k", spec.dtype, ("B", "Hk", "kv_len", spec.qk_size), "in", unit_k),
-            Tensor("v", spec.dtype, ("B", "Hk", "kv_len", spec.v_size), "in", unit_v),
+        where = self.sequences = spec.sequences
+        self.row_extents, keys = sq.row_extents(where), sq.key_extents(where)
+        v = (Tensor("v", spec.dtype, (*keys, spec.v_size), "in", unit_v),)
+        self.inputs: tuple[Tensor, ...] = (
+            Tensor("q", spec.dtype, (*self.row_extents, spec.qk_size), "in", unit_q),
+            Tensor("k", spec.dtype, (*keys, spec.qk_size), "in", unit_k),
+            *(v if values else ()),
+            *sq.tensors(where),
         )
-        self.inputs = inputs if values else inputs[:2]
+        self.scalars: list[Scalar] = sq.scalars(where)
         self.head: list[Stmt] = [Let("hk", floordiv(H, floordiv(integer("Hq"), integer("Hk"))))]
-        self.row: Index = (B, H, ROW)
-        self.safe_row: Index = (B, H, over.safe_row)
+        self.row, self.safe_row = self._row(ROW), self._row(over.safe_row)
         self.rows = Operand("Q", "q", self.safe_row)
-        self.cols = Operand("K", "k", (B, HK, COL))
-        self.values = Operand("V", "v", (B, HK, COL))
+        key = self._key(over)
+        self.cols, self.values = Operand("K", "k", key), Operand("V", "v", key)
+
+    def per_row(self, name: str, dtype: str, role: str, *inner: int) -> Tensor:
+        """A tensor with one entry, or one row of `inner` entries, for every query row."""
+        shape = (*self.row_extents, *inner)
+        return Tensor(name, dtype, shape, role, len(shape) - 1)
+
+    def _row(self, row: Expr) -> Index:
+        return (ONLY, H, sq.Q_START + row) if self.sequences.q_bounds else (B, H, row)
+
+    def _key(self, over: Scaffold) -> Index:
+        """Where the key, or value, of a tile's column is."""
+        if self.sequences.block_table:
+            first = over.first_key(self.sequences.page)
+            statements, page, slot = sq.pages_of_tile(self.sequences, first, COL, over.valid_col)
+            over.make_cols += statements
+            return (page, HK, slot)
+        return (ONLY, HK, sq.KV_START + COL) if self.sequences.kv_bounds else (B, HK, COL)
 
 
 class Transposed(Operands):
@@ -66,8 +90,3 @@ class Transposed(Operands):
         self.rows = Operand("K", "k", (B, HK, over.safe_row))
         self.cols = Operand("Q", "q", (B, H, COL))
         self.column: Index = (B, H, COL)
-
-
-def per_row(name: str, dtype: str, role: str, *inner: int) -> Tensor:
-    """A tensor with one entry, or one row of `inner` entries, for every query row."""
-    return Tensor(name, dtype, (*ROWS, *inner), role, len(ROWS) - 1 + len(inner))

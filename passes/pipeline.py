@@ -89,7 +89,8 @@ def tile(graph: Graph) -> Graph:
         sorted_ids = frozenset(op.attr("monotone"))
         plans = [plan(group, schedule, sorted_ids) for group, schedule in chosen]
         groups, loops = zip(*plans, strict=True)
-        if spec_of(graph, op).target_kind != "cpu":
+        spec = spec_of(graph, op)
+        if spec.target_kind != "cpu" and not spec.sequences.q_bounds:
             loops = tuple(map(order_programs, groups, op.attr("schedules"), loops))
         return op.with_attrs(groups=groups, loops=loops)
 
@@ -152,6 +153,8 @@ def lower(graph: Graph) -> Program:
 
 def _guards(spec: AttentionSpec) -> Iterator[tuple[str, str]]:
     """Calls that read outside a captured tensor, as checks of a program."""
+    if spec.sequences.uneven:  # the host knows no lengths; kernels clamp what they read
+        return
     found = [*checks(spec.mask, spec.mask.inlined.predicate, attending=False)]
     for mapped in spec.maps:
         found += checks(spec.mask, mapped.expr, attending=True)

@@ -34,6 +34,8 @@ from ..ir.expr import (
 )
 from ..ir.kernel import Compute, For, GridDim, If, Let, Span, Stmt
 from ..ir.plan import Group, Loops, Schedule
+from ..ir.sequences import PLAIN, Sequences
+from . import sequences as sq
 from .reads import clamp
 from .tilesets import column_index, linear, row_index
 
@@ -46,13 +48,20 @@ _WIDE = (bitand, bitor, bitxor, shl, shr)  # hashes and products of indices need
 class Scaffold:
     """The tiles and loops of one planned group.
 
-    flat: whether loops over a box of key tiles are one loop, as GPUs like it. head: statements that come
-    before all others."""
+    flat: whether loops over a box of key tiles are one loop, as GPUs like it. head: statements before all
+    others. axes: what those need."""
 
     def __init__(
-        self, group: Group, schedule: Schedule, loops: Loops, floats: str = "f32", *, flat: bool = False
+        self,
+        group: Group,
+        schedule: Schedule,
+        loops: Loops,
+        floats: str = "f32",
+        sequences: Sequences = PLAIN,
+        *,
+        flat: bool = False,
     ) -> None:
-        self.floats, self.flat = floats, flat
+        self.floats, self.sequences, self.flat = floats, sequences, flat
         self.group, self.schedule, self.loops, self.order = group, schedule, loops, group.order
         self.boxes = len(self.order.dims) > 1
         self.rows, self.cols = math.prod(schedule.rows), math.prod(schedule.cols)
@@ -64,21 +73,25 @@ class Scaffold:
         self.make_cols, self.col_names, inside = self._tiles("col", "j", column_index, schedule.cols)
         anchored = [name >= 0 for d, name in enumerate(self.col_names) if schedule.anchor(d) is not None]
         self.valid_col = all_of([inside, *anchored, COL < KV_LEN])
+        self.head, self.axes = [*sq.head(sequences, self._rows_a_tile())], sq.axes(sequences)
+        self.head += [self._reversal()] if loops.programs == "reversed" else []
         self._hoisted: dict[Expr, Expr] = {}
         self.attends = all_of([self.bind(group.predicate), self.valid_col])
-        self.head = [self._reversal()] if loops.programs == "reversed" else []
 
     def grid(self) -> tuple[GridDim, ...]:
         """The launch grid, fastest first: row tiles, residues, heads and batch, or heads and batch first."""
         tiles, residues = [], []
         for d, dim in enumerate(self.order.dims):
-            tiles.append(GridDim(f"m{d}", self._row_tiles(d)))
+            packed = d == 0 and self.sequences.q_bounds
+            tiles.append(
+                sq.packed_tiles(self._rows_a_tile()) if packed else GridDim(f"m{d}", self._row_tiles(d))
+            )
             if dim.row_stride > 1:
                 residues.append(GridDim(f"r{d}", sympy.Integer(dim.row_stride)))
-        heads = (GridDim("h", integer("Hq")), GridDim("b", integer("B")))
+        batch = () if self.sequences.q_bounds else (GridDim("b", integer("B")),)
         if self.loops.programs == "reversed":
             tiles[0] = replace(tiles[0], name="t0")
-        rows = (*tiles, *residues)
+        rows, heads = (*tiles, *residues), (GridDim("h", integer("Hq")), *batch)
         return (*heads, *rows) if self.loops.programs == "heads" else (*rows, *heads)
 
     def _reversal(self) -> Let:
@@ -91,6 +104,25 @@ class Scaffold:
         if dim.width is None:
             extent = ceildiv(Q_LEN, math.prod(x.width or 1 for x in self.order.dims[1:]))
         return ceildiv(extent, dim.row_stride * self.schedule.rows[d])
+
+    def framed(self, body: list[Stmt]) -> tuple[Stmt, ...]:
+        """A kernel's body behind its head; packed queries have row tiles without rows, which end there."""
+        if not self.sequences.q_bounds:
+            return (*self.head, *body)
+        some = self._rows_a_tile() * integer("m0") < Q_LEN
+        return (*self.head, If(some, tuple(body)))
+
+    def _rows_a_tile(self) -> int:
+        """Rows from one tile of the outermost dimension to the next."""
+        inner = math.prod(dim.width or 1 for dim in self.order.dims[1:])
+        return self.order.dims[0].row_stride * self.schedule.rows[0] * inner
+
+    def first_key(self, page: int) -> Expr | None:
+        """The first key of a tile whose keys follow each other within one page; None when they may not."""
+        follow = len(self.order.dims) == 1 and self.order.dims[0].col_stride == 1
+        if not follow or self.schedule.anchor(0) is not None or page % self.cols:
+            return None
+        return column_index(self.order, self.schedule, [sympy.Integer(0)])[0]
 
     def loop(self, body: list[Stmt]) -> list[Stmt]:
         """body once for every key tile that holds a point."""
@@ -132,7 +164,8 @@ class Scaffold:
         parts of keys alone to tiles made once a key tile."""
         row, col = ROW, COL
         if expr.has(read, readf):
-            row, col, expr = self.safe_row, minimum(COL, KV_LEN - 1), clamp(expr, attending=attending)
+            clamped = clamp(expr, attending=attending or self.sequences.uneven)
+            row, col, expr = self.safe_row, minimum(COL, KV_LEN - 1), clamped
             if self.boxes or any(a is not None for a in self.schedule.anchors):
                 col = maximum(col, sympy.Integer(0))  # the first tile may begin before key 0
         if self.boxes:

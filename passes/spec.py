@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..ir.errors import InputError
-from ..ir.expr import real
+from ..ir.errors import InputError, UnsupportedError
+from ..ir.expr import integer, real
 from ..ir.kernel import Tensor
 from ..ir.mask import Mask
 from ..ir.score import ProbMap, ScoreMap
+from ..ir.sequences import PLAIN, Sequences
 
 SCALE = real("scale")
 DTYPES = ("f16", "bf16", "f32", "f64")
@@ -27,7 +28,8 @@ class AttentionSpec:
     captured tensors whose values never decrease (the caller has checked). positive: the scale is known to
     be above 0, and no denormal. sinks: the dtype of the attention sinks, or None. prob_map: what becomes of
     the probabilities before they weigh the values. return_column_sums: also what every key gets from all
-    queries, before the prob_map. Raises InputError on an unknown dtype or a size outside 1..1024."""
+    queries, before the prob_map. sequences: lengths by batch, and where rows lie in memory. Raises
+    InputError on an unknown dtype or a size outside 1..1024."""
 
     mask: Mask
     score_map: ScoreMap | None = None
@@ -44,6 +46,7 @@ class AttentionSpec:
     sinks: str | None = None
     prob_map: ProbMap | None = None
     return_column_sums: bool = False
+    sequences: Sequences = PLAIN
 
     def __post_init__(self) -> None:
         for name, dtype in (("dtype", self.dtype), ("sinks", self.sinks or self.dtype)):
@@ -51,6 +54,11 @@ class AttentionSpec:
                 raise InputError(f"AttentionSpec.{name}", f"one of {', '.join(DTYPES)}", repr(dtype))
         if self.return_max and not self.return_lse:
             raise InputError("AttentionSpec.return_max", "return_lse=True beside it", "return_lse=False")
+        if self.return_column_sums and self.sequences.uneven:
+            raise UnsupportedError(
+                "AttentionSpec.return_column_sums: not built for sequences of different lengths; "
+                "ask for them one sequence at a time"
+            )
         for name, size in (("qk_size", self.qk_size), ("v_size", self.v_size)):
             if not 1 <= size <= 1024:
                 raise InputError(f"AttentionSpec.{name}", "a head size from 1 to 1024", size)
@@ -94,6 +102,16 @@ class AttentionSpec:
         inner = self.score_map
         expr = inner.expr.xreplace({real("score"): score})
         return replace(self, score_map=ScoreMap(expr, (("scale", "float"), *inner.params), inner.captures))
+
+    @property
+    def placed(self) -> AttentionSpec:
+        """The same attention with the positions of queries spelled out: q + q_offset for every q."""
+        if not self.sequences.q_offset:
+            return self
+        at = {integer("q"): integer("q") + integer("q_offset")}
+        score, prob = (m and replace(m, expr=m.expr.xreplace(at)) for m in (self.score_map, self.prob_map))
+        mask = replace(self.mask, predicate=self.mask.predicate.xreplace(at))
+        return replace(self, mask=mask, score_map=score, prob_map=prob)
 
     @property
     def maps(self) -> tuple[ScoreMap, ...]:

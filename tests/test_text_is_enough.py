@@ -13,6 +13,7 @@ from gossamer import masks
 from gossamer.codegen import triton, tvm
 from gossamer.ir.graph_text import to_text
 from gossamer.ir.kernel_text import to_text as kernel_text
+from gossamer.ir.sequences import Sequences
 from gossamer.passes.build import build
 from gossamer.passes.pipeline import lower, run
 from gossamer.passes.spec import AttentionSpec
@@ -27,6 +28,10 @@ MASKS = {
         lambda b, h, q, k: (q - k <= WINDOWS[h]) & (k >= WINDOWS[b] * WINDOWS[h])
     ),
     "random blocks": masks.bigbird(9, 4, 2, 16, seed=1),
+}
+SEQUENCES = {
+    "documents": Sequences(q_bounds="i32", kv_lens="i32", block_table="i32", page=64),
+    "window and global": Sequences(kv_lens="i32", q_offset="scalar"),
 }
 CHILD = """
 import json, sys
@@ -47,7 +52,8 @@ json.dump([
 @pytest.mark.parametrize("backend, target", [("tvm", "cpu"), ("triton", "cuda:sm_90")])
 @pytest.mark.parametrize("name", MASKS)
 def test_sources_from_text_are_identical(name, backend, target):
-    graph = build(AttentionSpec(MASKS[name].ir, return_lse=True, target=target))
+    stored = {"sequences": SEQUENCES[name]} if name in SEQUENCES else {}
+    graph = build(AttentionSpec(MASKS[name].ir, return_lse=True, target=target, **stored))
     planned = run(graph)
     kernels = lower(planned).kernels
     sources = [{"tvm": tvm, "triton": triton}[backend].emit(k) for k in kernels]
