@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 MaskMod = Callable[[Any, Any, Any, Any], Any]
-WIDTH = 64  # of the grid that natten2d_13 lays the sequence out in
 
 
 @dataclass(frozen=True)
 class Case:
-    """One mask. goal: the speed-up wanted over the faster peer, where one is stated; closed: whether the
-    mask is affine, so that nothing of it is read at run time."""
+    """One mask. goal: the speed-up wanted over the faster peer on a CPU, where one is stated; closed: whether
+    the mask is affine, so that nothing of it is read at run time; device: of its captured tensors."""
 
     name: str
     mask_mod: MaskMod
     goal: float | None = None
     closed: bool = True
+    device: str = "cpu"
 
     def dense(self, length: int, rows: slice = slice(None)) -> torch.Tensor:
         """The mask of some rows, bool (rows, length)."""
-        q = torch.arange(length)[rows, None]
-        return torch.as_tensor(self.mask_mod(0, 0, q, torch.arange(length))).expand(q.shape[0], length)
+        k = torch.arange(length, device=self.device)
+        q = k[rows, None]
+        return torch.as_tensor(self.mask_mod(0, 0, q, k)).expand(q.shape[0], length)
 
     def pairs(self, length: int) -> int:
         """How many pairs attend, of one batch and head."""
@@ -34,16 +36,18 @@ class Case:
         )
 
 
-def cases(length: int) -> dict[str, Case]:
-    """Every case for a sequence length, by name."""
+def cases(length: int, device: str = "cpu") -> dict[str, Case]:
+    """The masks that peers are compared on, for a sequence length, by name."""
     generator = torch.Generator().manual_seed(1)
     table = _random_blocks(length // 64, 3, generator)
     document = torch.zeros(length, dtype=torch.int32)
     for cut in torch.randint(0, length, (7,), generator=generator).tolist():
         document[cut:] += 1
+    table, document = table.to(device), document.to(device)
+    width = _width(length)
 
     def natten(b: Any, h: Any, q: Any, k: Any) -> Any:
-        return ((q // WIDTH - k // WIDTH).abs() <= 6) & ((q % WIDTH - k % WIDTH).abs() <= 6)
+        return ((q // width - k // width).abs() <= 6) & ((q % width - k % width).abs() <= 6)
 
     found = [
         Case("full", lambda b, h, q, k: q >= -1),
@@ -69,7 +73,26 @@ def cases(length: int) -> dict[str, Case]:
         ),
         Case("natten2d_13", natten, goal=3.0),
     ]
-    return {case.name: case for case in found}
+    return {case.name: replace(case, device=device) for case in found}
+
+
+def more_cases(length: int, device: str = "cpu") -> dict[str, Case]:
+    """Masks whose times are reported and have no goal, by name."""
+    width = _width(length)
+    found = [
+        Case("causal_dilated", lambda b, h, q, k: (q >= k) & ((q - k) % 4 == 0) & (q - k <= 4 * 255)),
+        Case("axial", lambda b, h, q, k: (q // width == k // width) | (q % width == k % width)),
+        Case("prefix_lm", lambda b, h, q, k: (q >= k) | (k < 512)),
+        Case("chunked_causal", lambda b, h, q, k: (q >= k) & (q // 1024 == k // 1024)),
+        Case("sink_window", lambda b, h, q, k: (q >= k) & ((q - k < 1024) | (k < 4))),
+    ]
+    return {case.name: replace(case, device=device) for case in found}
+
+
+def _width(length: int) -> int:
+    """Of the grid that a sequence is laid out in, row by row: a square where there is one."""
+    side = math.isqrt(length)
+    return side if side * side == length else 64
 
 
 def _random_blocks(blocks: int, per_row: int, generator: torch.Generator) -> torch.Tensor:

@@ -63,6 +63,27 @@ def call() -> dict[str, Any]:
     return {"seconds": seconds, "compilations": compilations(), "imported": brought}
 
 
+def gpu_call(name: str) -> dict[str, Any]:
+    """Seconds of `import gossamer` and one attention, with inputs on the GPU, up to the result."""
+    import torch
+    from cases import cases
+
+    mask_mod = cases(4096, "cuda")[name].mask_mod
+    q = torch.ones(1, 8, 4096, 128, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    start = perf_counter()
+    import gossamer
+
+    imported = perf_counter() - start
+    gossamer.attention(q, q, q, mask=mask_mod)
+    torch.cuda.synchronize()
+    seconds = perf_counter() - start
+    from gossamer.runtime.driver import compilations
+
+    brought = [name for name in ("triton", "sympy", "islpy", "networkx") if name in sys.modules]
+    return {"seconds": seconds, "import": imported, "compilations": compilations(), "imported": brought}
+
+
 def first_calls() -> dict[str, Any]:
     """Seconds of first calls with new masks; then what other lengths, batches and windows compile."""
     import torch

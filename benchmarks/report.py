@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "apache-tvm", "apache-tvm-ffi", "apache-tvm-ffi-orcjit", "islpy", "sympy", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "flash-attn-4",
+    "apache-tvm",
+    "apache-tvm-ffi",
+    "apache-tvm-ffi-orcjit",
+    "islpy",
+    "sympy",
+    "numpy",
+)
 VECTORS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve")
 
 
@@ -46,6 +56,11 @@ def save(path: Path, results: Mapping[str, Any]) -> None:
     """Write results as JSON, numbers to four digits, so that a diff can be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(results), indent=1) + "\n")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The results in a file; empty where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _rounded(value: Any) -> Any:

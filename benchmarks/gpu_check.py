@@ -1,0 +1,53 @@
+"""Whether an output is right: the error rule of docs/design.md against float64, on the GPU, at any length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Dense = Callable[[slice], torch.Tensor]  # rows -> bool (rows, kv_len): who attends
+ROWS = 1024  # whose scores are held at once
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The largest error, and the one allowed: twice that of plain PyTorch in the same dtype, plus one ulp."""
+
+    error: float
+    allowed: float
+
+    @property
+    def passes(self) -> bool:
+        return self.error <= self.allowed
+
+
+def accuracy(out: torch.Tensor, tensors: Tensors, dense: Dense, scale: float | None = None) -> Accuracy:
+    """Judge the first and the last head of an output (B, Hq, q_len, Dv); the rest has to be finite."""
+    q, k, v = tensors
+    batch, heads, _, size = q.shape
+    group = heads // k.shape[1]
+    scale = size**-0.5 if scale is None else scale
+    if out.shape != (*q.shape[:3], v.shape[3]) or not out.isfinite().all():
+        return Accuracy(float("inf"), 0.0)
+    error = plain_error = largest = 0.0
+    for b, h in {(0, 0), (batch - 1, heads - 1)}:
+        queries, keys, values = q[b, h], k[b, h // group], v[b, h // group]
+        for first in range(0, q.shape[2], ROWS):
+            rows = slice(first, min(first + ROWS, q.shape[2]))
+            attends = dense(rows)
+            exact = _attend(queries[rows].double(), keys.double(), values.double(), attends, scale)
+            plain = _attend(queries[rows], keys, values, attends, scale).double()
+            error = max(error, float((out[b, h, rows].double() - exact).abs().max()))
+            plain_error = max(plain_error, float((plain - exact).abs().max()))
+            largest = max(largest, float(exact.abs().max()))
+    return Accuracy(error, 2 * plain_error + torch.finfo(out.dtype).eps * largest)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attends: torch.Tensor, scale: float
+) -> torch.Tensor:
+    scores = ((q @ k.T) * scale).masked_fill(~attends, -torch.inf)
+    return torch.nan_to_num(torch.softmax(scores, -1), 0.0) @ v
