@@ -11,6 +11,7 @@ from ..ir import expr as ex
 from ..ir.expr import Expr
 from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Scan, Stmt, Store
 from .layout import INDENT, WIDTH, wrap
+from .triton_boxes import box_of
 from .triton_expr import Speller
 from .triton_helpers import HELPERS
 from .triton_scope import AND, ATOM, FLOATS, PRODUCT, SUM, TL, Name, Scope, Value
@@ -44,6 +45,7 @@ class Body:
         }
         self.zeros: dict[str, frozenset[str]] = {}
         self.padded = {a.name for a in kernel.axes if a.size != a.extent}
+        self.described = bool(dict(kernel.meta).get("descriptors"))
         self.lines: list[str] = []
         self.depth = 1
 
@@ -139,6 +141,14 @@ class Body:
         axes = self.scope.order(stmt.axes)
         tensor = self.scope.tensors[stmt.tensor]
         speller = Speller.of(self.scope, axes, [*stmt.index, stmt.guard, stmt.other], tensor.dtype)
+        box = box_of(stmt, axes, speller, self.scope) if self.described else None
+        if box is not None and self.scope.boxes.setdefault(stmt.tensor, box.extents) == box.extents:
+            start = ", ".join(speller.integer(entry).text for entry in box.start)
+            shape = ", ".join(map(str, box.shape))
+            name = self._tile(stmt.dst, stmt.dtype, axes, True)
+            self._line(f"{name.text} = d_{stmt.tensor}.load([{start}]).reshape([{shape}])")
+            self.zeros[stmt.dst] = frozenset(self.padded & set(axes))
+            return
         pointer = self._address(speller, stmt.tensor, stmt.index, axes)
         guard, masks = self._mask(speller, stmt.guard, axes)
         floating = tensor.dtype in FLOATS

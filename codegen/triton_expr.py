@@ -320,9 +320,10 @@ class Speller:
         An index is a sum of scalars and of terms that vary within the tile. Strides are 64-bit, so
         the scalars' products are. A varying part that is bounded by the axis sizes is multiplied in
         32 bits with the narrowed stride `r_*`; any other (a gather, a clamp) in 64."""
+        self.scope.addressed.add(tensor.name)
         base, inner = [], []
         for dim, entry in enumerate(index):
-            scalar, varying = self._split(entry)
+            scalar, varying = self.split(entry)
             stride = None if tensor.unit == dim else f"s_{tensor.name}_{dim}"
             if scalar != 0:
                 value = self.integer(scalar)
@@ -345,7 +346,7 @@ class Speller:
         axes = frozenset().union(*(value.axes for value, _ in inner))
         return Value(text, "i64", axes, SUM)
 
-    def _split(self, index: Expr) -> tuple[Expr, Expr]:
+    def split(self, index: Expr) -> tuple[Expr, Expr]:
         """An index as scalar part + part that varies within the tile, the latter bounded if it can be."""
         for candidate in (index.xreplace(self._definitions()), index):
             terms = sympy.Add.make_args(sympy.expand(candidate))

@@ -62,7 +62,8 @@ class Scope:
 
     nonnegative: integer scalars that cannot be negative. definitions: integer tiles that are plain
     functions of scalars and coordinates. helpers: the helper functions used. narrow: for (tensor,
-    dimension) the largest coordinate that is multiplied with the stride in 32 bits."""
+    dimension) the largest coordinate that is multiplied with the stride in 32 bits. boxes: for tensors
+    with a descriptor, the extents of what it fetches; addressed: tensors with addresses."""
 
     axes: tuple[Axis, ...]
     tensors: Mapping[str, Tensor]
@@ -71,6 +72,8 @@ class Scope:
     definitions: dict[str, Expr] = field(default_factory=dict)
     helpers: set[str] = field(default_factory=set)
     narrow: dict[tuple[str, int], int] = field(default_factory=dict)
+    boxes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    addressed: set[str] = field(default_factory=set)
 
     def order(self, names: Iterable[str]) -> tuple[str, ...]:
         """Axes in the kernel's order, which is the order of every tile's dimensions."""
