@@ -4,6 +4,7 @@ The module holds one `@triton.jit` function named after the kernel and what a la
 
     kernel           the function
     OPTIONS          {"num_warps": 4, "num_stages": 3}, from the kernel's `warps` and `stages`
+    DIVISORS         {"p_q": 16, "s_q_2": 8}: what arguments are multiples of, from the tensors' `align`
     grid(**sizes)    programs to launch, as a tuple of one number; takes sizes and scalars by name
     bind(...)        tensors and scalars by name -> the function's arguments, in order
 
@@ -44,16 +45,31 @@ TYPES = {
     "bool": "i1",
 }
 
+BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
+
 
 @dataclass(frozen=True)
 class Argument:
     """One runtime argument: its name, its Triton type ('*bf16', 'i64', 'i32', 'fp32', ...) and its source.
 
-    source: Python over the kernel's tensors and scalars, for instance `q.stride(2)`."""
+    source: Python over the kernel's tensors and scalars, for instance `q.stride(2)`. divisor: a number
+    that divides it, bytes for an address and elements for a stride."""
 
     name: str
     type: str
     source: str
+    divisor: int = 1
+
+
+@dataclass(frozen=True)
+class Module:
+    """An emitted module: its text and what a launcher has to know of it.
+
+    spans: (tensor, dimension, coordinate): the stride times the coordinate has to fit 32 bits."""
+
+    source: str
+    signature: tuple[Argument, ...]
+    spans: tuple[tuple[str, int, int], ...]
 
 
 def signature(kernel: Kernel) -> tuple[Argument, ...]:
@@ -66,6 +82,11 @@ def signature(kernel: Kernel) -> tuple[Argument, ...]:
 
 def emit(kernel: Kernel) -> str:
     """The module's text: deterministic to the byte. Raises BackendError for what Triton cannot say."""
+    return module(kernel).source
+
+
+def module(kernel: Kernel) -> Module:
+    """The module of a kernel. Raises BackendError for what Triton cannot say."""
     _check(kernel)
     scope = Scope(kernel.axes, {t.name: t for t in kernel.tensors})
     for name in _sizes(kernel):
@@ -79,11 +100,12 @@ def emit(kernel: Kernel) -> str:
         _header(kernel) + "\nimport triton\nimport triton.language as tl\n",
         *(HELPERS[name] for name in sorted(scope.helpers)),
         "\n".join([*_function(kernel), *programs, *_axes(kernel), *_narrow(scope), "", *body]) + "\n",
-        f"kernel = {kernel.name}\nOPTIONS = {json.dumps(_options(kernel))}\n",
+        f"kernel = {kernel.name}\nOPTIONS = {json.dumps(_options(kernel))}\n{_divisors(kernel)}",
         _grid(kernel),
         _bind(kernel, scope),
     ]
-    return "\n\n".join(parts)
+    spans = tuple((tensor, dim, bound) for (tensor, dim), bound in sorted(scope.narrow.items()))
+    return Module("\n\n".join(parts), signature(kernel), spans)
 
 
 def _check(kernel: Kernel) -> None:
@@ -111,11 +133,17 @@ def _scalar_dtype(scalar: Scalar) -> str:
     return scalar.dtype if scalar.dtype[0] == "f" else "i32"
 
 
+def _divisors(kernel: Kernel) -> str:
+    known = ", ".join(f'"{a.name}": {a.divisor}' for a in signature(kernel) if a.divisor > 1)
+    return "\n".join(wrap(f"DIVISORS = {{{known}}}", 0)) + "\n"
+
+
 def _tensor(tensor: Tensor) -> list[Argument]:
+    name, step = tensor.name, max(1, tensor.align // BYTES[tensor.dtype])
     strides = [d for d in range(len(tensor.shape)) if d != tensor.unit]
     return [
-        Argument(f"p_{tensor.name}", f"*{TYPES[tensor.dtype]}", tensor.name),
-        *(Argument(f"s_{tensor.name}_{d}", "i64", f"{tensor.name}.stride({d})") for d in strides),
+        Argument(f"p_{name}", f"*{TYPES[tensor.dtype]}", name, tensor.align),
+        *(Argument(f"s_{name}_{d}", "i64", f"{name}.stride({d})", step) for d in strides),
     ]
 
 

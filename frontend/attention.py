@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
 from .captured import is_array, is_monotone
+from .device import precision_of, target_of
 from .kernel import quick_key
 from .mask import Mask
-from .problem import DTYPE_NAMES, Problem
+from .problem import Problem
 from .reads import check_reads
 from .score import ScoreMod
 
@@ -24,7 +26,18 @@ if TYPE_CHECKING:
     from ..ir.kernel import Program
     from ..runtime.driver import Executable
 
-BACKENDS = ("auto", "tvm", "reference")
+# Backends, and the kind of device whose tensors each takes.
+BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
+
+TORCH_NAMES = {
+    "f64": "float64",
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "i64": "int64",
+    "i32": "int32",
+    "u8": "uint8",
+}
 
 # Keywords that have a meaning and no kernel yet: what they ask for, and what to write until then.
 NOT_BUILT = {
@@ -62,27 +75,33 @@ def attention(
     deterministic: bool | None = None,
     backend: str = "auto",
     schedule: Any = None,
+    validate: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the pairs of a mask: softmax(scale * q k^T, where mask) v.
 
     Args:
-        query: (B, Hq, q_len, D), float16, bfloat16, float32 or float64, any strides.
-        key: (B, Hk, kv_len, D), same dtype; Hq a multiple of Hk.
+        query: (B, Hq, q_len, D), float16, bfloat16, float32 or float64, any strides, on a CPU or a CUDA
+            GPU, where float32 products round as torch's own may (`torch.set_float32_matmul_precision`).
+        key: (B, Hk, kv_len, D), same dtype and device; Hq a multiple of Hk.
         value: (B, Hk, kv_len, Dv).
         mask: a Mask, a `mask_mod(b, h, q_idx, kv_idx)`, a BlockMask, a boolean tensor broadcastable
             to (B, Hq, q_len, kv_len), or None (every pair). True means attend; h is the query head.
+            Tensors that it captures are on the query's device, and read at each call.
         score_mod: `score_mod(score, b, h, q_idx, kv_idx)`, applied to scale * q k^T.
         scale: default 1 / sqrt(D).
         enable_gqa: allow Hq != Hk, as PyTorch does.
         return_lse: also return the natural log of the sum of exponentials of the scores.
         sinks, dropout_p, q_offset, cu_seqlens_q, cu_seqlens_kv, block_table, kv_lens, deterministic: not
             built yet; an UnsupportedError says what to write in their place.
-        backend: "auto" (CPU: "tvm"), "tvm", or "reference" (dense, float64, slow).
+        backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (dense, float64, slow).
         schedule: a Schedule, or one a group, in place of the default (see `gossamer explain`).
+        validate: on a GPU, also check what only the contents of captured tensors tell (an index out of
+            range), which waits for the device. Without it such reads are clamped into the tensor. On a
+            CPU the checks are always made.
 
     Returns:
-        (B, Hq, q_len, Dv) in the query's dtype; with return_lse also (B, Hq, q_len), float32 (float64
-        for float64). Rows without any pair are zeros with an LSE of -inf.
+        (B, Hq, q_len, Dv) in the query's dtype, on its device; with return_lse also (B, Hq, q_len),
+        float32 (float64 for float64). Rows without any pair are zeros with an LSE of -inf.
 
     Raises:
         InputError: a shape, dtype, device or value is wrong. UnsupportedError: a gradient, or something
@@ -101,20 +120,27 @@ def attention(
     problem = Problem(query, key, value, enable_gqa)
     bound = problem.mask_of(mask)
     score = None if score_mod is None else ScoreMod.of(score_mod)
-    if backend == "triton":
-        raise UnsupportedError(
-            'attention.backend: "triton" is not launched yet, its kernels are compiled ahead of time only, '
-            'with gossamer.compile. Pass "auto"'
-        )
-    if backend not in BACKENDS:
-        raise InputError("attention.backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+    _check_backend(backend, problem)
     if backend == "reference":
         from .reference import reference_attention
 
         out = reference_attention(problem, bound, score, scale)
         return out if return_lse else out[0]
-    found = run(problem, bound, score, scale, ("lse",) if return_lse else (), schedule)
+    found = run(problem, bound, score, scale, ("lse",) if return_lse else (), schedule, validate)
     return (found[0], found[1]) if return_lse else found[0]
+
+
+def _check_backend(backend: str, problem: Problem) -> None:
+    if backend not in BACKENDS:
+        raise InputError("attention.backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+    if problem.device.type not in BACKENDS[backend]:
+        kinds = " or ".join(BACKENDS[backend])
+        raise InputError(
+            "attention.backend",
+            f"{kinds} tensors for {backend!r}",
+            problem.device,
+            'Pass "auto", or move them',
+        )
 
 
 def _check_built(**keywords: Any) -> None:
@@ -133,13 +159,15 @@ def run(
     scale: float | None,
     rows: tuple[str, ...] = (),
     schedule: Any = None,
+    validate: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """(out, *rows) of a checked problem, compiling its kernel first if it is new.
 
     rows: what else every row gives: (), ("lse",) or ("lse", "max")."""
     if schedule is not None:
         _check_schedule(schedule)
-    check_reads(problem, mask, score)
+    if validate or problem.device.type == "cpu":
+        check_reads(problem, mask, score)
     executable = executable_for(problem, mask, score, rows, schedule)
     return launch(executable, call_values(problem, mask, score, scale), problem, rows)
 
@@ -155,7 +183,8 @@ def call_values(problem: Problem, mask: Mask, score: ScoreMod | None, scale: flo
     for stem, tensor, source in (("p", "c", mask), ("s", "t", score)):
         if source is not None:
             values |= {f"{stem}{i}": number for i, number in enumerate(source.values)}
-            values |= {f"{tensor}{i}": captured(t) for i, t in enumerate(source.tensors)}
+            tensors = source.tensors_on(problem.device)
+            values |= {f"{tensor}{i}": captured(t, problem) for i, t in enumerate(tensors)}
     return values
 
 
@@ -193,20 +222,26 @@ def launch(
 
     shape = (problem.batch, problem.heads, problem.q_len)
     wide = torch.float64 if problem.dtype == "f64" else torch.float32
-    outputs = {"o": torch.empty((*shape, problem.v_size), dtype=problem.query.dtype)}
-    outputs |= {name: torch.empty(shape, dtype=wide) for name in rows}
-    executable(values | outputs, allocate=allocate)
+    place = problem.device
+    outputs = {"o": torch.empty((*shape, problem.v_size), dtype=problem.query.dtype, device=place)}
+    outputs |= {name: torch.empty(shape, dtype=wide, device=place) for name in rows}
+    executable(values | outputs, allocate=partial(allocate, device=place))
     return tuple(outputs.values())
 
 
-def captured(tensor: Any) -> Any:
-    """A captured tensor as kernels take it: on the CPU, booleans as bytes."""
+def captured(tensor: Any, problem: Problem) -> Any:
+    """A captured tensor as kernels take it: on the problem's device, booleans as bytes."""
     import torch
 
     if not isinstance(tensor, torch.Tensor):
         tensor = torch.as_tensor(tensor)
-    if tensor.device.type != "cpu":
-        raise InputError("attention: a captured tensor", "a CPU tensor, as the query is", tensor.device)
+    if tensor.device != problem.device:
+        raise InputError(
+            "attention: a captured tensor",
+            f"a tensor on {problem.device}, as the query is",
+            tensor.device,
+            f"Capture tensor.to({str(problem.device)!r})",
+        )
     if tensor.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError(
             "attention: a captured tensor requires a gradient, and gradients are not built yet. "
@@ -215,10 +250,11 @@ def captured(tensor: Any) -> Any:
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
 
 
-def allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+def allocate(shape: tuple[int, ...], dtype: str, device: Any = "cpu") -> torch.Tensor:
+    """An uninitialised contiguous tensor of a dtype by its name in the IR."""
     import torch
 
-    return torch.empty(shape, dtype=next(t for t, name in DTYPE_NAMES.items() if name == dtype))
+    return torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[dtype]), device=device)
 
 
 def executable_for(
@@ -231,8 +267,17 @@ def executable_for(
     """The compiled kernel of a problem's structure: from memory, from disk, or compiled now."""
     from ..runtime.driver import get_or_compile
 
-    asked = ("lse" in rows, "max" in rows)
-    sizes = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, *asked)
+    target = target_of(problem.device)
+    sizes = (
+        problem.dtype,
+        problem.qk_size,
+        problem.v_size,
+        problem.contiguous,
+        "lse" in rows,
+        "max" in rows,
+        problem.aligned,
+        precision_of(problem.device, problem.dtype),
+    )
     ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
 
     def make() -> Program:
@@ -240,6 +285,7 @@ def executable_for(
         from ..passes.spec import AttentionSpec
 
         maps = None if score is None else score.ir
-        return compile_spec(AttentionSpec(mask.ir, maps, *sizes, monotone=frozenset(ids)), schedule)
+        spec = AttentionSpec(mask.ir, maps, *sizes, target=target, monotone=frozenset(ids))
+        return compile_spec(spec, schedule)
 
-    return get_or_compile(quick_key(mask, score, sizes, ids, schedule), make, "cpu")
+    return get_or_compile(quick_key(mask, score, sizes, ids, schedule), make, target)

@@ -26,14 +26,39 @@ def as_numpy(array: Any) -> np.ndarray:
 
 
 def is_monotone(array: Any) -> bool:
-    """Whether entries never decrease along the last dimension: one comparison an entry."""
+    """Whether entries are known never to decrease along the last dimension: one comparison an entry.
+
+    Nobody waits for a GPU to find out: what lies there counts as unknown."""
+    if getattr(getattr(array, "device", None), "type", "cpu") != "cpu":
+        return False
     return array.shape[-1] < 2 or bool((array[..., 1:] >= array[..., :-1]).all())
 
 
-def readable(tensor: Any) -> Any:
-    """The tensor that a kernel reads for a captured one, with at least one dimension."""
-    tensor = tensor.current() if isinstance(tensor, Derived) else tensor
+def readable(tensor: Any, device: Any = None) -> Any:
+    """The tensor that a kernel on a torch device reads for a captured one, with at least one dimension.
+
+    device: None for a look at its contents, wherever they are."""
+    if isinstance(tensor, Derived):
+        tensor = tensor.current()
+    elif isinstance(tensor, Constant):
+        tensor = tensor.array if device is None else tensor.on(device)
     return tensor if len(tensor.shape) else tensor.reshape(1)
+
+
+class Constant:
+    """A NumPy array that nobody writes to: each device gets one copy of it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.shape, self.dtype = array.shape, array.dtype
+        self._copies: dict[Any, Any] = {}
+
+    def on(self, device: Any) -> Any:
+        if device not in self._copies:
+            import torch
+
+            self._copies[device] = torch.from_numpy(self.array).to(device)
+        return self._copies[device]
 
 
 class Derived:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import InputError, UnsupportedError
+from ..ir.errors import InputError
 from .mask import Mask
 from .score import ScoreMod
 
@@ -28,7 +28,8 @@ class AttentionSpec:
     score_mod: likewise. dtype: "f16", "bf16", "f32" or "f64". qk_size, v_size: head sizes of query and
     key, and of value (default: the same). contiguous: for query, key and value, whether the last
     dimension has stride 1. return_lse: whether the LSE is an output; return_max:
-    beside it, the largest score of every row. precision: "ieee" or "tf32" (GPU).
+    beside it, the largest score of every row. aligned: whether query, key and value start on multiples of
+    16 bytes, their rows too, as a kernel for a GPU may then ask of them. precision: "ieee" or "tf32" (GPU).
 
     >>> from gossamer import masks
     >>> AttentionSpec(masks.causal(), dtype="bf16", qk_size=128).ir.v_size
@@ -43,6 +44,7 @@ class AttentionSpec:
     contiguous: tuple[bool, bool, bool] = (True, True, True)
     return_lse: bool = False
     return_max: bool = False
+    aligned: bool = True
     precision: str = "ieee"
 
     def __post_init__(self) -> None:
@@ -55,8 +57,9 @@ class AttentionSpec:
             raise InputError(
                 "AttentionSpec.contiguous", "three truth values, for query, key and value", repr(flags)
             )
-        if not isinstance(self.return_lse, bool):
-            raise InputError("AttentionSpec.return_lse", "True or False", repr(self.return_lse))
+        for name, flag in (("return_lse", self.return_lse), ("aligned", self.aligned)):
+            if not isinstance(flag, bool):
+                raise InputError(f"AttentionSpec.{name}", "True or False", repr(flag))
         for name, value, known in (("dtype", self.dtype, DTYPES), ("precision", self.precision, PRECISIONS)):
             if value not in known:
                 raise InputError(f"AttentionSpec.{name}", f"one of {', '.join(known)}", repr(value))
@@ -64,7 +67,8 @@ class AttentionSpec:
     @property
     def sizes(self) -> tuple[Any, ...]:
         size = self.v_size or self.qk_size
-        return (self.dtype, self.qk_size, size, self.contiguous, self.return_lse, self.return_max)
+        asked = (self.return_lse, self.return_max)
+        return (self.dtype, self.qk_size, size, self.contiguous, *asked, self.aligned, self.precision)
 
     @property
     def ir(self) -> IRSpec:
@@ -72,9 +76,7 @@ class AttentionSpec:
         from ..passes.spec import AttentionSpec as IRSpec
 
         score = ScoreMod.of(self.score_mod)
-        return IRSpec(
-            Mask.of(self.mask).ir, None if score is None else score.ir, *self.sizes, precision=self.precision
-        )
+        return IRSpec(Mask.of(self.mask).ir, None if score is None else score.ir, *self.sizes)
 
     def quick_key(self) -> tuple[Any, ...]:
         """The structural key by which `gossamer.attention` finds the kernel."""
@@ -134,19 +136,20 @@ class Kernel:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        """Run on CPU tensors, as `gossamer.attention`; returns (out, lse) when compiled with return_lse,
-        (out, lse, max) with return_max.
+        """Run on tensors of the target's kind of device, as `gossamer.attention`; returns (out, lse) when
+        compiled with return_lse, (out, lse, max) with return_max.
 
         mask, score_mod: of the structure that was compiled; they bring the runtime integers and the
         captured tensors. Raises InputError when something is not what the kernel was compiled for."""
         from .attention import call_values, launch
         from .problem import Problem
 
-        if not self.target.startswith("cpu"):
-            raise UnsupportedError(
-                f"this is a binary for {self.target}; gossamer calls CPU kernels only so far"
-            )
         problem = Problem(query, key, value, enable_gqa)
+        kind = self.target.partition(":")[0]
+        if kind != problem.device.type:
+            raise InputError(
+                "kernel: query", f"a tensor on a {kind} device, for {self.target}", problem.device
+            )
         bound, score = problem.mask_of(mask), ScoreMod.of(score_mod)
         made = self._executable.artifact.manifest.extra
         sizes = (problem.dtype, problem.qk_size, problem.v_size)

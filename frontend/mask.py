@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
-from .captured import as_numpy, is_array, readable
+from .captured import Constant, as_numpy, is_array, readable
 from .term import TRUE, Term, negate, rename, show
 from .term_expr import from_expr, to_expr
 from .term_mask import bake_large, joined, segments
@@ -129,7 +129,7 @@ class Mask:
         from ..passes.recover import recover
 
         ir, tensors = recover(as_numpy(array))
-        return Mask.from_ir(ir, tensors=tensors)
+        return Mask.from_ir(ir, tensors=tuple(map(Constant, tensors)))
 
     @staticmethod
     def from_ir(ir: IRMask, values: tuple[int, ...] = (), tensors: tuple[Any, ...] = ()) -> Mask:
@@ -177,6 +177,10 @@ class Mask:
 
         tensors = tuple(torch.as_tensor(tensor, device=device) for tensor in self.tensors)
         return Mask(self._term, self.values, tensors, self._signature)
+
+    def tensors_on(self, device: Any) -> tuple[Any, ...]:
+        """The captured tensors as kernels on a torch device read them; the user's own are not moved."""
+        return tuple(readable(t, device) for t in self._tensors)
 
     @cached_property
     def segments(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
 from .captured import is_array
 from .mask import Mask
 
+ALIGN = 16  # bytes, as `passes.spec` has it
 DTYPE_NAMES: dict[Any, str] = {}
 
 
@@ -20,12 +21,25 @@ def _fill_names() -> dict[Any, str]:
     return DTYPE_NAMES
 
 
+def is_aligned(tensor: Any) -> bool:
+    """Whether the address and every stride in use, but a last one of 1, are multiples of 16 bytes."""
+    *outer, last = zip(tensor.shape, tensor.stride(), strict=True)
+    strides = [stride for size, stride in (*outer, *([last] if last[1] != 1 else [])) if size > 1]
+    size = tensor.element_size()
+    return tensor.data_ptr() % ALIGN == 0 and all(stride * size % ALIGN == 0 for stride in strides)
+
+
 class Problem:
-    """Checked inputs of one attention. Attributes: sizes, dtype name and the three tensors."""
+    """Checked inputs of one attention: its sizes, dtype name and device, and the three tensors.
+
+    contiguous: for each tensor, whether its last dimension has stride 1. aligned: whether every address
+    and row lies on a multiple of 16 bytes, which GPU kernels are compiled for or not."""
 
     __slots__ = (
+        "aligned",
         "batch",
         "contiguous",
+        "device",
         "dtype",
         "heads",
         "key",
@@ -59,9 +73,10 @@ class Problem:
             self.key, self.value = (t.expand(self.batch, -1, -1, -1) for t in (self.key, self.value))
         if self.heads != kv_heads:
             self._check_heads(kv_heads, enable_gqa)
-        self.contiguous = tuple(
-            t.stride(3) == 1 or t.shape[3] == 1 for t in (self.query, self.key, self.value)
-        )
+        tensors = (self.query, self.key, self.value)
+        self.contiguous = tuple(t.stride(3) == 1 or t.shape[3] == 1 for t in tensors)
+        self.device = query.device
+        self.aligned = query.device.type == "cpu" or all(map(is_aligned, tensors))
 
     def _check_tensors(self) -> None:
         try:
@@ -100,13 +115,11 @@ class Problem:
                 raise InputError(where, "float16, bfloat16, float32 or float64", tensor.dtype)
             if tensor.dtype != query.dtype:
                 raise InputError(where, f"the query's dtype {query.dtype}", tensor.dtype, "Cast one of them")
-            if tensor.device.type != "cpu":
-                raise InputError(
-                    where,
-                    "a CPU tensor",
-                    tensor.device,
-                    "GPU kernels are compiled ahead of time only, with gossamer.compile",
-                )
+            if tensor.device.type not in ("cpu", "cuda"):
+                raise InputError(where, "a tensor on the CPU or a CUDA GPU", tensor.device)
+            if tensor.device != query.device:
+                fix = f"Pass {name}.to({str(query.device)!r})"
+                raise InputError(where, f"a tensor on {query.device}, as the query is", tensor.device, fix)
             if tensor.layout != torch.strided:
                 raise InputError(where, "a strided tensor", tensor.layout, "Call .to_dense()")
             if not 1 <= tensor.shape[3] <= 1024:

@@ -26,7 +26,10 @@ def reference_attention(
 
     out, lse = exact_attention(problem, mask, score, scale, np.float64)
     wide = torch.float64 if problem.dtype == "f64" else torch.float32
-    return torch.from_numpy(out).to(problem.query.dtype), torch.from_numpy(lse).to(wide)
+    return (
+        torch.from_numpy(out).to(problem.device, problem.query.dtype),
+        torch.from_numpy(lse).to(problem.device, wide),
+    )
 
 
 def exact_attention(
@@ -36,7 +39,7 @@ def exact_attention(
     import torch
 
     q, k, v = (
-        t.detach().to(torch.float64).numpy().astype(floats)
+        t.detach().to("cpu", torch.float64).numpy().astype(floats)
         for t in (problem.query, problem.key, problem.value)
     )
     group = problem.heads // k.shape[1] if k.shape[1] else 1
@@ -63,4 +66,4 @@ def exact_attention(
 
 
 def _arrays(tensors: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
-    return tuple(t.detach().numpy() if hasattr(t, "detach") else np.asarray(t) for t in tensors)
+    return tuple(t.detach().cpu().numpy() if hasattr(t, "detach") else np.asarray(t) for t in tensors)

@@ -59,6 +59,10 @@ class ScoreMod:
     def tensors(self) -> tuple[Any, ...]:
         return tuple(map(readable, self._tensors))
 
+    def tensors_on(self, device: Any) -> tuple[Any, ...]:
+        """The captured tensors as kernels on a torch device read them; the user's own are not moved."""
+        return tuple(readable(t, device) for t in self._tensors)
+
     @cached_property
     def key(self) -> tuple[Any, ...]:
         return ("score", self._term, self.kinds, self._signature)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..ir.errors import InputError
+from ..ir.errors import InputError, UnsupportedError
 from .attention import allocate
 from .mask import Mask
 from .problem import Problem
@@ -171,6 +171,9 @@ def _check_acsr(where: str, value: Any) -> None:
 
 
 def _run(kind: str, problem: Problem, mask: Mask, layout: Layout, call: dict[str, Any]) -> None:
+    if problem.device.type != "cpu":
+        fix = "Pass tensors on the CPU, or use gossamer.attention, which is fused"
+        raise UnsupportedError(f"{kind} on {problem.device} is not built yet. {fix}")
     from ..runtime.driver import get_or_compile
 
     def make() -> Any:

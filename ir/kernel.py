@@ -42,8 +42,10 @@ class Tensor:
     """A tensor argument in global memory.
 
     shape: each entry an integer or a name; names are bound from the tensor at the call and are
-    visible as integer scalars in the kernel (an intermediate of a program may have expressions). unit: the position of the dimension whose stride is 1
-    (None: all strides are read at run time). role: 'in', 'out' or 'inout'.
+    visible as integer scalars in the kernel (an intermediate of a program may have expressions). unit:
+    the position of the dimension whose stride is 1 (None: all strides are read at run time). role: 'in',
+    'out' or 'inout'. align: a power of two of bytes that divides the address and every stride but the
+    unit one; it changes speed, never results, and whoever passes a tensor sees to it.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Tensor:
     shape: tuple[int | str | Expr, ...]
     role: str = "in"
     unit: int | None = None
+    align: int = 1
 
 
 @dataclass(frozen=True)

@@ -130,9 +130,10 @@ class _Reader:
         shape = c.items("[", "]", self.extent)
         role = c.one_of(("in", "out", "inout"), "a role")
         unit = c.integer("the dimension of stride 1") if c.take("unit") else None
+        align = c.integer("the alignment in bytes") if c.take("align") else 1
         self.scope.update((n, integer(n)) for n in shape if isinstance(n, str))
         self.scope[name] = integer(name) if dtype == "bool" else symbol_of(name, dtype)
-        return K.Tensor(name, dtype, shape, role, unit)
+        return K.Tensor(name, dtype, shape, role, unit, align)
 
     def intermediate(self) -> K.Tensor:
         """A tensor whose extents are expressions of integers that the kernels' arguments name."""

@@ -71,7 +71,9 @@ def _argument(argument: K.Tensor | K.Scalar) -> str:
 
 def _tensor(tensor: K.Tensor) -> str:
     unit = "" if tensor.unit is None else f" unit {tensor.unit}"
-    return f"{tensor.name}: {tensor.dtype}[{', '.join(map(_extent, tensor.shape))}] {tensor.role}{unit}"
+    align = "" if tensor.align == 1 else f" align {tensor.align}"
+    shape = ", ".join(map(_extent, tensor.shape))
+    return f"{tensor.name}: {tensor.dtype}[{shape}] {tensor.role}{unit}{align}"
 
 
 def _extent(extent: int | str | K.Expr) -> str:

@@ -106,6 +106,9 @@ class _Verifier:
             self.fail(
                 "argument", f"unit of {tensor.name}: expected a dimension below {rank}; got {tensor.unit}"
             )
+        if tensor.align < 1 or tensor.align & (tensor.align - 1):
+            expected = f"align of {tensor.name}: expected a power of two of bytes"
+            self.fail("argument", f"{expected}; got {tensor.align}")
         for extent in tensor.shape:
             if isinstance(extent, E.Expr):
                 self.fail("argument", f"shape of {tensor.name}: expected numbers and names; got {extent}")

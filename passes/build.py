@@ -19,7 +19,7 @@ from ..ir.sequences import PLAIN
 from .spec import AttentionSpec
 
 # Attributes that say how, not what.
-FACTS = ("contiguous", "monotone", "positive", "precision", "sequences", "target")
+FACTS = ("aligned", "contiguous", "monotone", "positive", "precision", "sequences", "target")
 PAIRS = ("B", "Hq", "q_len", "kv_len")
 
 
@@ -42,6 +42,7 @@ def build(spec: AttentionSpec) -> Graph:
 
     facts = {
         "mask": mask,
+        "aligned": spec.aligned,
         "contiguous": spec.contiguous,
         "monotone": tuple(sorted(spec.monotone)),
         "positive": spec.positive,
@@ -94,6 +95,7 @@ def spec_of(graph: Graph, op: Op) -> AttentionSpec:
         sinks=graph.values[op.inputs[sinks_at]].dtype if op.attr("sinks") else None,
         prob_map=op.attr("prob"),
         sequences=op.attr("sequences", PLAIN),
+        aligned=op.attr("aligned"),
     )
 
 

@@ -41,12 +41,13 @@ class Operands:
 
     def __init__(self, spec: AttentionSpec, over: Scaffold, *, values: bool = True) -> None:
         unit_q, unit_k, unit_v = (3 if u else None for u in spec.contiguous)
+        self.spec, align = spec, spec.align
         where = self.sequences = spec.sequences
         self.row_extents, keys = sq.row_extents(where), sq.key_extents(where)
-        v = (Tensor("v", spec.dtype, (*keys, spec.v_size), "in", unit_v),)
+        v = (Tensor("v", spec.dtype, (*keys, spec.v_size), "in", unit_v, align),)
         self.inputs: tuple[Tensor, ...] = (
-            Tensor("q", spec.dtype, (*self.row_extents, spec.qk_size), "in", unit_q),
-            Tensor("k", spec.dtype, (*keys, spec.qk_size), "in", unit_k),
+            Tensor("q", spec.dtype, (*self.row_extents, spec.qk_size), "in", unit_q, align),
+            Tensor("k", spec.dtype, (*keys, spec.qk_size), "in", unit_k, align),
             *(v if values else ()),
             *sq.tensors(where),
         )
@@ -60,7 +61,8 @@ class Operands:
     def per_row(self, name: str, dtype: str, role: str, *inner: int) -> Tensor:
         """A tensor with one entry, or one row of `inner` entries, for every query row."""
         shape = (*self.row_extents, *inner)
-        return Tensor(name, dtype, shape, role, len(shape) - 1)
+        align = self.spec.row_align(dtype, *inner) if inner else 1
+        return Tensor(name, dtype, shape, role, len(shape) - 1, align)
 
     def _row(self, row: Expr) -> Index:
         return (ONLY, H, sq.Q_START + row) if self.sequences.q_bounds else (B, H, row)

@@ -6,6 +6,7 @@ arguments, so changing them compiles nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from ..ir.errors import InputError, UnsupportedError
@@ -17,6 +18,8 @@ from ..ir.sequences import PLAIN, Sequences
 
 SCALE = real("scale")
 DTYPES = ("f16", "bf16", "f32", "f64")
+BYTES = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
+ALIGN = 16  # bytes of the widest load of one GPU thread
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,12 @@ class AttentionSpec:
 
     contiguous: for q, k and v, whether the last dimension has stride 1 (other strides are always
     runtime values). return_max: also the largest score of every row (needs return_lse). monotone:
-    captured tensors whose values never decrease (the caller has checked). positive: the scale is known to
-    be above 0, and no denormal. sinks: the dtype of the attention sinks, or None. prob_map: what becomes of
-    the probabilities before they weigh the values. return_column_sums: also what every key gets from all
-    queries, before the prob_map. sequences: lengths by batch, and where rows lie in memory. Raises
-    InputError on an unknown dtype or a size outside 1..1024."""
+    captured tensors whose values never decrease (the caller has checked). aligned: the addresses of q, k
+    and v and the strides of their rows are multiples of ALIGN bytes; a CPU does not ask. positive: the
+    scale is known to be above 0, and no denormal. sinks: the dtype of the attention sinks, or None.
+    prob_map: what becomes of the probabilities before they weigh the values. return_column_sums: also
+    what every key gets from all queries, before the prob_map. sequences: lengths by batch, and where
+    rows lie in memory. Raises InputError on an unknown dtype or a size outside 1..1024."""
 
     mask: Mask
     score_map: ScoreMap | None = None
@@ -39,8 +43,9 @@ class AttentionSpec:
     contiguous: tuple[bool, bool, bool] = (True, True, True)
     return_lse: bool = False
     return_max: bool = False
-    target: str = "cpu"
+    aligned: bool = True
     precision: str = "ieee"
+    target: str = "cpu"
     monotone: frozenset[str] = frozenset()
     positive: bool = False
     sinks: str | None = None
@@ -80,6 +85,15 @@ class AttentionSpec:
     def target_kind(self) -> str:
         """'cpu', 'cuda' or 'hip'."""
         return self.target.partition(":")[0]
+
+    @property
+    def align(self) -> int:
+        """The alignment of q, k and v that kernels rely on, in bytes."""
+        return ALIGN if self.aligned and self.target_kind != "cpu" else 1
+
+    def row_align(self, dtype: str, size: int) -> int:
+        """The alignment in bytes of rows of so many elements in a tensor fresh from an allocator."""
+        return 1 if self.target_kind == "cpu" else math.gcd(ALIGN, size * BYTES[dtype])
 
     @property
     def format(self) -> str:

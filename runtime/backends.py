@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+from ..ir.errors import BackendError, InputError, MissingDependencyError, UnsupportedError
 from . import host
 from .manifest import Launch, Requirements
 from .target import Target
@@ -19,7 +19,7 @@ from .target import Target
 if TYPE_CHECKING:  # ir.kernel brings sympy, which running a compiled kernel does not need
     from ..ir.kernel import Kernel
 
-Runner = Callable[[Sequence[Any], int], None]  # (arguments in launch order, threads) -> None
+Runner = Callable[[Sequence[Any], int], None]  # (tensors in the kernel's order, threads) -> None
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,16 @@ class Compiled:
     entry: str
     workspace: int = 0
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Loaded(Protocol):
+    """A kernel that this machine can run."""
+
+    def bind(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Runner:
+        """What runs it on tensors with the sizes and strides of these, and with these scalars.
+
+        sizes: dimensions and integer scalars by name."""
+        ...
 
 
 class Backend(Protocol):
@@ -45,7 +55,7 @@ class Backend(Protocol):
 
     def versions(self) -> dict[str, str]: ...
 
-    def load(self, launch: Launch, binary: bytes) -> Runner: ...
+    def load(self, launch: Launch, binary: bytes, target: Target) -> Loaded: ...
 
 
 class TvmBackend:
@@ -75,11 +85,10 @@ class TvmBackend:
         tvm = _tvm()
         return {"tvm": tvm.__version__, "llvm": str(tvm.get_global_func("target.llvm_version_major")())}
 
-    def load(self, launch: Launch, binary: bytes) -> Runner:
-        from . import cpu
+    def load(self, launch: Launch, binary: bytes, target: Target) -> Loaded:
+        from .cpu import CpuKernel
 
-        function, run, workspace = cpu.load_object(binary, launch.entry), cpu.launch, launch.workspace
-        return lambda arguments, threads: run(function, arguments, threads, workspace)
+        return CpuKernel(launch, binary)
 
 
 class TritonBackend:
@@ -92,16 +101,20 @@ class TritonBackend:
         from ..codegen import triton as codegen
         from . import gpu
 
-        source = codegen.emit(kernel)
-        built = gpu.compile_ahead(source, str(target))
+        module = codegen.module(kernel)
+        built = gpu.compile_ahead(module.source, str(target))
+        if built.lacks:
+            raise BackendError(f"{kernel.name} does not fit {target}: it needs {built.lacks}. {gpu.SMALLER}")
         details = {
             "warps": built.warps,
             "shared": built.shared,
             "registers": built.registers,
             "spills": built.spills,
-            "aligned": built.aligned,
+            "scratch": built.scratch,
+            "parameters": [[a.type, a.source] for a in module.signature],
+            "spans": module.spans,
         }
-        return Compiled(source, built.code, built.name, 0, details)
+        return Compiled(module.source, built.code, built.name, 0, details)
 
     def requirements(self, target: Target) -> Requirements:
         return Requirements()
@@ -111,11 +124,15 @@ class TritonBackend:
 
         return {"triton": version("triton")}
 
-    def load(self, launch: Launch, binary: bytes) -> Runner:
-        raise UnsupportedError(
-            f"{launch.kernel}: GPU kernels are compiled ahead of time but not launched yet. "
-            "Save the artifact, or compile for target='cpu' to run it here"
-        )
+    def load(self, launch: Launch, binary: bytes, target: Target) -> Loaded:
+        if target.kind != "cuda":
+            raise UnsupportedError(
+                f"{launch.kernel} is a binary for {target}, which gossamer compiles but does not launch yet. "
+                "Compile for 'cpu' or 'cuda:sm_...' to run it here"
+            )
+        from .cuda_kernel import CudaKernel
+
+        return CudaKernel(launch, binary)
 
 
 BACKENDS: dict[str, Backend] = {"tvm": TvmBackend(), "triton": TritonBackend()}

@@ -130,7 +130,9 @@ def _argument(argument: Tensor | Scalar) -> Argument:
 
     name, dtype = argument.name, argument.dtype
     if isinstance(argument, Tensor):
-        return Argument(name, name, "tensor", dtype, argument.shape, argument.role, argument.unit)
+        return Argument(
+            name, name, "tensor", dtype, argument.shape, argument.role, argument.unit, argument.align
+        )
     return Argument(name, name, "scalar", dtype)
 
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import BackendError, MissingDependencyError
 from ..ir.syntax import PARSER
+from .manifest import Launch
 from .workers import POOL
+
+if TYPE_CHECKING:
+    from .backends import Runner
 
 Kernel = Callable[..., None]  # (*arguments, worker, workers, workspace)
 
@@ -95,6 +99,28 @@ def load_object(data: bytes, entry: str) -> Kernel:
         raise BackendError(
             f"cannot load kernel {entry!r} from an object of {len(data)} bytes: {error}"
         ) from error
+
+
+class CpuKernel:
+    """One kernel of an artifact on this machine's cores."""
+
+    def __init__(self, launch: Launch, binary: bytes) -> None:
+        self._function, self._workspace = load_object(binary, launch.entry), launch.workspace
+        tensors = [a.source for a in launch.arguments if a.kind == "tensor"]
+        self._scalars = [a.source for a in launch.arguments if a.kind == "scalar"]
+        given = [*tensors, *self._scalars]
+        self._order = [given.index(a.source) for a in launch.arguments]
+
+    def bind(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Runner:
+        """What runs the kernel on tensors (of any sizes) with these scalars; see `backends.Loaded`."""
+        function, workspace, order = self._function, self._workspace, self._order
+        scalars = [values[name] for name in self._scalars]
+
+        def run(tensors: Sequence[Any], threads: int) -> None:
+            given = [*tensors, *scalars]
+            launch(function, [given[place] for place in order], threads, workspace)
+
+        return run
 
 
 def launch(function: Kernel, arguments: Sequence[Any], threads: int, workspace_bytes: int) -> None:

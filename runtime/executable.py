@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -14,19 +15,51 @@ from typing import Any
 
 from ..ir.errors import InputError
 from .artifact import Artifact, check_host
-from .backends import BACKENDS, Runner
+from .backends import BACKENDS, Loaded, Runner
 from .counting import LOADS
 from .formula import Formula, parse_formula
 from .knobs import LOG_TIMINGS, NUM_THREADS, log
 from .manifest import Argument
+from .target import Target
 
-Allocate = Callable[[tuple[int, ...], str], Any]  # (shape, dtype) -> a tensor of the caller's framework
+Allocate = Callable[[tuple[int, ...], str], Any]  # (shape, dtype) -> a contiguous tensor of the caller's
+
+
+Pick = Callable[[Mapping[str, Any]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
-class _Step:
-    run: Runner
-    pick: Callable[[Mapping[str, Any]], Sequence[Any]]
+class Bound:
+    """A program whose sizes, strides and scalars are settled: only memory differs from call to call.
+
+    `bound(tensors)` runs it on tensors by name; see `Executable.bind`."""
+
+    steps: tuple[tuple[Runner, Pick], ...]
+    intermediates: tuple[tuple[str, tuple[int, ...], str], ...]
+    allocate: Allocate | None
+
+    def __call__(self, tensors: Mapping[str, Any], threads: int) -> None:
+        """Run every kernel. tensors: inputs and outputs, of the sizes and strides that were bound."""
+        if self.intermediates:
+            assert self.allocate is not None
+            made = {name: self.allocate(shape, dtype) for name, shape, dtype in self.intermediates}
+            tensors = {**tensors, **made}
+        for run, pick in self.steps:
+            run(pick(tensors), threads)
+
+
+@dataclass(frozen=True)
+class _Contiguous:
+    """Stands for a contiguous tensor that is yet to be allocated."""
+
+    shape: tuple[int, ...]
+
+    def stride(self, dimension: int | None = None) -> Any:
+        strides = tuple(math.prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
+        return strides if dimension is None else strides[dimension]
+
+    def data_ptr(self) -> int:
+        return 0
 
 
 class Executable:
@@ -40,7 +73,7 @@ class Executable:
         manifest = artifact.manifest
         self.inputs = _inputs(artifact)
         self._loading = threading.Lock()
-        self._steps: tuple[_Step, ...] = ()
+        self._kernels: tuple[tuple[Loaded, Pick], ...] = ()
         self._shapes: dict[str, tuple[str, tuple[Formula, ...]]] = {
             t.name: (t.dtype, tuple(parse_formula(e) for e in t.shape)) for t in manifest.intermediates
         }
@@ -54,18 +87,19 @@ class Executable:
         allocate: makes the intermediates, where there are any. threads: of a CPU kernel, else
         GOSSAMER_NUM_THREADS. Raises InputError when a value is missing or a check of the program fails.
         """
-        steps = self._steps or self._load()
-        if self._checks or self._shapes:
-            sizes = self._sizes(values)
-            self._check(sizes)
-            values = {**values, **self._make_intermediates(sizes, allocate)}
-        threads = threads or NUM_THREADS.get()
-        for step in steps:
-            try:
-                arguments = step.pick(values)
-            except KeyError:
-                raise self._incomplete(values) from None
-            step.run(arguments, threads)
+        self.bind(values, allocate=allocate)(values, threads or NUM_THREADS.get())
+
+    def bind(self, values: Mapping[str, Any], *, allocate: Allocate | None = None) -> Bound:
+        """The program for calls whose tensors have the sizes and strides of these, with these scalars.
+
+        Arguments and errors are those of a call; nothing runs."""
+        kernels = self._kernels or self._load()
+        sizes = self._sizes(values)
+        self._check(sizes)
+        intermediates = self._intermediates(sizes, allocate)
+        values = {**values, **{name: _Contiguous(shape) for name, shape, _ in intermediates}}
+        steps = tuple((kernel.bind(values, sizes), pick) for kernel, pick in kernels)
+        return Bound(steps, intermediates, allocate)
 
     @property
     def ir(self) -> str:
@@ -81,21 +115,24 @@ class Executable:
         """Save to one file if path ends in `.gossamer`, else to a folder; `load` reads either back."""
         return self.artifact.save(path)
 
-    def _load(self) -> tuple[_Step, ...]:
+    def _load(self) -> tuple[tuple[Loaded, Pick], ...]:
         with self._loading:
-            if not self._steps:
+            if not self._kernels:
                 start = perf_counter()
                 manifest = self.artifact.manifest
                 check_host(manifest.requires)
                 backend = BACKENDS[manifest.backend]
-                steps = []
+                target = Target.parse(manifest.target)
+                kernels = []
                 for launch in manifest.launches:
-                    run = backend.load(launch, self.artifact.parts[launch.binary])
+                    kernel = backend.load(launch, self.artifact.parts[launch.binary], target)
                     LOADS.add()
-                    steps.append(_Step(run, _picker([a.source for a in launch.arguments])))
-                self._steps = tuple(steps)
-                log(LOG_TIMINGS, f"load: {len(steps)} kernels in {(perf_counter() - start) * 1e3:.1f} ms")
-        return self._steps
+                    kernels.append(
+                        (kernel, _picker([a.source for a in launch.arguments if a.kind == "tensor"]))
+                    )
+                self._kernels = tuple(kernels)
+                log(LOG_TIMINGS, f"load: {len(kernels)} kernels in {(perf_counter() - start) * 1e3:.1f} ms")
+        return self._kernels
 
     def _check(self, sizes: Mapping[str, int]) -> None:
         for fails, check in self._checks:
@@ -106,16 +143,16 @@ class Executable:
                 got = ", ".join(f"{name} = {sizes[name]}" for name in named)
                 raise InputError(where, _extents(expected), _extents(got))
 
-    def _make_intermediates(self, sizes: Mapping[str, int], allocate: Allocate | None) -> dict[str, Any]:
-        if not self._shapes:
-            return {}
-        if allocate is None:
+    def _intermediates(
+        self, sizes: Mapping[str, int], allocate: Allocate | None
+    ) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+        if self._shapes and allocate is None:
             names = ", ".join(self._shapes)
             raise InputError("allocate", f"a function (shape, dtype) -> tensor for {names}", None)
-        return {
-            name: allocate(tuple(size(sizes) for size in shape), dtype)
+        return tuple(
+            (name, tuple(size(sizes) for size in shape), dtype)
             for name, (dtype, shape) in self._shapes.items()
-        }
+        )
 
     def _sizes(self, values: Mapping[str, Any]) -> dict[str, int]:
         """The integers of a call: scalars by name, and dimensions by the names the tensors give them."""

@@ -1,7 +1,7 @@
-"""Triton modules as `codegen.triton` emits them: compiled ahead of time, and launched.
+"""Triton modules as `codegen.triton` emits them, compiled ahead of time: no GPU is needed.
 
-`compile_ahead` needs no GPU. It answers with the binary and what the schedule has to know: shared
-memory, registers and spills. `launch` runs a module on the GPU that its tensors are on.
+`compile_ahead` answers with the binary and what the schedule has to know: shared memory, registers and
+spills. `cuda_driver` launches what it made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,12 +20,46 @@ from typing import Any
 
 from ..ir.errors import BackendError, InputError, MissingDependencyError, UnsupportedError
 
-TARGETS = ("cuda:sm_80", "cuda:sm_90", "cuda:sm_90a", "cuda:sm_100", "hip:gfx942")
+SMALLER = "Pass schedule= with fewer rows or keys a tile, or fewer stages (`gossamer explain` prints one)"
 
-# Shared memory that one program may use, in bytes.
-_SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+_compile_lock = threading.Lock()
 
-_cache_lock = threading.Lock()
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program (a block) may use: bytes of shared memory, 32-bit registers, threads."""
+
+    shared: int
+    registers: int = 65_536
+    threads: int = 1024
+
+    def lacks(self, shared: int, registers: int, threads: int) -> str:
+        """What a program of so many threads, with so many registers each, would need; '' if it fits.
+
+        >>> Limits(101_376).lacks(114_688, 128, 128)
+        '114688 bytes of shared memory, of which a program has 101376'
+        """
+        needs = (
+            (shared, self.shared, "bytes of shared memory"),
+            (registers * threads, self.registers, "registers"),
+            (threads, self.threads, "threads"),
+        )
+        over = [f"{need} {what}, of which a program has {has}" for need, has, what in needs if need > has]
+        return " and ".join(over)
+
+
+LIMITS = {
+    "sm_80": Limits(166_912),
+    "sm_86": Limits(101_376),
+    "sm_89": Limits(101_376),
+    "sm_90": Limits(232_448),
+    "sm_100": Limits(232_448),
+    "sm_103": Limits(232_448),
+    "sm_120": Limits(101_376),
+    "sm_121": Limits(101_376),
+    "gfx942": Limits(65_536, 131_072),
+}
+TARGETS = (*(f"cuda:{a}" for a in LIMITS if a[:2] == "sm"), "cuda:sm_90a", "hip:gfx942")
 
 
 @dataclass(frozen=True)
@@ -36,7 +69,8 @@ class Binary:
     name: its symbol. code: a cubin or hsaco file. assembly: PTX or AMDGCN text. warps: warps a
     program (the block is warps times the warp size wide). shared: bytes a program. registers: 32-bit
     registers a thread. spills: bytes of local memory a thread, which on NVIDIA counts arrays as well
-    (sin and cos of large arguments keep one). aligned: whether it relies on `aligned_arguments`."""
+    (sin and cos of large arguments keep one). scratch: bytes of global memory that a program wants from
+    the launcher."""
 
     target: str
     name: str
@@ -46,12 +80,13 @@ class Binary:
     shared: int
     registers: int
     spills: int
-    aligned: bool
+    scratch: int = 0
 
     @property
-    def fits(self) -> bool:
-        """Whether a program's shared memory exists on the target."""
-        return self.shared <= _SHARED[_architecture(self.target)]
+    def lacks(self) -> str:
+        """What a program needs beyond what the target has; '' when it fits."""
+        threads = self.warps * (32 if self.target.startswith("cuda:") else 64)
+        return LIMITS[_architecture(self.target)].lacks(self.shared, self.registers, threads)
 
 
 def load(source: str) -> ModuleType:
@@ -73,15 +108,25 @@ def _load(source: str) -> ModuleType:
     return module
 
 
-def aligned_arguments(source: str) -> tuple[str, ...]:
-    """What the aligned variant takes to be multiples of 16: addresses in bytes, strides in elements.
+def target_of(major: int, minor: int) -> str:
+    """The target whose binaries run on an NVIDIA GPU of this compute capability.
 
-    That is what makes vector loads and pipelining possible. It holds for contiguous tensors whose
-    inner size divides by 16; where it does not, compile with aligned=False."""
-    return tuple(name for name in load(source).kernel.arg_names if name[:2] in ("p_", "s_"))
+    A binary runs on its own capability and, before 9.0, on later ones of the same major number.
+
+    >>> target_of(8, 7)
+    'cuda:sm_86'
+
+    Raises UnsupportedError when there is none."""
+    known = sorted(int(a[3:]) for a in LIMITS if a[:2] == "sm")
+    here = 10 * major + minor
+    runs = [n for n in known if n == here or (major == 8 and n // 10 == 8 and n < here)]
+    if not runs:
+        names = ", ".join(f"{n // 10}.{n % 10}" for n in known)
+        raise UnsupportedError(f"GPUs of compute capability {major}.{minor}: expected one of {names}")
+    return f"cuda:sm_{runs[-1]}"
 
 
-def compile_ahead(source: str, target: str, *, aligned: bool = True) -> Binary:
+def compile_ahead(source: str, target: str) -> Binary:
     """Compile emitted text for a target such as 'cuda:sm_90a' or 'hip:gfx942'; no GPU is needed.
 
     Raises InputError for an unknown target, UnsupportedError for f64 products on AMD, BackendError
@@ -95,11 +140,11 @@ def compile_ahead(source: str, target: str, *, aligned: bool = True) -> Binary:
 
     module = load(source)
     kernel = module.kernel
-    hinted = aligned_arguments(source) if aligned else ()
+    place = {name: n for n, name in enumerate(kernel.arg_names)}
     code = ASTSource(
         fn=kernel,
         signature={p.name: p.annotation_type for p in kernel.params},
-        attrs={(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if name in hinted},
+        attrs={(place[name],): [["tt.divisibility", d]] for name, d in module.DIVISORS.items()},
     )
     nvidia = target.startswith("cuda:")
     if not nvidia and "out_dtype=tl.float64" in source:
@@ -109,7 +154,7 @@ def compile_ahead(source: str, target: str, *, aligned: bool = True) -> Binary:
     device = GPUTarget("cuda", int(architecture[3:]), 32) if nvidia else GPUTarget("hip", architecture, 64)
     try:
         # Triton's own cache is put aside: ours keeps the result, and the home folder may be read-only.
-        with _cache_lock, triton.knobs.cache.scope(), tempfile.TemporaryDirectory() as folder:
+        with _compile_lock, triton.knobs.cache.scope(), tempfile.TemporaryDirectory() as folder:
             triton.knobs.cache.dir = folder
             compiled = triton.compile(code, target=device, options=dict(module.OPTIONS))
     except Exception as error:
@@ -119,22 +164,7 @@ def compile_ahead(source: str, target: str, *, aligned: bool = True) -> Binary:
     registers, spills = _nvidia_usage(binary) if nvidia else _amd_usage(assembly)
     meta = compiled.metadata
     usage = meta.num_warps, meta.shared, registers, spills
-    return Binary(target, meta.name, binary, assembly, *usage, aligned)
-
-
-def launch(source: str, arguments: Mapping[str, Any]) -> None:
-    """Run emitted text on tensors and scalars given by the kernel's own names; outputs are written in place.
-
-    The tensors are torch's, on one GPU. Triton compiles on the first call and picks the variant by
-    the alignment of what it is given."""
-    import torch
-
-    module = load(source)
-    values = module.bind(**arguments)
-    grid = module.grid(**dict(zip(module.kernel.arg_names, values, strict=True)))
-    device = next(v.device for v in values if isinstance(v, torch.Tensor))
-    with torch.cuda.device(device):
-        module.kernel[grid](*values, **module.OPTIONS)
+    return Binary(target, meta.name, binary, assembly, *usage, getattr(meta, "global_scratch_size", 0) or 0)
 
 
 def _architecture(target: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Union
 
 from ..ir.errors import ArtifactError
 
-FORMAT = 1  # raised whenever a reader of the old number would misunderstand the new layout
+FORMAT = 2  # raised whenever a reader of the old number would misunderstand the new layout
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Argument:
 
     name: as the kernel calls it. source: what is passed: a tensor or scalar of the call, or an
     intermediate. kind: 'tensor' or 'scalar'; shape (integers, or names bound from the tensor),
-    role ('in', 'out', 'inout') and unit (the dimension of stride 1) describe tensors only.
+    role ('in', 'out', 'inout'), unit (the dimension of stride 1) and align (bytes that divide the address
+    and all other strides) describe tensors only.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Argument:
     shape: tuple[int | str, ...] = ()
     role: str = "in"
     unit: int | None = None
+    align: int = 1
 
 
 @dataclass(frozen=True)

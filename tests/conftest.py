@@ -1,8 +1,11 @@
 """What every test run needs."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +37,20 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GOSSAMER_CACHE_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A driver of a CUDA GPU that runs nothing: see fake_cuda.py."""
+    from gossamer.runtime.driver import reset
+
+    spec = spec_from_file_location("gossamer_tests_fake_cuda", ROOT / "tests" / "fake_cuda.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    reset()
+    yield module.install(monkeypatch, tmp_path)
+    reset()
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def refuses(error: type[GossamerError], *words: str) -> Any:
         ((Q.numpy(), K, V), ("query: expected a torch.Tensor; got ndarray", "torch.from_numpy")),
         ((Q.int(), K, V), ("query: expected float16, bfloat16, float32 or float64; got torch.int32",)),
         ((Q, K.half(), V), ("key: expected the query's dtype torch.float32; got torch.float16", "Cast")),
-        ((Q, K, V.to("meta")), ("value: expected a CPU tensor; got meta", "gossamer.compile")),
+        ((Q, K, V.to("meta")), ("value: expected a tensor on the CPU or a CUDA GPU; got meta",)),
         ((Q.to_sparse(), K, V), ("query: expected a strided tensor", "to_dense()")),
         ((Q[..., :0], K[..., :0], V), ("query: expected a head size from 1 to 1024; got 0",)),
         ((Q, K[..., :8], V), ("key: expected the query's head size 16", "got 8")),
@@ -79,7 +79,11 @@ def test_heads_that_do_not_divide() -> None:
         ({"mask": torch.ones(1, 1, 1, 20, 20) > 0}, ("(1, 1, 1, 20, 20)",)),
         ({"scale": "small"}, ("attention.scale: expected a number; got 'small'",)),
         ({"scale": torch.ones(2)}, ("attention.scale: expected a number; got a tensor of shape (2,)",)),
-        ({"backend": "fast"}, ("attention.backend: expected one of auto, tvm, reference; got 'fast'",)),
+        (
+            {"backend": "fast"},
+            ("attention.backend: expected one of auto, tvm, triton, reference; got 'fast'",),
+        ),
+        ({"backend": "triton"}, ("attention.backend: expected cuda tensors for 'triton'; got cpu",)),
         ({"schedule": "fast"}, ("attention.schedule: expected a gossamer.Schedule", "got 'fast'")),
     ],
 )
@@ -99,7 +103,6 @@ def test_options(options: dict[str, Any], words: tuple[str, ...]) -> None:
         ({"block_table": torch.zeros(1, 2)}, ("attention.block_table: a paged cache",)),
         ({"kv_lens": torch.tensor([20])}, ("attention.kv_lens", "kv_idx < kv_lens[b]")),
         ({"deterministic": True}, ("attention.deterministic", "Leave it out")),
-        ({"backend": "triton"}, ("triton", "not launched yet", 'Pass "auto"')),
     ],
 )
 def test_what_is_not_built_is_named(options: dict[str, Any], words: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import gossamer
 from gossamer import AttentionSpec, masks
-from gossamer.ir.errors import ArtifactError, InputError, UnsupportedError
+from gossamer.ir.errors import ArtifactError, InputError
 from gossamer.runtime.driver import compilations
 
 
@@ -146,12 +146,12 @@ def test_other_structure_is_refused():
         kernel(strided, k, v, mask=masks.causal())
 
 
-def test_kernel_for_a_gpu_is_saved_but_not_called(tmp_path):
+def test_kernel_for_a_gpu_takes_no_cpu_tensors(tmp_path):
     pytest.importorskip("triton")
     kernel = gossamer.compile(AttentionSpec(masks.sliding_window(9), dtype="f16"), target="cuda:sm_90")
     loaded = gossamer.load(kernel.save(tmp_path / "gpu"))
     assert loaded.target == "cuda:sm_90"
-    with pytest.raises(UnsupportedError, match="binary for cuda:sm_90"):
+    with pytest.raises(InputError, match="expected a tensor on a cuda device, for cuda:sm_90; got cpu"):
         loaded(*tensors(size=64, dtype=torch.float16), mask=masks.sliding_window(9))
 
 

@@ -1,9 +1,11 @@
 """The driver: compiles what no cache holds, once, and launches kernels with the right arguments."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +20,26 @@ from gossamer.ir.kernel import GridDim, Kernel, Scalar, Tensor
 from gossamer.runtime import compile as compile_module
 from gossamer.runtime import driver as driver_module
 from gossamer.runtime.artifact import Artifact
-from gossamer.runtime.backends import BACKENDS, Compiled
+from gossamer.runtime.backends import BACKENDS, Compiled, Runner
 from gossamer.runtime.cache import Cache
 from gossamer.runtime.driver import Driver, compile_kernels
 from gossamer.runtime.executable import Executable
 from gossamer.runtime.manifest import Launch, Requirements
 from gossamer.runtime.store import Store
 from gossamer.runtime.target import Target
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A kernel that runs nothing."""
+
+    backend: RecordingBackend
+    launch: Launch
+
+    def bind(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Runner:
+        scalars = tuple(values[a.source] for a in self.launch.arguments if a.kind == "scalar")
+        record = self.backend.launched.append
+        return lambda tensors, threads: record((self.launch.kernel, (*scalars, *tensors), threads))
 
 
 class RecordingBackend:
@@ -50,9 +65,9 @@ class RecordingBackend:
     def versions(self) -> dict[str, str]:
         return {"recorder": "1"}
 
-    def load(self, launch: Launch, binary: bytes) -> Callable[[Sequence[Any], int], None]:
+    def load(self, launch: Launch, binary: bytes, target: Target) -> Recorded:
         assert launch.entry == f"{binary.decode()}_entry"
-        return lambda arguments, threads: self.launched.append((launch.kernel, arguments, threads))
+        return Recorded(self, launch)
 
 
 @pytest.fixture
@@ -97,7 +112,7 @@ class Program:
     checks: Sequence[tuple[str, str]] = (("window > n", "the window is longer than the sequence"),)
     made: list[int] = field(default_factory=list)
 
-    def make(self) -> "Program":
+    def make(self) -> Program:
         self.made.append(1)
         return self
 
@@ -168,7 +183,7 @@ def test_failed_compile_is_tried_again(driver: Driver, backend: RecordingBackend
 
 COMPILE_THE_SAME = """
 import pathlib, sys
-from gossamer.runtime.backends import BACKENDS, Compiled
+from gossamer.runtime.backends import BACKENDS, Compiled, Runner
 from gossamer.runtime.cache import Cache
 from gossamer.runtime.driver import Driver, compilations
 from gossamer.runtime.manifest import Requirements

@@ -109,6 +109,7 @@ def window_attention(
 
 kernel = window_attention
 OPTIONS = {"num_warps": 4, "num_stages": 2}
+DIVISORS = {}
 
 
 def grid(B, Hq, q_len, **_):

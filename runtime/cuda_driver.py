@@ -1,0 +1,182 @@
+"""The CUDA driver, by ctypes: binaries become functions, functions run on streams.
+
+Nothing else of CUDA is needed, and neither Triton nor a compiler. The driver is loaded when the first
+kernel is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Sequence
+from ctypes import byref, c_int, c_uint, c_void_p
+from functools import cache
+from typing import Any
+
+from ..ir.errors import BackendError
+from .gpu import Limits
+
+_NAMES = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_LIMITS = (97, 12, 1)  # device attributes: opt-in shared memory, registers, threads; each a block
+_INVALID_CONTEXT = 201  # the calling thread has no context yet
+STATIC_SHARED = 48 << 10  # bytes of shared memory that need no opting in
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared", c_uint),
+        ("stream", c_void_p),
+        ("attributes", c_void_p),
+        ("attribute_count", c_uint),
+    )
+
+
+class Driver:
+    """The driver's calls that a launcher needs, on devices by their number. Raises BackendError."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self._contexts: dict[int, c_void_p] = {}
+        self._retaining = threading.Lock()
+        self.launch = library.cuLaunchKernelEx
+        self.check(library.cuInit(0))
+
+    def function(self, binary: bytes, name: str, device: int, shared: int) -> c_void_p:
+        """Load a binary on a device, for the life of the process: its function of that name.
+
+        shared: the bytes of dynamic shared memory that it is launched with."""
+        module, function = c_void_p(), c_void_p()
+        self.check(self._library.cuCtxPushCurrent_v2(self._context(device)))
+        try:
+            self.check(self._library.cuModuleLoadData(byref(module), binary))
+            self.check(self._library.cuModuleGetFunction(byref(function), module, name.encode()))
+            if shared > STATIC_SHARED:
+                self.check(self._library.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared))
+        finally:
+            self._library.cuCtxPopCurrent_v2(byref(c_void_p()))
+        return function
+
+    def limits(self, device: int) -> Limits:
+        """What a program may use on a device."""
+        found = []
+        for attribute in _LIMITS:
+            value = c_int()
+            self.check(self._library.cuDeviceGetAttribute(byref(value), attribute, self._device(device)))
+            found.append(value.value)
+        return Limits(*found)
+
+    def enter(self, device: int) -> None:
+        """Make the device's primary context, the one that torch uses, current on this thread."""
+        self.check(self._library.cuCtxSetCurrent(self._context(device)))
+
+    def check(self, code: int) -> None:
+        """Raise BackendError for what a call returned, unless it is success."""
+        if not code:
+            return
+        texts = []
+        for call in (self._library.cuGetErrorName, self._library.cuGetErrorString):
+            text = ctypes.c_char_p()
+            call(code, byref(text))
+            texts.append((text.value or b"").decode())
+        raise BackendError(f"CUDA driver: {': '.join(filter(None, texts)) or 'an error'} ({code})")
+
+    def _context(self, device: int) -> c_void_p:
+        with self._retaining:
+            if device not in self._contexts:
+                context = c_void_p()
+                self.check(self._library.cuDevicePrimaryCtxRetain(byref(context), self._device(device)))
+                self._contexts[device] = context
+            return self._contexts[device]
+
+    def _device(self, number: int) -> c_int:
+        found = c_int()
+        self.check(self._library.cuDeviceGet(byref(found), number))
+        return found
+
+
+@cache
+def driver() -> Driver:
+    """The driver of this machine. Raises BackendError when there is none, or an old one."""
+    problem: object = "no library found"
+    for name in _NAMES:
+        try:
+            return Driver(ctypes.CDLL(name))
+        except AttributeError as error:
+            raise BackendError(f"the CUDA driver is too old, expected 11.8 or later: {error}") from None
+        except OSError as error:
+            problem = error
+    raise BackendError(f"cannot load the CUDA driver ({', '.join(_NAMES)}): {problem}. Install it")
+
+
+class Call:
+    """A function with its grid and every argument but the addresses: `call(addresses, stream)` launches it.
+
+    Safe from several threads at once: each launch writes to a block of memory of its own, and blocks
+    are used again. The driver copies arguments before a launch returns, so nothing waits for the GPU.
+    """
+
+    def __init__(
+        self, function: c_void_p, device: int, grid: int, threads: int, shared: int, arguments: Arguments
+    ) -> None:
+        self._driver = driver()
+        self._launch = self._driver.launch
+        self._function, self._device = function, device
+        self._shape = grid, threads, shared
+        self._arguments = arguments
+        self._pack = struct.Struct(f"{arguments.addresses}Q").pack_into
+        self._free: list[tuple[Any, Any, Any, Any]] = []
+
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = self._block()
+        memory, pointers, config, reference = block
+        self._pack(memory, 0, *addresses)
+        config.stream = stream
+        code = self._launch(reference, self._function, pointers, None)
+        if code == _INVALID_CONTEXT:
+            self._driver.enter(self._device)
+            code = self._launch(reference, self._function, pointers, None)
+        self._free.append(block)
+        if code:
+            self._driver.check(code)
+
+    def _block(self) -> tuple[Any, Any, Any, Any]:
+        """Memory with the arguments, pointers to each of them, the configuration, and its address."""
+        memory = ctypes.create_string_buffer(self._arguments.memory, len(self._arguments.memory))
+        start = ctypes.addressof(memory)
+        places = self._arguments.places
+        pointers = (c_void_p * len(places))(*(start + place for place in places))
+        grid, threads, shared = self._shape
+        one = c_uint * 3
+        config = _Config(grid=one(grid, 1, 1), block=one(threads, 1, 1), shared=shared)
+        return memory, pointers, config, byref(config)
+
+
+class Arguments:
+    """Arguments of a kernel in memory: addresses first, to be filled in, then everything else.
+
+    types: the parameters' types in order, '*' for an address, else a format of `struct`. constants:
+    values of the others, in order. places: where each parameter lies; addresses: how many there are."""
+
+    def __init__(self, types: Sequence[str], constants: Sequence[float]) -> None:
+        self.addresses = sum(kind == "*" for kind in types)
+        self.places: list[int] = []
+        memory = bytearray(8 * self.addresses)
+        address, rest = 0, iter(constants)
+        for kind in types:
+            if kind == "*":
+                self.places.append(8 * address)
+                address += 1
+            else:
+                memory += bytes(-len(memory) % struct.calcsize(kind))
+                self.places.append(len(memory))
+                memory += struct.pack(kind, next(rest))
+        self.memory = bytes(memory)

@@ -1,0 +1,157 @@
+"""A compiled GPU kernel that can be called: arguments as its manifest lists them, memory as torch has it."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_void_p
+from typing import Any
+
+from ..ir.errors import ArtifactError, BackendError, InputError
+from .cuda_driver import Arguments, Call, driver
+from .formula import parse_formula
+from .gpu import SMALLER
+from .manifest import Argument, Launch
+
+_WARP = 32
+_STRUCT = {"i1": "?", "i8": "b", "u8": "B", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
+_BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
+_SOURCE = re.compile(r"(\w+)(?:\.(stride)\((\d+)\)|\.(shape)\[(\d+)\])?")
+_LIMIT = 1 << 31
+
+Runner = Callable[[Sequence[Any], int], None]
+
+
+class CudaKernel:
+    """One kernel of an artifact. `bind` settles sizes, strides and scalars; what it returns launches.
+
+    Binaries are loaded once a device, by the first `bind` there."""
+
+    def __init__(self, launch: Launch, binary: bytes) -> None:
+        self._launch, self._binary = launch, binary
+        details = launch.details
+        parameters = [_parsed(kind, source) for kind, source in details["parameters"]]
+        self._constants = [p for p in parameters if p[0] != "*"]
+        self._scratch: int = details["scratch"]
+        # Triton's own parameters come last: scratch memory of the kernel, and of a profiler.
+        own = ["*" if self._scratch else "Q", "Q"]
+        self._types = [*(kind for kind, *_ in parameters), *own]
+        self._own = (0,) * own.count("Q")
+        self._threads, self._shared = details["warps"] * _WARP, details["shared"]
+        self._grid = [parse_formula(extent) for extent in launch.grid]
+        self._tensors = [a for a in launch.arguments if a.kind == "tensor"]
+        self._functions: dict[int, c_void_p] = {}
+        self._loading = threading.Lock()
+
+    def bind(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Runner:
+        """A launcher for tensors with the sizes and strides of these: it takes them in the kernel's order.
+
+        sizes: dimensions and integer arguments by name. Raises InputError for what the kernel cannot
+        address, BackendError where it does not fit the device."""
+        device = values[self._tensors[0].source].device.index
+        for argument in self._tensors:
+            _check_alignment(self._launch.kernel, argument, values[argument.source])
+        self._check_spans(values)
+        grid = math.prod(extent(sizes) for extent in self._grid)
+        if grid >= _LIMIT:
+            shape = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            raise InputError(
+                self._launch.kernel, "fewer than 2**31 tiles", f"{grid} for {shape}", "Split the batch"
+            )
+        arguments = Arguments(self._types, (*self._read(values), *self._own))
+        call = Call(self._function(device), device, grid, self._threads, self._shared, arguments)
+        return _runner(call, device, grid, self._scratch)
+
+    def _read(self, values: Mapping[str, Any]) -> list[Any]:
+        """Everything but addresses, in the order of the parameters."""
+        found = []
+        for kind, name, what, dimension in self._constants:
+            value = values[name]
+            if what:
+                value = value.stride(dimension) if what == "stride" else value.shape[dimension]
+            if kind == "i" and not -_LIMIT <= value < _LIMIT:
+                where = f"{name}.shape[{dimension}]" if what else name
+                raise InputError(f"{self._launch.kernel}: {where}", "an integer of 32 bits", value)
+            found.append(value)
+        return found
+
+    def _check_spans(self, values: Mapping[str, Any]) -> None:
+        for name, dimension, coordinate in self._launch.details["spans"]:
+            tensor = values[name]
+            stride = tensor.stride(dimension)
+            if stride * coordinate >= _LIMIT and tensor.shape[dimension] > 1:
+                most = (_LIMIT - 1) // coordinate
+                where = f"{self._launch.kernel}: {name}.stride({dimension})"
+                raise InputError(where, f"at most {most} elements", stride, f"Pass {name}.contiguous()")
+
+    def _function(self, device: int) -> c_void_p:
+        function = self._functions.get(device)
+        if function is None:
+            with self._loading:
+                if device not in self._functions:
+                    self._functions[device] = self._load(device)
+                function = self._functions[device]
+        return function
+
+    def _load(self, device: int) -> c_void_p:
+        registers = self._launch.details["registers"]
+        lacks = driver().limits(device).lacks(self._shared, registers, self._threads)
+        if lacks:
+            raise BackendError(
+                f"{self._launch.kernel} does not fit cuda:{device}: it needs {lacks}. {SMALLER}"
+            )
+        return driver().function(self._binary, self._launch.entry, device, self._shared)
+
+
+def _runner(call: Call, device: int, grid: int, scratch: int) -> Runner:
+    """What launches on torch's current stream of the device; an empty grid launches nothing."""
+    import torch
+
+    stream = torch._C._cuda_getCurrentRawStream
+    current = torch._C._cuda_getDevice
+
+    def run(tensors: Sequence[Any], threads: int) -> None:
+        addresses = [t.data_ptr() for t in tensors]
+        if scratch:
+            memory = torch.empty(grid * scratch, dtype=torch.uint8, device=f"cuda:{device}")
+            addresses.append(memory.data_ptr())
+        if current() == device:
+            call(addresses, stream(device))
+        else:
+            with torch.cuda.device(device):
+                call(addresses, stream(device))
+
+    return run if grid else lambda tensors, threads: None
+
+
+def _parsed(kind: str, source: str) -> tuple[str, str, str, int]:
+    """(format or '*', name, 'stride', 'shape' or '', dimension) of a parameter: 'i64', 'q.stride(2)'."""
+    found = _SOURCE.fullmatch(source)
+    if found is None or (kind[0] != "*" and kind not in _STRUCT):
+        expected = "a number or a tensor's address, stride or size"
+        raise ArtifactError(
+            f"parameter: expected {expected}; got {kind} {source!r}. Compile the kernel again"
+        )
+    name, stride, d, shape, e = found.groups()
+    return "*" if kind[0] == "*" else _STRUCT[kind], name, stride or shape or "", int(d or e or 0)
+
+
+def _check_alignment(kernel: str, argument: Argument, tensor: Any) -> None:
+    """The address and every stride that is ever used are multiples of what the kernel was compiled for."""
+    if argument.align == 1:
+        return
+    step = argument.align // math.gcd(argument.align, _BYTES[argument.dtype])
+    strides = [
+        s
+        for d, (s, n) in enumerate(zip(tensor.stride(), tensor.shape, strict=True))
+        if d != argument.unit and n > 1
+    ]
+    if tensor.data_ptr() % argument.align or any(s % step for s in strides):
+        raise InputError(
+            f"{kernel}: {argument.source}",
+            f"an address and strides that are multiples of {argument.align} bytes",
+            f"address {tensor.data_ptr():#x}, strides {tuple(tensor.stride())}",
+            f"Pass {argument.source}.clone(), or compile with aligned=False",
+        )
