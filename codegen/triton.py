@@ -11,14 +11,15 @@ The module holds one `@triton.jit` function named after the kernel and what a la
 The launch grid is flat: the kernel's first grid dimension varies fastest, as CUDA's x does.
 
 Every argument is a runtime value, named by its role: `p_q` is the address of q, `s_q_2` the stride
-of its dimension 2 in elements (64-bit; a unit dimension has none), then the sizes that shapes name
-and the scalars, integers in 32 bits. Inside: `b_` tiles, `i_` coordinates, `m_` masks of padded
-axes, `r_` strides narrowed to 32 bits, `n_` extents and counters.
+of its dimension 2 in elements (64-bit; a unit dimension has none), `d_k` a descriptor by which boxes of
+k are fetched, then the sizes that shapes name and the scalars, integers in 32 bits. Inside: `b_` tiles,
+`i_` coordinates, `m_` masks of padded axes, `r_` strides narrowed to 32 bits, `n_` extents and counters.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -44,6 +45,8 @@ TYPES = {
     "u8": "u8",
     "bool": "i1",
 }
+
+DESCRIPTOR = "from triton.tools.tensor_descriptor import TensorDescriptor\n"
 
 BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
 
@@ -73,11 +76,8 @@ class Module:
 
 
 def signature(kernel: Kernel) -> tuple[Argument, ...]:
-    """The runtime arguments, in order: for each tensor address and strides, then sizes, then scalars."""
-    tensors = [a for t in kernel.tensors for a in _tensor(t)]
-    sizes = [Argument(scalar_name(name), "i32", source) for name, source in _sizes(kernel).items()]
-    scalars = [Argument(scalar_name(s.name), TYPES[_scalar_dtype(s)], s.name) for s in kernel.scalars]
-    return (*tensors, *sizes, *scalars)
+    """The runtime arguments, in order: those of each tensor, then sizes, then scalars."""
+    return module(kernel).signature
 
 
 def emit(kernel: Kernel) -> str:
@@ -96,16 +96,20 @@ def module(kernel: Kernel) -> Module:
         scope.names[scalar.name] = Name(scalar_name(scalar.name), _scalar_dtype(scalar))
     programs = _programs(kernel, scope)
     body = Body(kernel, scope).spell(kernel.body)
+    tensors, rest = [_tensor(tensor, scope) for tensor in kernel.tensors], _numbers(kernel)
+    arguments = (*(a for one in tensors for a in one), *rest)
+    imports = "import triton\nimport triton.language as tl\n" + (DESCRIPTOR if scope.boxes else "")
     parts = [
-        _header(kernel) + "\nimport triton\nimport triton.language as tl\n",
+        f"{_header(kernel)}\n{imports}",
         *(HELPERS[name] for name in sorted(scope.helpers)),
-        "\n".join([*_function(kernel), *programs, *_axes(kernel), *_narrow(scope), "", *body]) + "\n",
-        f"kernel = {kernel.name}\nOPTIONS = {json.dumps(_options(kernel))}\n{_divisors(kernel)}",
+        "\n".join([*_function(kernel, tensors, rest), *programs, *_axes(kernel), *_narrow(scope), "", *body])
+        + "\n",
+        f"kernel = {kernel.name}\nOPTIONS = {json.dumps(_options(kernel))}\n{_divisors(arguments)}",
         _grid(kernel),
-        _bind(kernel, scope),
+        _bind(kernel, scope, [*tensors, rest]),
     ]
     spans = tuple((tensor, dim, bound) for (tensor, dim), bound in sorted(scope.narrow.items()))
-    return Module("\n\n".join(parts), signature(kernel), spans)
+    return Module("\n\n".join(parts), arguments, spans)
 
 
 def _check(kernel: Kernel) -> None:
@@ -133,18 +137,28 @@ def _scalar_dtype(scalar: Scalar) -> str:
     return scalar.dtype if scalar.dtype[0] == "f" else "i32"
 
 
-def _divisors(kernel: Kernel) -> str:
-    known = ", ".join(f'"{a.name}": {a.divisor}' for a in signature(kernel) if a.divisor > 1)
+def _divisors(arguments: Sequence[Argument]) -> str:
+    known = ", ".join(f'"{a.name}": {a.divisor}' for a in arguments if a.divisor > 1)
     return "\n".join(wrap(f"DIVISORS = {{{known}}}", 0)) + "\n"
 
 
-def _tensor(tensor: Tensor) -> list[Argument]:
+def _tensor(tensor: Tensor, scope: Scope) -> list[Argument]:
+    """A tensor's address and strides, its descriptor, or both."""
     name, step = tensor.name, max(1, tensor.align // BYTES[tensor.dtype])
     strides = [d for d in range(len(tensor.shape)) if d != tensor.unit]
-    return [
-        Argument(f"p_{name}", f"*{TYPES[tensor.dtype]}", name, tensor.align),
-        *(Argument(f"s_{name}_{d}", "i64", f"{name}.stride({d})", step) for d in strides),
-    ]
+    out = []
+    if name in scope.boxes:
+        out.append(Argument(f"d_{name}", f"tensordesc<{TYPES[tensor.dtype]}{[*scope.boxes[name]]}>", name))
+    if name in scope.addressed or name not in scope.boxes:
+        out.append(Argument(f"p_{name}", f"*{TYPES[tensor.dtype]}", name, tensor.align))
+        out += [Argument(f"s_{name}_{d}", "i64", f"{name}.stride({d})", step) for d in strides]
+    return out
+
+
+def _numbers(kernel: Kernel) -> list[Argument]:
+    """Sizes and scalars."""
+    sizes = [Argument(scalar_name(name), "i32", source) for name, source in _sizes(kernel).items()]
+    return [*sizes, *(Argument(scalar_name(s.name), TYPES[_scalar_dtype(s)], s.name) for s in kernel.scalars)]
 
 
 def _sizes(kernel: Kernel) -> dict[str, str]:
@@ -157,15 +171,14 @@ def _sizes(kernel: Kernel) -> dict[str, str]:
     return sizes
 
 
-def _function(kernel: Kernel) -> list[str]:
-    def typed(arguments: list[Argument] | tuple[Argument, ...]) -> str:
+def _function(kernel: Kernel, tensors: list[list[Argument]], rest: list[Argument]) -> list[str]:
+    def typed(arguments: list[Argument]) -> str:
         return INDENT + "".join(f'{a.name}: "{a.type}", ' for a in arguments).rstrip()
 
     lines = ["@triton.jit", f"def {kernel.name}("]
-    for tensor in kernel.tensors:
+    for tensor, arguments in zip(kernel.tensors, tensors, strict=True):
         shape = ", ".join(str(s) for s in tensor.shape)
-        lines.append(f"{typed(_tensor(tensor))}  # {tensor.role} {tensor.name}[{shape}]")
-    rest = signature(kernel)[sum(len(_tensor(t)) for t in kernel.tensors) :]
+        lines.append(f"{typed(arguments)}  # {tensor.role} {tensor.name}[{shape}]")
     return [*lines, *([typed(rest)] if rest else []), "):"]
 
 
@@ -217,7 +230,7 @@ def _grid(kernel: Kernel) -> str:
     return "\n".join([f"def grid({', '.join([*names, '**_'])}):", *lines]) + "\n"
 
 
-def _bind(kernel: Kernel, scope: Scope) -> str:
+def _bind(kernel: Kernel, scope: Scope, arguments: list[list[Argument]]) -> str:
     """The binder, which also refuses strides for which 32 bits would not hold a tile's offsets."""
     lines = wrap(f"def bind({', '.join(a.name for a in kernel.args)}):", 0)
     if scope.narrow:
@@ -225,8 +238,11 @@ def _bind(kernel: Kernel, scope: Scope) -> str:
         message = f"{kernel.name}: a stride is so large that one tile spans 2**31 elements"
         lines += wrap(f"if max({', '.join(spans)}, 0) >= 2**31:", 1)
         lines += wrap(f'raise OverflowError("{message}")', 2)
-    sources = [*(", ".join(a.source for a in _tensor(t)) for t in kernel.tensors)]
-    rest = signature(kernel)[sum(len(_tensor(t)) for t in kernel.tensors) :]
-    sources += [", ".join(a.source for a in rest)] if rest else []
+
+    def source(a: Argument) -> str:
+        boxed = a.type.startswith("tensordesc")
+        return f"TensorDescriptor.from_tensor({a.source}, {[*scope.boxes[a.source]]})" if boxed else a.source
+
+    sources = [", ".join(map(source, some)) for some in arguments if some]
     lines += [f"{INDENT}return (", *(f"{INDENT * 2}{source}," for source in sources), f"{INDENT})"]
     return "\n".join(lines) + "\n"

@@ -328,7 +328,7 @@ class Body:
 
 def scalar_name(name: str) -> str:
     """A scalar's own name, with an underscore where it would hide one of ours."""
-    taken = name in RESERVED or (name[1:2] == "_" and name[0] in "bpsrmin")
+    taken = name in RESERVED or (name[1:2] == "_" and name[0] in "bpsrmind")
     return f"{name}_" if taken else name
 
 

@@ -7,7 +7,8 @@ below, key tiles are anchored there instead of on a grid.
 
 GPU tiles are the best of `candidates` by the cost model, among those of the size that `measured` has for
 the case, where a device was measured. Both look at the structure of a mask alone, so that another length,
-window or batch compiles nothing.
+window or batch compiles nothing. Keys and values in 16 bits come through tensor descriptors where the
+hardware has them (compute capability 9.0 and later): that saves the registers of addresses.
 
 Leaves alone: groups whose schedule is given.
 """
@@ -15,6 +16,8 @@ Leaves alone: groups whose schedule is given.
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 import sympy
 
@@ -28,11 +31,12 @@ from .footprint import shared_bytes
 from .machine import Device
 from .measured import measured
 from .spec import AttentionSpec
+from .tile_count import BYTES
 
 MAX_EXTENT = 1024
 CPU_ROWS, CPU_KEYS = 32, 32
 BOX_ROWS = 64
-HINTS = {"warps": (1, 2, 4, 8, 16), "stages": (1, 2, 3, 4, 5, 6, 7, 8)}
+HINTS = {"descriptors": (0, 1), "warps": (1, 2, 4, 8, 16), "stages": (1, 2, 3, 4, 5, 6, 7, 8)}
 
 
 def choose(spec: AttentionSpec, group: Group) -> Schedule:
@@ -51,7 +55,15 @@ def choose(spec: AttentionSpec, group: Group) -> Schedule:
             f"{device.chip.shared_program} bytes of shared memory of {device.name}. Use a 16-bit dtype"
         )
     tile = measured(spec, group, device)
-    return next((c.schedule for c in ranked if c.tile == tile), ranked[0].schedule)
+    return _described(spec, next((c.schedule for c in ranked if c.tile == tile), ranked[0].schedule))
+
+
+def _described(spec: AttentionSpec, schedule: Schedule) -> Schedule:
+    """With tensor descriptors, where the target and the tensors allow for them."""
+    engine = spec.target_kind == "cuda" and int(re.sub(r"\D", "", spec.target)) >= 90
+    if not engine or not spec.aligned or BYTES[spec.dtype] != 2:
+        return schedule
+    return replace(schedule, meta=tuple(sorted({**dict(schedule.meta), "descriptors": 1}.items())))
 
 
 def _choose_cpu(spec: AttentionSpec, group: Group) -> Schedule:
@@ -79,7 +91,7 @@ def _choose_unknown(spec: AttentionSpec, group: Group) -> Schedule:
         stages = min(stages, 2)
     one = len(group.order.dims) == 1
     shape = ((rows,), (keys,)) if one else Boxes.of(group).shape(rows, keys, aligned=True)
-    return Schedule(*shape, lazy_rescale=False, meta=(("stages", stages), ("warps", warps)))
+    return _described(spec, Schedule(*shape, lazy_rescale=False, meta=(("stages", stages), ("warps", warps))))
 
 
 def check(spec: AttentionSpec, group: Group, schedule: Schedule) -> None:

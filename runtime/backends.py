@@ -113,6 +113,7 @@ class TritonBackend:
             "scratch": built.scratch,
             "parameters": [[a.type, a.source] for a in module.signature],
             "spans": module.spans,
+            "boxes": built.boxes,
         }
         return Compiled(module.source, built.code, built.name, 0, details)
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from ..ir.errors import BackendError
 from .gpu import Limits
+from .tensor_map import SIZE as MAP_SIZE
+from .tensor_map import TensorMap
 
 _NAMES = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -61,6 +63,13 @@ class Driver:
         finally:
             self._library.cuCtxPopCurrent_v2(byref(c_void_p()))
         return function
+
+    def encode(self, *arguments: Any) -> None:
+        """cuTensorMapEncodeTiled. Raises BackendError for what it refuses, and before CUDA 12."""
+        call = getattr(self._library, "cuTensorMapEncodeTiled", None)
+        if call is None:
+            raise BackendError("the CUDA driver is too old for tensor descriptors, expected 12.0 or later")
+        self.check(call(*arguments))
 
     def limits(self, device: int) -> Limits:
         """What a program may use on a device."""
@@ -128,7 +137,7 @@ class Call:
         self._launch = self._driver.launch
         self._function, self._device = function, device
         self._shape = grid, threads, shared
-        self._arguments = arguments
+        self._arguments, self._maps = arguments, arguments.maps
         self._pack = struct.Struct(f"{arguments.addresses}Q").pack_into
         self._free: list[tuple[Any, Any, Any, Any]] = []
 
@@ -139,6 +148,8 @@ class Call:
             block = self._block()
         memory, pointers, config, reference = block
         self._pack(memory, 0, *addresses)
+        for number, place, tensor_map in self._maps:
+            memory[place : place + MAP_SIZE] = tensor_map.at(addresses[number])
         config.stream = stream
         code = self._launch(reference, self._function, pointers, None)
         if code == _INVALID_CONTEXT:
@@ -163,17 +174,25 @@ class Call:
 class Arguments:
     """Arguments of a kernel in memory: addresses first, to be filled in, then everything else.
 
-    types: the parameters' types in order, '*' for an address, else a format of `struct`. constants:
-    values of the others, in order. places: where each parameter lies; addresses: how many there are."""
+    types: the parameters' types in order, '*' for an address, 'M' for a tensor map, which is made of one,
+    else a format of `struct`. constants: values of the others, in order: numbers, and `TensorMap`s. places:
+    where each parameter lies; addresses: how many there are; maps: of each, the address it is made of,
+    where it lies, and the map."""
 
-    def __init__(self, types: Sequence[str], constants: Sequence[float]) -> None:
-        self.addresses = sum(kind == "*" for kind in types)
+    def __init__(self, types: Sequence[str], constants: Sequence[Any]) -> None:
+        self.addresses = sum(kind in "*M" for kind in types)
         self.places: list[int] = []
+        self.maps: list[tuple[int, int, TensorMap]] = []
         memory = bytearray(8 * self.addresses)
         address, rest = 0, iter(constants)
         for kind in types:
             if kind == "*":
                 self.places.append(8 * address)
+                address += 1
+            elif kind == "M":
+                self.maps.append((address, len(memory), next(rest)))
+                self.places.append(len(memory))
+                memory += bytes(MAP_SIZE)
                 address += 1
             else:
                 memory += bytes(-len(memory) % struct.calcsize(kind))

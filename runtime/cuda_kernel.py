@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 from ..ir.errors import ArtifactError, BackendError, InputError
@@ -14,11 +15,14 @@ from .cuda_driver import Arguments, Call, driver
 from .formula import parse_formula
 from .gpu import SMALLER
 from .manifest import Argument, Launch
+from .tensor_map import TensorMap
 
 _WARP = 32
 _STRUCT = {"i1": "?", "i8": "b", "u8": "B", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 _BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
 _SOURCE = re.compile(r"(\w+)(?:\.(stride)\((\d+)\)|\.(shape)\[(\d+)\])?")
+_DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[[\d, ]+\]>")
+_DTYPES = {"fp64": "f64", "fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _LIMIT = 1 << 31
 
 Runner = Callable[[Sequence[Any], int], None]
@@ -32,7 +36,8 @@ class CudaKernel:
     def __init__(self, launch: Launch, binary: bytes) -> None:
         self._launch, self._binary = launch, binary
         details = launch.details
-        parameters = [_parsed(kind, source) for kind, source in details["parameters"]]
+        boxes = iter(details["boxes"])
+        parameters = [p for kind, source in details["parameters"] for p in _parsed(kind, source, boxes)]
         self._constants = [p for p in parameters if p[0] != "*"]
         self._scratch: int = details["scratch"]
         # Triton's own parameters come last: scratch memory of the kernel, and of a profiler.
@@ -69,7 +74,11 @@ class CudaKernel:
         found = []
         for kind, name, what, dimension in self._constants:
             value = values[name]
-            if what:
+            if isinstance(what, _Box):
+                value = TensorMap(
+                    driver(), what.dtype, value.shape, value.stride(), what.extents, what.swizzle
+                )
+            elif what:
                 value = value.stride(dimension) if what == "stride" else value.shape[dimension]
             if kind == "i" and not -_LIMIT <= value < _LIMIT:
                 where = f"{name}.shape[{dimension}]" if what else name
@@ -126,16 +135,38 @@ def _runner(call: Call, device: int, grid: int, scratch: int) -> Runner:
     return run if grid else lambda tensors, threads: None
 
 
-def _parsed(kind: str, source: str) -> tuple[str, str, str, int]:
-    """(format or '*', name, 'stride', 'shape' or '', dimension) of a parameter: 'i64', 'q.stride(2)'."""
-    found = _SOURCE.fullmatch(source)
+@dataclass(frozen=True)
+class _Box:
+    """What a tensor descriptor fetches: elements of a dtype, in a swizzled box."""
+
+    dtype: str
+    swizzle: int
+    extents: tuple[int, ...]
+
+
+_Parameter = tuple[str, str, str | _Box, int]
+
+
+def _parsed(kind: str, source: str, boxes: Iterator[Any]) -> list[_Parameter]:
+    """What Triton makes of an argument, as (format, '*' or 'M'; name; what; dimension).
+
+    what: 'stride', 'shape', a box or ''. A descriptor is a map, then its tensor's shape and strides."""
+    found, described = _SOURCE.fullmatch(source), _DESCRIPTOR.fullmatch(kind)
+    if found is not None and described is not None:
+        swizzle, extents = next(boxes)
+        dimensions = range(len(extents))
+        return [
+            ("M", source, _Box(_DTYPES[described[1]], swizzle, tuple(extents)), 0),
+            *(("i", source, "shape", d) for d in dimensions),
+            *(("q", source, "stride", d) for d in dimensions),
+        ]
     if found is None or (kind[0] != "*" and kind not in _STRUCT):
         expected = "a number or a tensor's address, stride or size"
         raise ArtifactError(
             f"parameter: expected {expected}; got {kind} {source!r}. Compile the kernel again"
         )
     name, stride, d, shape, e = found.groups()
-    return "*" if kind[0] == "*" else _STRUCT[kind], name, stride or shape or "", int(d or e or 0)
+    return [("*" if kind[0] == "*" else _STRUCT[kind], name, stride or shape or "", int(d or e or 0))]
 
 
 def _check_alignment(kernel: str, argument: Argument, tensor: Any) -> None:

@@ -70,7 +70,8 @@ class Binary:
     program (the block is warps times the warp size wide). shared: bytes a program. registers: 32-bit
     registers a thread. spills: bytes of local memory a thread, which on NVIDIA counts arrays as well
     (sin and cos of large arguments keep one). scratch: bytes of global memory that a program wants from
-    the launcher."""
+    the launcher. boxes: of the tensor descriptors among its parameters, in order, how the copy engine
+    swizzles shared memory and the extents of what it fetches at once."""
 
     target: str
     name: str
@@ -81,6 +82,7 @@ class Binary:
     registers: int
     spills: int
     scratch: int = 0
+    boxes: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def lacks(self) -> str:
@@ -143,7 +145,7 @@ def compile_ahead(source: str, target: str) -> Binary:
     place = {name: n for n, name in enumerate(kernel.arg_names)}
     code = ASTSource(
         fn=kernel,
-        signature={p.name: p.annotation_type for p in kernel.params},
+        signature={p.name: p.annotation_type or p.annotation for p in kernel.params},
         attrs={(place[name],): [["tt.divisibility", d]] for name, d in module.DIVISORS.items()},
     )
     nvidia = target.startswith("cuda:")
@@ -164,7 +166,11 @@ def compile_ahead(source: str, target: str) -> Binary:
     registers, spills = _nvidia_usage(binary) if nvidia else _amd_usage(assembly)
     meta = compiled.metadata
     usage = meta.num_warps, meta.shared, registers, spills
-    return Binary(target, meta.name, binary, assembly, *usage, getattr(meta, "global_scratch_size", 0) or 0)
+    boxes = tuple(
+        (d["swizzle"], tuple(d["block_size"])) for d in getattr(meta, "tensordesc_meta", None) or ()
+    )
+    scratch = getattr(meta, "global_scratch_size", 0) or 0
+    return Binary(target, meta.name, binary, assembly, *usage, scratch, boxes)
 
 
 def _architecture(target: str) -> str:

@@ -15,7 +15,7 @@ from gossamer.frontend import attention
 from gossamer.runtime import cuda_driver, cuda_kernel, gpu
 
 # PTX does not tell signed from unsigned.
-FORMATS = {"u8": "b", "u16": "h", "u32": "i", "u64": "q", "f32": "f", "f64": "d"}
+FORMATS = {"b8": "128s", "u8": "b", "u16": "h", "u32": "i", "u64": "q", "f32": "f", "f64": "d"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class FakeCuda:
     entered: int = 0
     stack: list[Any] = field(default_factory=list)
     optins: dict[int, int] = field(default_factory=dict)
+    encoded: list[Any] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def cuInit(self, flags):
@@ -90,6 +91,14 @@ class FakeCuda:
         self.optins[function.value] = value
         return 0
 
+    def cuTensorMapEncodeTiled(self, out, dtype, rank, address, shape, strides, box, steps, *rest):
+        assert out.value % 64 == 0 and address.value % 16 == 0 and all(s % 16 == 0 for s in strides)
+        assert rank == len(shape) == len(strides) + 1 == len(box) and set(steps) == {1} and min(shape) > 0
+        record = struct.pack("<3Q", dtype, address.value, box[0]) + struct.pack(f"<{rank}Q", *shape)
+        ctypes.memmove(out.value, record.ljust(128, b"\0"), 128)
+        self.encoded.append((tuple(shape), tuple(strides), tuple(box), rest))
+        return 0
+
     def cuGetErrorName(self, code, out):
         _at(out).value = b"CUDA_ERROR_FAKE"
         return 0
@@ -125,7 +134,7 @@ def parameters(assembly: str) -> dict[str, list[str]]:
     """Formats of each kernel's parameters, as the PTX that Triton made declares them."""
     found = {}
     for name, declared in re.findall(r"\.entry (\w+)\((.*?)\)", assembly, re.S):
-        found[name] = [FORMATS[kind] for kind in re.findall(r"\.param \.(\w+)", declared)]
+        found[name] = [FORMATS[kind] for kind in re.findall(r"\.param (?:\.align \d+ )?\.(\w+)", declared)]
     return found
 
 
