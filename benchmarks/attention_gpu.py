@@ -95,8 +95,7 @@ def speed(
 
     picked = [(name, shape) for shape in shapes for name in names]
     jobs = [Job("gossamer", *case, dtype) for case in picked]
-    for other in (name for name in ("flex", "fa4") if name in peers):
-        jobs += [Job(other, *case, dtype) for case in picked if able(other, case_of(*case))]
+    jobs += [Job("flex", *case, dtype) for case in picked if "flex" in peers]
     began = monotonic()
     prepared = prepare(jobs, deadline=began + SHARE * max(0.0, deadline - began))
     console.print(f"compiled {len(prepared)} of {len(jobs)} in {monotonic() - began:.0f} s")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -88,7 +87,6 @@ def _fa4(case: Case, tensors: Tensors) -> Call:
 @cache
 def fa4() -> Any:
     """flash_attn.cute.flash_attn_func; None where FlashAttention-4 is not installed."""
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # what one process compiles, all use
     try:
         from flash_attn.cute import flash_attn_func
     except ImportError:
