@@ -55,9 +55,9 @@ def decode(peers: bool = True) -> list[dict[str, Any]]:
 def _row(case: Decode, peers: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case.name, "batch": case.batch, "keys": case.keys, "page": case.page}
     try:
-        q, k, v = _inputs(case)
-        call = _ours(case, q, k, v)
-        judged = accuracy(call(), (q, k, v), lambda rows: _dense(case))
+        q, k, v = inputs(case)
+        call = ours(case, q, k, v)
+        judged = accuracy(call(), (q, k, v), lambda rows: dense(case))
         if not judged.passes:
             raise AssertionError(f"error {judged.error:.3g}, allowed {judged.allowed:.3g}")
         row |= {"ms": milliseconds(call), "floor_ms": 1e3 * case.bytes / measured_gpu().bandwidth}
@@ -70,22 +70,22 @@ def _row(case: Decode, peers: bool) -> dict[str, Any]:
     return row
 
 
-def _inputs(case: Decode) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
+def inputs(case: Decode, device: str = "cuda") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
     shapes = (case.batch, HEADS, 1, DIM), *2 * ((case.batch, KV_HEADS, case.keys, DIM),)
     q, k, v = (
-        torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for shape in shapes
+        torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for shape in shapes
     )
     return q, k, v
 
 
-def _ours(case: Decode, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], torch.Tensor]:
+def ours(case: Decode, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], torch.Tensor]:
     given: dict[str, Any] = {"enable_gqa": True}
     if case.window is not None:
         given |= {"mask": masks.sliding_window(case.window - 1, 0), "q_offset": case.keys - 1}
     if case.page:
         table, k, v = paged(case, k, v)
-        lengths = torch.full((case.batch,), case.keys, dtype=torch.int32, device="cuda")
+        lengths = torch.full((case.batch,), case.keys, dtype=torch.int32, device=q.device)
         given |= {"block_table": table, "kv_lens": lengths}
     return lambda: gossamer.attention(q, k, v, **given)
 
@@ -105,8 +105,9 @@ def paged(case: Decode, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor,
     return place.view(case.batch, width).int(), pages(k), pages(v)
 
 
-def _dense(case: Decode) -> torch.Tensor:
-    keys = torch.arange(case.keys, device="cuda")
+def dense(case: Decode, device: str = "cuda") -> torch.Tensor:
+    """Who attends, bool (1, keys)."""
+    keys = torch.arange(case.keys, device=device)
     return (keys >= case.keys - (case.window or case.keys))[None]
 
 

@@ -36,15 +36,15 @@ def first_call(repeats: int = 2) -> dict[str, Any]:
     return {**worst, "rows": rows}
 
 
-def overhead(calls: int = 200, rounds: int = 15) -> dict[str, Any]:
+def overhead(calls: int = 200, rounds: int = 15, device: str = "cuda") -> dict[str, Any]:
     """Microseconds of host time a call, and of the launch alone, its arguments ready.
 
     The problem is so small that the host is what takes time; medians of rounds."""
     from gossamer.frontend import attention as front
     from gossamer.frontend.problem import Problem
 
-    q, k, v = random_inputs((1, 1, 128, 64), "bf16")
-    mask_mod = cases(4096, "cuda")["window256"].mask_mod
+    q, k, v = random_inputs((1, 1, 128, 64), "bf16", device)
+    mask_mod = cases(4096, device)["window256"].mask_mod
     mask = gossamer.Mask.trace(mask_mod)
     problem = Problem(q, k, v, False)
     values = front.call_values(problem, mask, None, None) | {"o": torch.empty_like(q)}
@@ -56,19 +56,21 @@ def overhead(calls: int = 200, rounds: int = 15) -> dict[str, Any]:
         "mask_and_lse_us": lambda: gossamer.attention(q, k, v, mask=mask, return_lse=True),
     }
     found = {
-        name: statistics.median(_host_us(run, calls) for _ in range(rounds)) for name, run in runs.items()
+        name: statistics.median(_host_us(run, calls, device) for _ in range(rounds))
+        for name, run in runs.items()
     }
     return {"above_launch_us": found["mask_us"] - found["launch_us"], **found}
 
 
-def _host_us(run: Callable[[], Any], calls: int) -> float:
+def _host_us(run: Callable[[], Any], calls: int, device: str) -> float:
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     run()
-    torch.cuda.synchronize()
+    synchronize()
     start = perf_counter()
     for _ in range(calls):
         run()
     seconds = perf_counter() - start
-    torch.cuda.synchronize()
+    synchronize()
     return 1e6 * seconds / calls
 
 

@@ -77,10 +77,12 @@ def _compile(job: Job) -> None:
         peer(job.who, case, tensors)
 
 
-def random_inputs(shape: Shape, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_inputs(
+    shape: Shape, dtype: str, device: str = "cuda"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value of normal numbers, the same in every process."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (torch.randn(shape, generator=generator, device="cuda", dtype=DTYPES[dtype]) for _ in range(3))
+    made = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=made, device=device, dtype=DTYPES[dtype]) for _ in range(3))
     return q, k, v
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,18 @@ GEMM = 8192  # rows, columns and depth of the matrix product
 COPY = 1 << 31  # bytes, far more than any cache
 
 
-def milliseconds(run: Callable[[], Any], *, warmup: int = 10, rep: int = 40) -> float:
-    """The median time of a call on the GPU, by its events; the L2 cache is overwritten before each.
+def samples(run: Callable[[], Any], *, warmup: int = 10, rep: int = 40) -> list[float]:
+    """Milliseconds of calls on the GPU, by its events; the L2 cache is overwritten before each.
 
     warmup, rep: milliseconds to spend. What the host does is hidden while it stays ahead of the device."""
     from triton.testing import do_bench
 
-    return do_bench(run, warmup=warmup, rep=rep, return_mode="median")  # type: ignore[return-value]
+    return do_bench(run, warmup=warmup, rep=rep, return_mode="all")  # type: ignore[return-value]
+
+
+def milliseconds(run: Callable[[], Any], *, warmup: int = 10, rep: int = 40) -> float:
+    """The median of `samples`."""
+    return statistics.median(samples(run, warmup=warmup, rep=rep))
 
 
 @cache

@@ -9,12 +9,12 @@ from .formats import ACSR, Blocks, Dense, Progression, Remainder, StoredACSR
 from .kernel import Span
 from .mask import Capture, Mask
 from .order import Order, OrderDim
-from .plan import Group, Loops, Schedule
+from .plan import Group, Lists, Loops, Schedule, Summary
 from .score import ProbMap, ScoreMap
 from .sequences import Sequences
 from .text import register
 
 for _cls in (ACSR, Blocks, Capture, Dense, Group, Loops, Mask, Order, OrderDim, Progression):
     register(_cls)
-for _cls in (ProbMap, Remainder, Schedule, ScoreMap, Sequences, Span, StoredACSR):
+for _cls in (Lists, ProbMap, Remainder, Schedule, ScoreMap, Sequences, Span, StoredACSR, Summary):
     register(_cls)

@@ -42,10 +42,10 @@ class Tensor:
     """A tensor argument in global memory.
 
     shape: each entry an integer or a name; names are bound from the tensor at the call and are
-    visible as integer scalars in the kernel (an intermediate of a program may have expressions). unit:
-    the position of the dimension whose stride is 1 (None: all strides are read at run time). role: 'in',
-    'out' or 'inout'. align: a power of two of bytes that divides the address and every stride but the
-    unit one; it changes speed, never results, and whoever passes a tensor sees to it.
+    visible as integer scalars in the kernel. Only the intermediates of a program have expressions there
+    (see Program). unit: the position of the dimension whose stride is 1 (None: all strides are read at
+    run time). role: 'in', 'out' or 'inout'. align: a power of two of bytes that divides the address and
+    every stride but the unit one; it changes speed, never results, and whoever passes a tensor sees to it.
     """
 
     name: str
@@ -235,9 +235,9 @@ class Program:
     """Kernels in launch order. Arguments of one name are one tensor or scalar.
 
     intermediates: tensors that live between kernels and start uninitialised; an extent may be an
-    expression of dimension names and integer arguments, and kernels give it a name of their own. text: the IR text that
-    the kernels were lowered from. checks: (condition, message) pairs, as text over dimension names
-    and integer arguments; a call for which a condition holds is an error."""
+    expression of dimension names and integer arguments, and kernels give it a name of their own.
+    text: the IR text that the kernels were lowered from. checks: (condition, message) pairs, as text
+    over dimension names and integer arguments; a call for which a condition holds is an error."""
 
     kernels: tuple[Kernel, ...]
     intermediates: tuple[Tensor, ...] = ()

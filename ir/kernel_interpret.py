@@ -52,8 +52,7 @@ def _program(program: K.Program, arguments: dict[str, Any]) -> dict[str, np.ndar
             "program", f"arguments {', '.join(sorted(names - made))}", sorted(set(arguments) - names)
         )
     written: dict[str, np.ndarray] = {}
-    for tensor in program.intermediates:
-        arguments[tensor.name] = _uninitialised(tensor, _integers(program, arguments))
+    arguments |= intermediates(program, arguments)
     for kernel in program.kernels:
         given = {a.name: arguments[a.name] for a in kernel.args if a.name in arguments}
         machine = _Machine(kernel, given)
@@ -63,7 +62,13 @@ def _program(program: K.Program, arguments: dict[str, Any]) -> dict[str, np.ndar
     return {name: array for name, array in written.items() if name not in made}
 
 
-def _integers(program: K.Program, arguments: dict[str, Any]) -> dict[str, int]:
+def intermediates(program: K.Program, arguments: Arguments) -> dict[str, np.ndarray]:
+    """What the kernels of a program leave to each other, uninitialised, of the sizes of a call."""
+    integers = _integers(program, arguments)
+    return {tensor.name: _uninitialised(tensor, integers) for tensor in program.intermediates}
+
+
+def _integers(program: K.Program, arguments: Arguments) -> dict[str, int]:
     """The integers that extents of intermediates are made of: dimensions of the arguments given, scalars."""
     found: dict[str, int] = {}
     for argument in (a for k in program.kernels for a in k.args if a.name in arguments):

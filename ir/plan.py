@@ -46,12 +46,15 @@ class Schedule:
     tiles, or the distance to the row tile's first row, in steps of the stride (an expression of
     params). A window of half-width p0 anchored at -p0 wastes no key to alignment.
     lazy_rescale: keep a stale row maximum until it lags by more than 2^8, so that accumulators are
-    rescaled rarely. meta: backend hints (see Kernel.meta)."""
+    rescaled rarely. lists: which tests of key tiles a kernel of their own makes ahead of the loops (see
+    Lists): 'none', 'all', or 'open': those that conditions on a tile leave to its rows or its points.
+    meta: backend hints (see Kernel.meta)."""
 
     rows: tuple[int, ...]
     cols: tuple[int, ...]
     anchors: tuple[Expr | None, ...] = ()
     lazy_rescale: bool = True
+    lists: str = "all"
     meta: tuple[tuple[str, int], ...] = ()
 
     def anchor(self, d: int) -> Expr | None:
@@ -66,15 +69,46 @@ PROGRAMS = ("rows", "reversed", "heads")
 
 
 @dataclass(frozen=True)
+class Summary:
+    """What the keys of a tile have in common, as one value that conditions may name.
+
+    op over the keys of the tile that lie below kv_len: 'min' or 'max' of an integer, 'any' or 'all' of a
+    condition. expr is over k, b, h, captures and params."""
+
+    name: str
+    op: str
+    expr: Expr
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Key tiles by list: for each row tile the numbers of its full tiles, and of its partial ones.
+
+    A kernel of its own evaluates touched and full for the tiles of the spans, many at once, and writes
+    the numbers of full tiles from the left of a row of `width` entries and those of partial ones from
+    its right. by_row: the conditions are about one row, q; touched has to hold for any row of the tile
+    and full for all. pairs: tiles that are touched and not full are decided by evaluating their points.
+    summaries: the values that the conditions name. varies: which of 'b' and 'h' the lists depend on."""
+
+    width: Expr
+    summaries: tuple[Summary, ...] = ()
+    by_row: bool = False
+    pairs: bool = False
+    varies: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Loops:
     """The closed-form loops over the key tiles of one row tile.
 
     spans: for each dimension, outermost first, the disjoint spans of its n; together they cover
     every tile that holds a point. touched: a condition that skips tiles of the spans without points
     (true when there are none). full: implies that every pair of the tile with key below kv_len attends.
-    programs: the order in which row tiles start, see `PROGRAMS`."""
+    programs: the order in which row tiles start, see `PROGRAMS`. lists: how the conditions are evaluated
+    ahead of the loop, which then runs over lists; None: in it."""
 
     spans: tuple[tuple[Span, ...], ...]
     touched: Expr = sympy.true
     full: Expr = sympy.false
     programs: str = "rows"
+    lists: Lists | None = None

@@ -58,9 +58,10 @@ def candidates(spec: AttentionSpec, group: Group, device: Device) -> tuple[Candi
 def _schedules(survey: Survey) -> Iterator[Schedule]:
     """All schedules of the set, the plainest first: equal predictions keep this order."""
     rank = len(survey.group.order.dims)
-    anchors = [(), survey.anchors] if any(a is not None for a in survey.anchors) else [()]
-    for rows, keys, anchored in itertools.product(ROWS, KEYS, anchors):
-        aligned = None in (anchored or (None,))
+    anchored = survey.group.exact and any(a is not None for a in survey.anchors)  # lists need the grid
+    anchors = [(), survey.anchors] if anchored else [()]
+    for rows, keys, start in itertools.product(ROWS, KEYS, anchors):
+        aligned = None in (start or (None,))
         shape = (
             ((rows,), (keys,))
             if rank == 1
@@ -69,7 +70,7 @@ def _schedules(survey: Survey) -> Iterator[Schedule]:
         for warps, stages in itertools.product(WARPS, STAGES):
             if warps == WARPS[0] or rows >= 64:
                 meta = (("stages", stages), ("warps", warps))
-                yield Schedule(*shape, anchored, lazy_rescale=False, meta=meta)
+                yield Schedule(*shape, start, lazy_rescale=False, meta=meta)
 
 
 def _unrolls(spec: AttentionSpec, schedule: Schedule) -> bool:

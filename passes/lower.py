@@ -11,6 +11,8 @@ Leaves alone: nothing; an operation without loops is an error.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 
 from ..ir.expr import INF, Expr, integer, real, where
@@ -18,6 +20,7 @@ from ..ir.kernel import Axis, Compute, Dot, If, Kernel, Let, Load, Reduce, Scala
 from ..ir.plan import Group, Loops, Schedule
 from ..ir.rename import exchange_extents
 from .folds import FOLDS, LOG2E, Part
+from .lower_lists import list_kernels
 from .operands import Operands, Transposed
 from .rounding import together
 from .scaffold import Scaffold
@@ -28,13 +31,27 @@ D_AXIS = integer("d")
 Plan = tuple[Group, Schedule, Loops]
 
 
-def lower_operation(kind: str, spec: AttentionSpec, plans: tuple[Plan, ...]) -> tuple[Kernel, ...]:
-    """The kernels of one fused operation in launch order."""
-    count = len(plans)
-    kernels = (_Builder(kind, spec, plan, n, count).kernel() for n, plan in enumerate(plans))
+def lower_operation(
+    kind: str, spec: AttentionSpec, plans: tuple[Plan, ...]
+) -> tuple[tuple[Kernel, ...], tuple[Tensor, ...]]:
+    """The kernels of one fused operation in launch order, and the lists of tiles that they share."""
+    kernels: list[Kernel] = []
+    lists: list[Tensor] = []
+    for n, plan in enumerate(plans):
+        builder = _Builder(kind, spec, plan, n, len(plans))
+        kernel = builder.kernel()
+        if builder.over.lists is not None:
+            kernels += list_kernels(plan, spec.sequences, kernel, builder.over.lists)
+            lists += builder.over.lists.intermediates()
+        kernels.append(kernel)
     if kind in TRANSPOSED:
-        return tuple(exchange_extents(kernel, "q_len", "kv_len") for kernel in kernels)
-    return tuple(kernels)
+        kernels = [exchange_extents(kernel, "q_len", "kv_len") for kernel in kernels]
+        lists = [replace(t, shape=tuple(map(_exchanged_extent, t.shape))) for t in lists]
+    return tuple(kernels), tuple(lists)
+
+
+def _exchanged_extent(extent: int | str | Expr) -> int | str | Expr:
+    return exchanged(extent) if isinstance(extent, sympy.Basic) else extent
 
 
 class _Builder:
@@ -45,7 +62,9 @@ class _Builder:
         self.kind, self.spec, self.schedule, self.loops = kind, spec, schedule, loops
         self.index, self.total = index, total
         flat = spec.target_kind != "cpu"
-        self.over = Scaffold(group, schedule, loops, spec.accumulator, spec.sequences, flat=flat)
+        self.suffix = f"_{index}" if total > 1 else ""
+        lists = f"tiles{'' if kind == 'attention' else f'_{kind}'}{self.suffix}"
+        self.over = Scaffold(group, schedule, loops, spec.accumulator, spec.sequences, flat=flat, lists=lists)
         fold = FOLDS[kind]
         if kind in TRANSPOSED:
             self.at: Operands = Transposed(spec, self.over)
@@ -75,9 +94,8 @@ class _Builder:
         axes += [self._feature("e", self.spec.v_size)] if self.fold.values else []
         axes += self.over.axes
         body = [*self._rows(), *self.fold.begin(), *self.over.loop(self._tile()), *self.fold.end()]
-        suffix = f"_{self.index}" if self.total > 1 else ""
         return Kernel(
-            name=f"{self.kind}_{self.spec.format}_fwd{suffix}",
+            name=f"{self.kind}_{self.spec.format}_fwd{self.suffix}",
             args=self._arguments(),
             grid=self.over.grid(),
             axes=tuple(axes),
@@ -100,6 +118,7 @@ class _Builder:
 
     def _arguments(self) -> tuple[Tensor | Scalar, ...]:
         args: list[Tensor | Scalar] = [*self.at.inputs, *self.fold.reads(), *self.spec.capture_tensors]
+        args += [] if self.over.lists is None else self.over.lists.tensors("in")
         args += self.fold.results()
         args += [*self.at.scalars, *(Scalar(name, "i64") for name in self.spec.params)]
         args += [Scalar(name, kind) for name, kind in self.spec.map_params]
@@ -113,8 +132,8 @@ class _Builder:
 
     def _tile(self) -> list[Stmt]:
         """What happens to one key tile: scores, the mask where it cuts, the fold's step."""
-        ij, full = ("i", "j"), self.loops.full
-        if self.over.group.exact:
+        ij, full = ("i", "j"), self.over.full
+        if self.over.group.exact or self.over.lists is not None:
             masked = self._set("S", self.acc, ij, where(self.over.attends, real("S"), -INF))
             guard: list[Stmt] = [If(sympy.Not(full), (masked,))]
             if full in (sympy.true, sympy.false):

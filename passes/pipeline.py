@@ -142,13 +142,18 @@ def lower(graph: Graph) -> Program:
     if not planned or len({*kinds}) != len(kinds) or not {"attention", "weigh"} & {*kinds}:
         raise InputError("lower", "a graph of one attention that has passed `tile`", graph_text(graph))
     kernels: list[Kernel] = []
+    lists: list[Tensor] = []
     guards: dict[tuple[str, str], None] = {}
     for op in graph.ops:
         spec = spec_of(graph, op)
         plans = tuple(zip(op.attr("groups"), op.attr("schedules"), op.attr("loops"), strict=True))
-        kernels += lower_operation(op.kind, spec, plans)
+        made, shared = lower_operation(op.kind, spec, plans)
+        kernels += made
+        lists += shared
         guards |= dict.fromkeys(_guards(spec))
-    return Program(tuple(kernels), _intermediates(graph, kernels), graph_text(graph), tuple(guards))
+    return Program(
+        tuple(kernels), (*_intermediates(graph, kernels), *lists), graph_text(graph), tuple(guards)
+    )
 
 
 def _guards(spec: AttentionSpec) -> Iterator[tuple[str, str]]:

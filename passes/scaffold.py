@@ -36,6 +36,7 @@ from ..ir.kernel import Compute, For, GridDim, If, Let, Span, Stmt
 from ..ir.plan import Group, Loops, Schedule
 from ..ir.sequences import PLAIN, Sequences
 from . import sequences as sq
+from .lists import ListTensors
 from .reads import clamp
 from .tilesets import column_index, linear, row_index
 
@@ -48,8 +49,8 @@ _WIDE = (bitand, bitor, bitxor, shl, shr)  # hashes and products of indices need
 class Scaffold:
     """The tiles and loops of one planned group.
 
-    flat: whether loops over a box of key tiles are one loop, as GPUs like it. head: statements before all
-    others. axes: what those need."""
+    flat: whether loops over a box of key tiles are one loop, as GPUs like it. lists: what its lists of key
+    tiles are called, if any. head: statements before all others. axes: what those need."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Scaffold:
         sequences: Sequences = PLAIN,
         *,
         flat: bool = False,
+        lists: str = "tiles",
     ) -> None:
         self.floats, self.sequences, self.flat = floats, sequences, flat
         self.group, self.schedule, self.loops, self.order = group, schedule, loops, group.order
@@ -75,6 +77,9 @@ class Scaffold:
         self.valid_col = all_of([inside, *anchored, COL < KV_LEN])
         self.head, self.axes = [*sq.head(sequences, self._rows_a_tile())], sq.axes(sequences)
         self.head += [self._reversal()] if loops.programs == "reversed" else []
+        found = loops.lists
+        self.lists = None if found is None else ListTensors(found, group.order, schedule, sequences, lists)
+        self.full = loops.full if self.lists is None else self.lists.full
         self._hoisted: dict[Expr, Expr] = {}
         self.attends = all_of([self.bind(group.predicate), self.valid_col])
 
@@ -127,6 +132,8 @@ class Scaffold:
     def loop(self, body: list[Stmt]) -> list[Stmt]:
         """body once for every key tile that holds a point."""
         inner: list[Stmt] = [*self.make_cols, *body]
+        if self.lists is not None:
+            return self.lists.loop(inner)
         if self.loops.touched != sympy.true:
             inner = [If(self.loops.touched, tuple(inner))]
         if self.flat and self._rectangular():
@@ -175,7 +182,7 @@ class Scaffold:
         cols = frozenset({integer("k"), *self.col_names})
         index = {integer("q"): row, integer("k"): col}
         expr = self._hoist(expr, rows, cols, index)
-        return expr.xreplace(_wide(index) if _needs_64_bits(expr) else index)
+        return expr.xreplace(_wide(index) if needs_64_bits(expr) else index)
 
     def _hoist(self, expr: Expr, rows: frozenset, cols: frozenset, index: dict[Expr, Expr]) -> Expr:  # type: ignore[type-arg]
         free = expr.free_symbols
@@ -226,7 +233,8 @@ class Scaffold:
         return free or dim.width is None or dim.width % (stride * sizes[d]) > 0
 
 
-def _needs_64_bits(expr: Expr) -> bool:
+def needs_64_bits(expr: Expr) -> bool:
+    """Whether an expression of indices may leave 32 bits."""
     return expr.has(*_WIDE) or any(len(m.free_symbols) > 1 for m in expr.atoms(sympy.Mul))
 
 

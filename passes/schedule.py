@@ -70,7 +70,7 @@ def _choose_cpu(spec: AttentionSpec, group: Group) -> Schedule:
     keys = CPU_KEYS // 2 if spec.dtype == "f64" else CPU_KEYS
     anchors = tuple(anchor(group, d) for d in range(len(group.order.dims)))
     if len(group.order.dims) == 1:
-        return Schedule((CPU_ROWS,), (keys,), anchors)
+        return Schedule((CPU_ROWS,), (keys,), anchors, lists="open")
     return Schedule(*Boxes.of(group).shape(BOX_ROWS, keys, aligned=None in anchors), anchors)
 
 

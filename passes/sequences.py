@@ -56,6 +56,15 @@ def key_extents(sequences: Sequences) -> tuple[int | str, ...]:
     return ("B", "Hk", "kv_size" if sequences.kv_lens else "kv_len")
 
 
+def longest(sequences: Sequences) -> Expr:
+    """An integer of the call that the length of no sequence of keys exceeds."""
+    if sequences.block_table:
+        return sequences.page * integer("table_width")
+    if sequences.kv_bounds:
+        return integer("kv_total")
+    return integer("kv_size" if sequences.kv_lens else "kv_len")
+
+
 def axes(sequences: Sequences) -> list[Axis]:
     """Axes that the head needs."""
     return [Axis("z", SEARCH, SEARCH)] if sequences.q_bounds else []

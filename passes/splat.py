@@ -14,7 +14,7 @@ Source: Gupta et al., SPLAT (2024), with exact integers in place of its affine f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -94,7 +94,7 @@ def term_plans(spec: AttentionSpec) -> tuple[TermPlan, ...]:
     plans = []
     for index, term in enumerate(terms):
         part = align_mask(mask, (term,), whole=False)[0]
-        schedule = choose(spec, part)
+        schedule = replace(choose(spec, part), lists="none")
         plans.append(TermPlan(index, term, Scaffold(part, schedule, plan_loops(part, schedule))))
     return tuple(plans)
 

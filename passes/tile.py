@@ -23,6 +23,7 @@ from ..ir.kernel import Span
 from ..ir.order import Order
 from ..ir.plan import Group, Loops, Schedule
 from .bounds import spans_of
+from .lists import listed
 from .tilesets import (
     EVERYWHERE,
     SET,
@@ -93,6 +94,11 @@ def _loops(
     whole: Expr,
 ) -> Loops:
     """The loops from closed forms; of what has none, tiles are judged by their predicate."""
+    within = _within(group.order, schedule)
+    known = Loops(spans, skip, all_of([whole, within]) if group.exact else within)
+    found = listed(group, schedule, known, monotone)
+    if found is not None:
+        return found
     if not group.exact:
         may, whole = TileTruth(group.order, schedule, monotone).of(group.predicate)
         skip = all_of([skip, may])
@@ -100,7 +106,7 @@ def _loops(
             everything = Group(group.order, EVERYWHERE, EVERYWHERE, sympy.true)
             valid = tile_sets(everything, schedule)[1]
             whole = all_of([whole, _condition(valid, group.order, schedule)])
-    return Loops(spans, skip, all_of([whole, _within(group.order, schedule)]))
+    return Loops(spans, skip, all_of([whole, within]))
 
 
 def _condition(tiles: isl.Set, order: Order, schedule: Schedule) -> Expr:

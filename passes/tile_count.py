@@ -16,7 +16,7 @@ import sympy
 from ..ir.evaluate import evaluate
 from ..ir.expr import integer
 from ..ir.plan import Group, Loops, Schedule
-from .tilesets import coordinates
+from .tilesets import column_index, coordinates, linear, row_index
 
 BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "f32": 4, "f64": 8}  # tf32: f32 whose products are rounded to it
 MAX_COUNTED = 1 << 20  # key tiles evaluated one by one; beyond it, row tiles are sampled evenly
@@ -96,8 +96,7 @@ def count_tiles(plan: Plan, size: Size) -> Tiles:
         cells |= {n: np.broadcast_to(evaluate(e, values | cells), count) for n, e in lets}
         cells[TILE] = np.arange(count)
         here = _expand(cells, values, loops, loop_names)
-        touched = np.broadcast_to(evaluate(loops.touched, values | here), _length(here))
-        full = np.broadcast_to(evaluate(loops.full, values | here), _length(here)) & touched
+        touched, full = _judged(plan, values | here, _length(here))
         return int(touched.sum()), int(full.sum()), int(np.bincount(here[TILE][touched], minlength=1).max())
 
     taken = total
@@ -109,6 +108,33 @@ def count_tiles(plan: Plan, size: Size) -> Tiles:
     shared = _repeated(names, size)
     visited, full = (n * total * shared // taken for n in (visited, full))
     return Tiles(total * shared, visited - full, full, taken == total, heaviest)
+
+
+def _judged(plan: Plan, values: dict[str, Any], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of these key tiles are touched, and which of those are full; of tiles left open: touched."""
+    group, schedule, loops = plan
+    lists, rows = loops.lists, 1
+    if lists is not None:
+        values = {
+            n: v[:, None] if isinstance(v, np.ndarray) and v.shape == (count,) else v
+            for n, v in values.items()
+        }
+        inner = values | {"at": np.arange(schedule.cols[0])}
+        key = linear(group.order, column_index(group.order, schedule, [integer("at")]))
+        inner["k"] = np.minimum(evaluate(key, inner), values["kv_len"] - 1)
+        reduce = {"min": np.min, "max": np.max, "any": np.any, "all": np.all}
+        for s in lists.summaries:
+            found = np.broadcast_to(evaluate(s.expr, inner), (count, schedule.cols[0]))
+            values[s.name] = reduce[s.op](found, axis=1, keepdims=True)
+        rows = schedule.rows[0] if lists.by_row else 1
+        row = linear(group.order, row_index(group.order, schedule, [integer("at")]))
+        values["q"] = np.minimum(evaluate(row, values | {"at": np.arange(rows)}), values["q_len"] - 1)
+    shape = (count,) if lists is None else (count, rows)
+    touched, full = (
+        np.broadcast_to(evaluate(e, values), shape).reshape(count, rows) for e in (loops.touched, loops.full)
+    )
+    some = np.any(touched, axis=1)
+    return some, np.all(full, axis=1) & some
 
 
 def _values(size: Size) -> dict[str, Any]:
@@ -137,7 +163,8 @@ def _grid(group: Group, schedule: Schedule, loops: Loops, size: Size) -> tuple[l
 
 def _symbols(loops: Loops) -> set[sympy.Basic]:
     bounds = [e for spans in loops.spans for span in spans for e in (span.lo, span.hi)]
-    return set().union(*(e.free_symbols for e in (*bounds, loops.touched, loops.full)))
+    named = [s.expr for s in loops.lists.summaries] if loops.lists else []
+    return set().union(*(e.free_symbols for e in (*bounds, loops.touched, loops.full, *named)))
 
 
 def _repeated(names: list[str], size: Size) -> int:

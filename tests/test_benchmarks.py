@@ -166,3 +166,22 @@ def test_without_a_gpu_it_says_so(benchmark, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs a CUDA GPU"):
         benchmark("attention_gpu").main()
+
+
+# ---- what calls our own interfaces ----
+
+
+def test_host_time_of_a_call_is_that_above_its_launch(benchmark):
+    found = benchmark("gpu_host").overhead(calls=2, rounds=1, device="cpu")
+    assert found["above_launch_us"] == found["mask_us"] - found["launch_us"]
+    assert min(found[name] for name in found if name != "above_launch_us") > 0
+
+
+def test_pages_hold_the_cache(benchmark):
+    decode = benchmark("gpu_decode")
+    case = decode.Decode("tiny", 2, 192, page=64)
+    _, k, v = decode.inputs(case, "cpu")
+    table, keys, values = decode.paged(case, k, v)
+    for pages, whole in ((keys, k), (values, v)):
+        gathered = pages[table.long()].transpose(1, 2).flatten(2, 3)
+        assert torch.equal(gathered, whole)

@@ -267,6 +267,36 @@ def test_bench():
     assert "torch SDPA" not in run("bench", "sliding_window(8)", *TINY, "--repeats", 1, "--no-dense")
 
 
+def test_bench_says_what_devices_there_are(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device: expected cpu or cuda; got 'tpu'" in run("bench", "causal", "--device", "tpu", code=2)
+    assert "--device: expected cpu: torch finds no GPU; got cuda" in run(
+        "bench", "causal", "--device", "cuda", code=2
+    )
+
+
+def test_peers_of_bench():
+    import torch
+
+    from gossamer.frontend import bench_calls as calls
+    from gossamer.passes.cost import Size
+
+    size = Size(40, 40, 2, 4, 2, 16, 16, "f32")
+    tensors = calls.inputs(size, "cpu")
+    by_head = gossamer.Mask.trace(lambda b, h, q, k: k <= q + h)
+    for mask, without_a_tensor in ((masks.causal(), True), (masks.full(), True), (by_head, False)):
+        wanted = calls.ours(mask, tensors, size)()
+        torch.testing.assert_close(calls.dense(mask, tensors, size)(), wanted)
+        plain = calls.sdpa(mask, tensors, size)
+        assert (plain is not None) == without_a_tensor
+        if plain is not None:
+            torch.testing.assert_close(plain(), wanted)
+    assert calls.sdpa(masks.causal(), tensors, Size(40, 50, 2, 4, 2, 16, 16, "f32")) is None
+    assert calls.dense(masks.full(), tensors, Size(1 << 15, 1 << 15, 1, 8, 8, 16, 16, "f32")) is None
+
+
 # ---- plot ----
 
 

@@ -13,7 +13,7 @@ import pytest
 from gossamer.codegen.triton import emit, signature
 from gossamer.ir.errors import BackendError, InputError, UnsupportedError
 from gossamer.ir.evaluate import evaluate
-from gossamer.ir.kernel_interpret import interpret
+from gossamer.ir.kernel_interpret import intermediates, interpret
 from gossamer.ir.kernel_text import parse
 from gossamer.ir.mask import Mask
 from gossamer.passes.pipeline import compile_spec
@@ -273,9 +273,7 @@ def check(text, params=(), *, dtype="f32", heads=(2, 2), lengths=(S, S), size=16
         for name, value in given.items()
     }
     arguments |= {"q": q, "k": k, "v": v, "o": o, "lse": lse, "scale": 0.3}
-    for state in program.intermediates:
-        shape = [{"B": 1, "Hq": hq, "q_len": n}.get(x, x) for x in state.shape]
-        arguments[state.name] = torch.full(shape, math.nan, dtype=lse.dtype)
+    arguments |= {name: torch.from_numpy(x) for name, x in intermediates(program, arguments).items()}
     for kernel in program.kernels:
         run_interpreted(emit(kernel), {a.name: arguments[a.name] for a in kernel.args})
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gossamer.ir.kernel_interpret import interpret
-from gossamer.ir.kernel_parse import parse
+from gossamer.ir.kernel_parse import parse_program
 from gossamer.ir.kernel_text import to_text
 from gossamer.ir.kernel_verify import verify
 from gossamer.ir.mask import Mask
@@ -77,15 +77,10 @@ def test_lowered_kernels_compute_attention(name, sorted_ids, target):
         )
         values = {"q": q, "k": k, "v": v, "scale": 1 / math.sqrt(QK), **tensors}
         values |= {f"p{i}": p for i, p in enumerate(params)}
-        for kernel in program.kernels:
-            verify(kernel)
-            assert parse(to_text(kernel)) == kernel
-            for tensor in kernel.tensors:
-                sizes = {"B": B, "Hq": HQ, "q_len": q_len}
-                if tensor.name not in values:
-                    shape = [sizes.get(n, n) for n in tensor.shape]
-                    values[tensor.name] = np.full(shape, np.nan, np.float32)
-            values |= interpret(kernel, {a.name: values[a.name] for a in kernel.args})
+        verify(program)
+        assert parse_program(to_text(program)) == program
+        values |= {"o": np.full((B, HQ, q_len, V), np.nan), "lse": np.full((B, HQ, q_len), np.nan)}
+        values |= interpret(program, values)
         grid = np.ogrid[:B, :HQ, :q_len, :kv_len]
         attends = mask.evaluate(*grid, params, tuple(tensors.values()), q_len, kv_len)
         out, lse = dense(q, k, v, attends)
