@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..runtime.driver import Executable
 
 # Backends, and the kind of device whose tensors each takes.
+LEAST_SCALE = 2.0**-100  # as `passes.spec` has it
 BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
 
 TORCH_NAMES = {
@@ -168,8 +169,15 @@ def run(
         _check_schedule(schedule)
     if validate or problem.device.type == "cpu":
         check_reads(problem, mask, score)
-    executable = executable_for(problem, mask, score, rows, schedule)
-    return launch(executable, call_values(problem, mask, score, scale), problem, rows)
+    values = call_values(problem, mask, score, scale)
+    positive = is_positive(values["scale"], problem.device)
+    executable = executable_for(problem, mask, score, rows, schedule, positive)
+    return launch(executable, values, problem, rows)
+
+
+def is_positive(scale: float, device: torch.device) -> bool:
+    """Whether kernels may rely on a scale above 0; those of CPUs do not ask."""
+    return device.type == "cpu" or scale >= LEAST_SCALE
 
 
 def call_values(problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None) -> dict[str, Any]:
@@ -263,6 +271,7 @@ def executable_for(
     score: ScoreMod | None,
     rows: tuple[str, ...] = (),
     schedule: Any = None,
+    positive: bool = True,
 ) -> Executable:
     """The compiled kernel of a problem's structure: from memory, from disk, or compiled now."""
     from ..runtime.driver import get_or_compile
@@ -277,6 +286,7 @@ def executable_for(
         "max" in rows,
         problem.aligned,
         precision_of(problem.device, problem.dtype),
+        positive,
     )
     ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
 

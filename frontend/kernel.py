@@ -30,6 +30,7 @@ class AttentionSpec:
     dimension has stride 1. return_lse: whether the LSE is an output; return_max:
     beside it, the largest score of every row. aligned: whether query, key and value start on multiples of
     16 bytes, their rows too, as a kernel for a GPU may then ask of them. precision: "ieee" or "tf32" (GPU).
+    positive: whether the scale of every call is above 0, which a kernel for a GPU may use.
 
     >>> from gossamer import masks
     >>> AttentionSpec(masks.causal(), dtype="bf16", qk_size=128).ir.v_size
@@ -46,6 +47,7 @@ class AttentionSpec:
     return_max: bool = False
     aligned: bool = True
     precision: str = "ieee"
+    positive: bool = True
 
     def __post_init__(self) -> None:
         for name, size in (("qk_size", self.qk_size), ("v_size", self.v_size)):
@@ -57,7 +59,11 @@ class AttentionSpec:
             raise InputError(
                 "AttentionSpec.contiguous", "three truth values, for query, key and value", repr(flags)
             )
-        for name, flag in (("return_lse", self.return_lse), ("aligned", self.aligned)):
+        for name, flag in (
+            ("return_lse", self.return_lse),
+            ("aligned", self.aligned),
+            ("positive", self.positive),
+        ):
             if not isinstance(flag, bool):
                 raise InputError(f"AttentionSpec.{name}", "True or False", repr(flag))
         for name, value, known in (("dtype", self.dtype, DTYPES), ("precision", self.precision, PRECISIONS)):
@@ -68,7 +74,8 @@ class AttentionSpec:
     def sizes(self) -> tuple[Any, ...]:
         size = self.v_size or self.qk_size
         asked = (self.return_lse, self.return_max)
-        return (self.dtype, self.qk_size, size, self.contiguous, *asked, self.aligned, self.precision)
+        facts = (self.aligned, self.precision, self.positive)
+        return (self.dtype, self.qk_size, size, self.contiguous, *asked, *facts)
 
     @property
     def ir(self) -> IRSpec:
@@ -141,7 +148,7 @@ class Kernel:
 
         mask, score_mod: of the structure that was compiled; they bring the runtime integers and the
         captured tensors. Raises InputError when something is not what the kernel was compiled for."""
-        from .attention import call_values, launch
+        from .attention import call_values, is_positive, launch
         from .problem import Problem
 
         problem = Problem(query, key, value, enable_gqa)
@@ -171,7 +178,12 @@ class Kernel:
                 "Compile another spec",
             )
         rows = tuple(made["rows"])
-        found = launch(self._executable, call_values(problem, bound, score, scale), problem, rows)
+        values = call_values(problem, bound, score, scale)
+        if made["positive"] and not is_positive(values["scale"], problem.device):
+            raise InputError(
+                "kernel: scale", "a number above 0", values["scale"], "Compile with positive=False"
+            )
+        found = launch(self._executable, values, problem, rows)
         return found if rows else found[0]
 
     def __repr__(self) -> str:
@@ -200,6 +212,7 @@ def compile(spec: AttentionSpec, target: str = "cpu", schedule: Any = None) -> K
     extra = {
         "sizes": list(spec.sizes[:3]),
         "contiguous": list(spec.contiguous),
+        "positive": spec.positive,
         "rows": ["lse", "max"][: spec.return_lse + spec.return_max],
         "structure": _digest(mask, score),
         "text": repr(mask),

@@ -20,6 +20,7 @@ SCALE = real("scale")
 DTYPES = ("f16", "bf16", "f32", "f64")
 BYTES = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 ALIGN = 16  # bytes of the widest load of one GPU thread
+LEAST_SCALE = 2.0**-100  # a scale from here on orders scores as their products do, in f32 too
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class AttentionSpec:
     runtime values). return_max: also the largest score of every row (needs return_lse). monotone:
     captured tensors whose values never decrease (the caller has checked). aligned: the addresses of q, k
     and v and the strides of their rows are multiples of ALIGN bytes; a CPU does not ask. positive: the
-    scale is known to be above 0, and no denormal. sinks: the dtype of the attention sinks, or None.
+    scale is at least LEAST_SCALE, which GPU kernels rely on. sinks: the dtype of the attention sinks, or None.
     prob_map: what becomes of the probabilities before they weigh the values. return_column_sums: also
     what every key gets from all queries, before the prob_map. sequences: lengths by batch, and where
     rows lie in memory. Raises InputError on an unknown dtype or a size outside 1..1024."""
@@ -45,9 +46,9 @@ class AttentionSpec:
     return_max: bool = False
     aligned: bool = True
     precision: str = "ieee"
+    positive: bool = True
     target: str = "cpu"
     monotone: frozenset[str] = frozenset()
-    positive: bool = False
     sinks: str | None = None
     prob_map: ProbMap | None = None
     return_column_sums: bool = False
