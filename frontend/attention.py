@@ -170,14 +170,14 @@ def run(
     if validate or problem.device.type == "cpu":
         check_reads(problem, mask, score)
     values = call_values(problem, mask, score, scale)
-    positive = is_positive(values["scale"], problem.device)
+    positive = is_positive(values["scale"], target_of(problem.device))
     executable = executable_for(problem, mask, score, rows, schedule, positive)
     return launch(executable, values, problem, rows)
 
 
-def is_positive(scale: float, device: torch.device) -> bool:
+def is_positive(scale: float, target: str) -> bool:
     """Whether kernels may rely on a scale above 0; those of CPUs do not ask."""
-    return device.type == "cpu" or scale >= LEAST_SCALE
+    return target.startswith("cpu") or scale >= LEAST_SCALE
 
 
 def call_values(problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None) -> dict[str, Any]:

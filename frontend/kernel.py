@@ -179,7 +179,7 @@ class Kernel:
             )
         rows = tuple(made["rows"])
         values = call_values(problem, bound, score, scale)
-        if made["positive"] and not is_positive(values["scale"], problem.device):
+        if made["positive"] and not is_positive(values["scale"], self.target):
             raise InputError(
                 "kernel: scale", "a number above 0", values["scale"], "Compile with positive=False"
             )

@@ -31,7 +31,7 @@ class AttentionSpec:
     runtime values). return_max: also the largest score of every row (needs return_lse). monotone:
     captured tensors whose values never decrease (the caller has checked). aligned: the addresses of q, k
     and v and the strides of their rows are multiples of ALIGN bytes; a CPU does not ask. positive: the
-    scale is at least LEAST_SCALE, which GPU kernels rely on. sinks: the dtype of the attention sinks, or None.
+    scale is at least LEAST_SCALE, which GPU kernels rely on. sinks: the attention sinks' dtype, or None.
     prob_map: what becomes of the probabilities before they weigh the values. return_column_sums: also
     what every key gets from all queries, before the prob_map. sequences: lengths by batch, and where
     rows lie in memory. Raises InputError on an unknown dtype or a size outside 1..1024."""
