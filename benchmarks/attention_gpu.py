@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ import torch
 import typer
 from cases import Case, cases, more_cases
 from gpu_prepare import DTYPES, Job, Shape, prepare, random_inputs
+from gpu_regret import regret
 from gpu_report import console, merged, print_report
 from report import ROOT, load, provenance, save
 
@@ -45,6 +47,7 @@ def main(
     peers: Annotated[str, typer.Option(help=f"of {', '.join(PEERS)}; or 'none'")] = "flex,cudnn",
     sections: Annotated[str, typer.Option(help=f"of {', '.join(SECTIONS)}")] = "speed",
     budget: Annotated[float, typer.Option(help="seconds; no peer is started after them")] = 480.0,
+    candidates: Annotated[int, typer.Option(help="schedules a mask that the section regret times")] = 200,
     out: Annotated[Path | None, typer.Option(help="JSON; default benchmarks/results/gpu_DEVICE.json")] = None,
 ) -> None:
     """Time attention on this machine's GPU."""
@@ -70,8 +73,11 @@ def main(
         for section in wanted:
             if section == "speed":
                 speed(names, shapes, dtype, others, start + budget, keep)
+            elif section == "regret":
+                sweep = partial(regret, names, parse_dims(dims), start + budget, candidates)
+                keep(regret=attempt(sweep))
             else:
-                keep(**{section: extra(section, bool(others), start + budget)})
+                keep(**{section: attempt(partial(extra, section, bool(others)))})
     print_report(results)
     console.print(f"wrote {path} after {monotonic() - start:.0f} s")
     failed = [row["mask"] for row in results.get("speed", ()) if "failed" in row]
@@ -190,20 +196,18 @@ def timed(run: Callable[[], Any]) -> float:
 # ---- the other sections ----
 
 
-def extra(section: str, peers: bool, deadline: float) -> Any:
-    """What a section found; {"failed": why} where it could not be measured."""
+def extra(section: str, peers: bool) -> Any:
+    """decode, first_call, overhead, lists or graphs."""
+    import gpu_decode
     import gpu_host
 
+    return gpu_decode.decode(peers) if section == "decode" else getattr(gpu_host, section)()
+
+
+def attempt(run: Callable[[], Any]) -> Any:
+    """What a section found; {"failed": why} where it could not be measured."""
     try:
-        if section == "decode":
-            from gpu_decode import decode
-
-            return decode(peers)
-        if section == "regret":
-            from gpu_regret import regret
-
-            return regret(deadline)
-        return getattr(gpu_host, section)()
+        return run()
     except Exception as error:
         console.print_exception()
         return {"failed": f"{type(error).__name__}: {error}"[:500]}

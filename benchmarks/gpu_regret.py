@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +16,13 @@ from gossamer.frontend.measure_gpu import milliseconds
 
 # Masks that run as one kernel, so that a sweep over its schedules is exhaustive.
 MASKS = ("causal", "window256", "causal_window1024", "dilated16_full", "document_causal", "natten2d_13")
-DIMS = (128, 64)
 
 
-def regret(deadline: float, limit: int = 200) -> dict[str, Any]:
+def regret(names: Sequence[str], dims: Sequence[int], deadline: float, limit: int) -> dict[str, Any]:
     """By mask and head size: the time of the schedule taken over that of the best one, less one.
 
     limit: candidates a mask at most, the best by the model. deadline: of time.monotonic, for compiling."""
-    cases_ = [(name, (4, 16, 4096, dim)) for dim in DIMS for name in MASKS]
+    cases_ = [(name, (4, 16, 4096, dim)) for dim in dims for name in MASKS if name in names]
     spaces = {case: _Space(*case) for case in cases_}
     jobs = [
         Job("gossamer", *case, "bf16", schedule)

@@ -153,7 +153,8 @@ def _share_goals(rows: Mapping[tuple[str, int], Row]) -> Iterator[Goal]:
 
 
 def _other_goals(results: Results) -> Iterator[Goal]:
-    decode = {row["case"]: row for row in results.get("decode", ())}
+    rows = results.get("decode", ())
+    decode = {row["case"]: row for row in rows} if isinstance(rows, list) else {}
     for case, least in DECODE.items():
         yield Goal(f"decode: share of copy bandwidth, {case}", least, decode.get(case, {}).get("share"))
     first = results.get("first_call", {})

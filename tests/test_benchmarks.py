@@ -136,6 +136,7 @@ def test_tables(benchmark, tmp_path):
     run = subprocess.run(
         [sys.executable, FOLDER / "gpu_report.py", path], capture_output=True, text=True, check=True
     )
+    assert report.goals({"decode": {"failed": "no kernel"}})
     for part in ("A GPU", "790 TFLOP/s", "strided64", "50%", "7.50x", "failed", "paged", "goals:"):
         assert part in run.stdout
     lines = report.markdown(json.loads(path.read_text())).splitlines()
