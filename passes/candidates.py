@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..ir.mask import Mask
 from ..ir.plan import Group, Schedule
 from .cost_gpu import kernel_time
 from .footprint import SCALAR, footprint, padded
 from .machine import Device
 from .spec import AttentionSpec
 from .survey import Survey
+from .tile_count import BYTES
 
 ROWS, KEYS, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
 WIDE = 256  # head sizes from which on tiles of 16 keys are tried
@@ -48,31 +49,34 @@ def candidates(spec: AttentionSpec, group: Group, device: Device) -> tuple[Candi
     surveys = [Survey(spec.mask, group, n) for n in (NUMBERS if spec.mask.params else NUMBERS[:1])]
     narrow = padded(max(spec.qk_size, spec.v_size)) < WIDE
     sizes = spec.product_dtype, spec.qk_size, spec.v_size
-    taken = [(s, footprint(device.chip, s, *sizes)) for s in _schedules(surveys[0], KEYS[narrow:])]
+    taken = [(s, footprint(device.chip, s, *sizes)) for s in _schedules(spec, surveys[0], KEYS[narrow:])]
     resident = [(s, f) for s, f in taken if f.resident(device.chip)]
     fitting = [s for s, f in resident if not f.short and _unrolls(spec, s)] or [s for s, _ in resident]
     ranked = [Candidate(s, _seconds(spec, s, device, surveys)) for s in fitting]
     return tuple(sorted(ranked, key=lambda c: c.seconds))
 
 
-def tiled(mask: Mask, group: Group, tile: Tile) -> Schedule:
+def tiled(spec: AttentionSpec, group: Group, tile: Tile) -> Schedule:
     """The schedule of a tile of that size: on the grid, or the best box."""
     rows, keys, warps, stages = tile
-    shape = next(_shapes(Survey(mask, group, NUMBERS[0]), rows, keys))
-    return _schedule(shape, warps, stages)
+    shape = next(_shapes(Survey(spec.mask, group, NUMBERS[0]), rows, keys))
+    return Schedule(*shape, lazy_rescale=False, meta=hints(spec, warps, stages))
 
 
-def _schedule(shape: tuple[Any, ...], warps: int, stages: int) -> Schedule:
-    return Schedule(*shape, lazy_rescale=False, meta=(("stages", stages), ("warps", warps)))
+def hints(spec: AttentionSpec, warps: int, stages: int) -> tuple[tuple[str, int], ...]:
+    """The hints of a GPU schedule, tensor descriptors among them where target and tensors allow for them."""
+    engine = spec.target_kind == "cuda" and int(re.sub(r"\D", "", spec.target)) >= 90
+    described = engine and spec.aligned and BYTES[spec.dtype] == 2
+    return ((("descriptors", 1),) if described else ()) + (("stages", stages), ("warps", warps))
 
 
-def _schedules(survey: Survey, sizes: tuple[int, ...]) -> Iterator[Schedule]:
+def _schedules(spec: AttentionSpec, survey: Survey, sizes: tuple[int, ...]) -> Iterator[Schedule]:
     """All schedules of the set, the plainest first: equal predictions keep this order."""
     for rows, keys in itertools.product(ROWS, sizes):
         for shape in _shapes(survey, rows, keys):
             for warps, stages in itertools.product(WARPS, STAGES):
                 if warps == WARPS[0] or rows >= 64:
-                    yield _schedule(shape, warps, stages)
+                    yield Schedule(*shape, lazy_rescale=False, meta=hints(spec, warps, stages))
 
 
 def _shapes(survey: Survey, rows: int, keys: int) -> Iterator[tuple[Any, ...]]:

@@ -16,7 +16,6 @@ Leaves alone: groups whose schedule is given.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 
 import sympy
@@ -25,13 +24,12 @@ from ..ir.errors import InputError, UnsupportedError
 from ..ir.plan import Group, Schedule
 from . import devices
 from .boxes import Boxes
-from .candidates import candidates, tiled
+from .candidates import candidates, hints, tiled
 from .distance import anchor, bounds
 from .footprint import shared_bytes
 from .machine import Device
 from .measured import measured
 from .spec import AttentionSpec
-from .tile_count import BYTES
 
 MAX_EXTENT = 1024
 CPU_ROWS, CPU_KEYS = 32, 32
@@ -50,22 +48,14 @@ def choose(spec: AttentionSpec, group: Group) -> Schedule:
         return _choose_unknown(spec, group)
     tile = measured(spec, group, device)
     if tile is not None:
-        return _described(spec, tiled(spec.mask, group, tile))
+        return tiled(spec, group, tile)
     ranked = candidates(spec, group, device)
     if not ranked:
         raise UnsupportedError(
             f"attention in {spec.dtype} with head sizes {spec.qk_size} and {spec.v_size}: no tile fits the "
             f"{device.chip.shared_program} bytes of shared memory of {device.name}. Use a 16-bit dtype"
         )
-    return _described(spec, ranked[0].schedule)
-
-
-def _described(spec: AttentionSpec, schedule: Schedule) -> Schedule:
-    """With tensor descriptors, where the target and the tensors allow for them."""
-    engine = spec.target_kind == "cuda" and int(re.sub(r"\D", "", spec.target)) >= 90
-    if not engine or not spec.aligned or BYTES[spec.dtype] != 2:
-        return schedule
-    return replace(schedule, meta=tuple(sorted({**dict(schedule.meta), "descriptors": 1}.items())))
+    return ranked[0].schedule
 
 
 def _choose_cpu(spec: AttentionSpec, group: Group) -> Schedule:
@@ -89,7 +79,7 @@ def shortlist(spec: AttentionSpec, group: Group, limit: int) -> tuple[Schedule, 
         best: dict[object, Schedule] = {}
         for c in ranked:
             best.setdefault((c.schedule.rows, c.schedule.cols, c.schedule.anchors), c.schedule)
-        found = tuple(_described(spec, s) for s in best.values())
+        found = tuple(best.values())
     return (default, *(s for s in found if s != default))[:limit]
 
 
@@ -123,7 +113,7 @@ def _choose_unknown(spec: AttentionSpec, group: Group) -> Schedule:
         stages = min(stages, 2)
     one = len(group.order.dims) == 1
     shape = ((rows,), (keys,)) if one else Boxes.of(group).shape(rows, keys, aligned=True)
-    return _described(spec, Schedule(*shape, lazy_rescale=False, meta=(("stages", stages), ("warps", warps))))
+    return Schedule(*shape, lazy_rescale=False, meta=hints(spec, warps, stages))
 
 
 def check(spec: AttentionSpec, group: Group, schedule: Schedule) -> None:

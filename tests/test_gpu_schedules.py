@@ -157,7 +157,10 @@ def test_measured_tiles_overrule_the_model(monkeypatch):
     spec, group = only_group(CAUSAL)
     monkeypatch.setitem(table.TABLE, ("H100", 2, 64, "far"), (32, 128, 4, 2))
     chosen = choose(spec, group)
-    assert (chosen.rows, chosen.cols, dict(chosen.meta)) == ((32,), (128,), {"warps": 4, "stages": 2})
+    assert (chosen.rows, chosen.cols) == ((32,), (128,)) and dict(chosen.meta).items() >= {
+        ("warps", 4),
+        ("stages", 2),
+    }
     monkeypatch.delitem(table.TABLE, ("H100", 2, 64, "far"))
     assert choose(spec, group) == candidates(spec, group, H100)[0].schedule
 
@@ -168,7 +171,7 @@ def test_measured_tiles_are_candidates(key):
     texts = {"far": CAUSAL, "near": WINDOW, "before": MASKS["causal_window1024"][0], "box": GRID}
     spec, group = only_group(texts[spread], dtype={2: "bf16", 4: "f32"}[width], size=size)
     assert table.spread(group) == spread
-    found = tiled(spec.mask, group, table.TABLE[key])
+    found = tiled(spec, group, table.TABLE[key])
     assert found in [c.schedule for c in candidates(spec, group, GPUS[device.lower()])]
 
 
