@@ -196,11 +196,12 @@ def _print_schedule(plans: tuple[Plan, ...], size: Size) -> None:
         counts = (counted.rows, counted.visited, counted.full, counted.partial)
         table.add_row(str(i), order_text(group.order), shape, start, *(f"{near}{n}" for n in counts))
     show.console().print(table)
-    hints = [f"{name} {value}" for name, value in plans[0][1].meta]
+    for _, schedule, _ in plans:
+        show.text(str(schedule))
     notes = [f"{len(plans)} kernel{'s' * (len(plans) > 1)}"]
     if len(plans) > 1:
         notes.append("the online softmax is carried from each to the next")
-    show.text("; ".join([*notes, *([f"hints: {', '.join(hints)}"] if hints else [])]))
+    show.text("; ".join(notes))
 
 
 def order_text(order: Order) -> str:
@@ -275,9 +276,9 @@ def _print_time(device: Device | None, size: Size, plans: tuple[Plan, ...], nnz:
     table = show.table("", "", "", right=(1,))
     table.add_row("arithmetic", show.seconds(found.compute), f"{found.pairs:,} pairs in visited tiles")
     table.add_row("memory", show.seconds(found.memory), f"{show.size(found.bytes)} moved")
-    table.add_row("starting tiles", show.seconds(found.tiles), "")
+    table.add_row("starting tiles, waiting", show.seconds(found.tiles), "")
     table.add_row("launching", show.seconds(found.launches), "")
-    bound = {"compute": "arithmetic", "tiles": "starting tiles", "launches": "launching"}.get(
+    bound = {"compute": "arithmetic", "tiles": "starting tiles, waiting", "launches": "launching"}.get(
         found.limit, "memory"
     )
     table.add_row("[bold]predicted", f"[bold]{show.seconds(found.seconds)}", f"bound by {bound}")

@@ -1,6 +1,7 @@
 """The classes that attributes of graph operations may hold, beside numbers, strings and tuples.
 
-A pass that attaches a dataclass of its own registers it: `@register` of `ir.text`.
+A pass that attaches a dataclass of its own registers it: `@register` of `ir.text`. The `dump` and `load` of
+this module know all of these.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from .order import Order, OrderDim
 from .plan import Group, Lists, Loops, Schedule, Summary
 from .score import ProbMap, ScoreMap
 from .sequences import Sequences
-from .text import register
+from .text import dump, load, register
+
+__all__ = ["dump", "load"]
 
 for _cls in (ACSR, Blocks, Capture, Dense, Group, Loops, Mask, Order, OrderDim, Progression):
     register(_cls)

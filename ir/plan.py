@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import sympy
 
+from .errors import ParseError
 from .expr import Expr
 from .kernel import Span
 from .order import Order
@@ -60,6 +61,30 @@ class Schedule:
     def anchor(self, d: int) -> Expr | None:
         """The anchor of dimension d."""
         return self.anchors[d] if self.anchors else None
+
+    def __str__(self) -> str:
+        """The text that `parse` reads back.
+
+        >>> str(Schedule((64,), (32,), meta=(("warps", 4),)))
+        "Schedule(rows=(64,), cols=(32,), meta=(('warps', 4),))"
+        """
+        from .attributes import dump
+
+        return dump(self)
+
+    @staticmethod
+    def parse(text: str) -> Schedule:
+        """The schedule of a text. Raises ParseError.
+
+        >>> Schedule.parse("Schedule(rows=(64,), cols=(32,), anchors=(expr('-p0'),))").anchors
+        (-p0,)
+        """
+        from .attributes import load
+
+        found = load(text)
+        if not isinstance(found, Schedule):
+            raise ParseError(f"expected Schedule(rows=(...), cols=(...), ...); got {text.strip()[:80]!r}")
+        return found
 
 
 # "rows": the row tiles of one head in order, head after head, so that neighbours share keys in the cache;

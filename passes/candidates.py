@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..ir.plan import Group, Schedule
 from .cost_gpu import kernel_time
@@ -19,10 +21,15 @@ from .footprint import SCALAR, footprint, padded
 from .machine import Device
 from .spec import AttentionSpec
 from .survey import Survey
+from .tile_count import BYTES
 
 ROWS, KEYS, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
-NUMBERS = (32, 128, 1024)
+WIDE = 256  # head sizes from which on tiles of 16 keys are tried
+NUMBERS = (32, 512)
 UNROLLED = 1 << 17  # multiply-adds that compilers spell out for a tile where no tensor core takes them
+
+
+Tile = tuple[int, int, int, int]  # rows and keys, all dimensions together, warps, stages
 
 
 @dataclass(frozen=True)
@@ -32,13 +39,6 @@ class Candidate:
     schedule: Schedule
     seconds: float
 
-    @property
-    def tile(self) -> tuple[int, int, int, int]:
-        """Rows and keys, all dimensions together, warps and stages."""
-        hints = dict(self.schedule.meta)
-        rows, keys = math.prod(self.schedule.rows), math.prod(self.schedule.cols)
-        return rows, keys, hints["warps"], hints["stages"]
-
 
 def candidates(spec: AttentionSpec, group: Group, device: Device) -> tuple[Candidate, ...]:
     """Every schedule of one group that fits the device, fastest first by the model.
@@ -47,30 +47,49 @@ def candidates(spec: AttentionSpec, group: Group, device: Device) -> tuple[Candi
     shared memory. device: a GPU with a chip."""
     assert device.chip is not None, "candidates are asked of GPUs with a chip only"
     surveys = [Survey(spec.mask, group, n) for n in (NUMBERS if spec.mask.params else NUMBERS[:1])]
+    narrow = padded(max(spec.qk_size, spec.v_size)) < WIDE
     sizes = spec.product_dtype, spec.qk_size, spec.v_size
-    taken = [(s, footprint(device.chip, s, *sizes)) for s in _schedules(surveys[0])]
+    taken = [(s, footprint(device.chip, s, *sizes)) for s in _schedules(spec, surveys[0], KEYS[narrow:])]
     resident = [(s, f) for s, f in taken if f.resident(device.chip)]
     fitting = [s for s, f in resident if not f.short and _unrolls(spec, s)] or [s for s, _ in resident]
     ranked = [Candidate(s, _seconds(spec, s, device, surveys)) for s in fitting]
     return tuple(sorted(ranked, key=lambda c: c.seconds))
 
 
-def _schedules(survey: Survey) -> Iterator[Schedule]:
+def tiled(spec: AttentionSpec, group: Group, tile: Tile) -> Schedule:
+    """The schedule of a tile of that size: on the grid, or the best box."""
+    rows, keys, warps, stages = tile
+    shape = next(_shapes(Survey(spec.mask, group, NUMBERS[0]), rows, keys))
+    return Schedule(*shape, lazy_rescale=False, meta=hints(spec, warps, stages))
+
+
+def hints(spec: AttentionSpec, warps: int, stages: int) -> tuple[tuple[str, int], ...]:
+    """The hints of a GPU schedule, tensor descriptors among them where target and tensors allow for them."""
+    engine = spec.target_kind == "cuda" and int(re.sub(r"\D", "", spec.target)) >= 90
+    described = engine and spec.aligned and BYTES[spec.dtype] == 2
+    return ((("descriptors", 1),) if described else ()) + (("stages", stages), ("warps", warps))
+
+
+def _schedules(spec: AttentionSpec, survey: Survey, sizes: tuple[int, ...]) -> Iterator[Schedule]:
     """All schedules of the set, the plainest first: equal predictions keep this order."""
-    rank = len(survey.group.order.dims)
-    anchored = survey.group.exact and any(a is not None for a in survey.anchors)  # lists need the grid
-    anchors = [(), survey.anchors] if anchored else [()]
-    for rows, keys, start in itertools.product(ROWS, KEYS, anchors):
-        aligned = None in (start or (None,))
-        shape = (
-            ((rows,), (keys,))
-            if rank == 1
-            else survey.boxes.shape(rows, keys, aligned=aligned, sizes=(keys,))
-        )
-        for warps, stages in itertools.product(WARPS, STAGES):
-            if warps == WARPS[0] or rows >= 64:
-                meta = (("stages", stages), ("warps", warps))
-                yield Schedule(*shape, start, lazy_rescale=False, meta=meta)
+    for rows, keys in itertools.product(ROWS, sizes):
+        for shape in _shapes(survey, rows, keys):
+            for warps, stages in itertools.product(WARPS, STAGES):
+                if warps == WARPS[0] or rows >= 64:
+                    yield Schedule(*shape, lazy_rescale=False, meta=hints(spec, warps, stages))
+
+
+def _shapes(survey: Survey, rows: int, keys: int) -> Iterator[tuple[Any, ...]]:
+    """(rows, cols, anchors) of so many rows and keys: on the grid and anchored, or the best box."""
+    may = tuple(form is not None for form in survey.anchors)
+    if len(may) == 1:
+        yield (rows,), (keys,), ()
+        if may[0]:
+            yield (rows,), (keys,), survey.anchors
+        return
+    shape, chosen = survey.boxes.fewest(rows, keys, may)
+    anchors = tuple(form if a else None for form, a in zip(survey.anchors, chosen, strict=True))
+    yield *shape, anchors if any(chosen) else ()
 
 
 def _unrolls(spec: AttentionSpec, schedule: Schedule) -> bool:

@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 
 from ..ir.plan import Schedule
+from .boxes import UNALIGNED
 from .footprint import footprint, padded, products
 from .machine import Device
 from .tile_count import BYTES, Size, Tiles
@@ -66,6 +67,7 @@ def kernel_time(device: Device, size: Size, schedule: Schedule, tiles: Tiles, mo
     qk, v, width = padded(size.qk_size), padded(size.v_size), BYTES[size.dtype]
     share = device.workers  # rates of the device, of one multiprocessor
     how = products(chip, rows, size.dtype)
+    unaligned = UNALIGNED if schedule.anchor(-1) is not None else 1.0
     reuse = rows if how == "warps" else rows * cols / taken.threads
     efficiency = EFFICIENCY[how] * reuse / (reuse + HALF[how])
     product = 2 * rows * cols * (qk + v) * share / (device.peak(size.dtype) * efficiency)
@@ -79,7 +81,7 @@ def kernel_time(device: Device, size: Size, schedule: Schedule, tiles: Tiles, mo
         """Seconds that a multiprocessor takes for a key tile, with so many programs on it."""
         overlap = SERIAL / (1 + SHARED * (programs - 1))
         work = max(product, softmax, cached) + overlap * (product + softmax - max(product, softmax))
-        return _waiting(work * programs, stages) / programs
+        return unaligned * _waiting(work * programs, stages) / programs
 
     start = START + FILL * (stages - 1)
     heaviest = max(tiles.heaviest, tiles.visited / max(1, tiles.rows))
@@ -92,7 +94,8 @@ def kernel_time(device: Device, size: Size, schedule: Schedule, tiles: Tiles, mo
 def _waiting(tile: float, stages: int) -> float:
     """Seconds of a key tile on one program, with the copies that it waits for.
 
-    A copy takes FETCH from start to end; with s stages s - 1 of them are under way at once."""
+    A copy takes FETCH from start to end; with s stages s - 1 of them are under way at once, of which more
+    than two have not been seen to help."""
     if stages == 1:
         return tile + FETCH
-    return math.hypot(tile, FETCH / (stages - 1))
+    return math.hypot(tile, FETCH / min(2, stages - 1))

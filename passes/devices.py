@@ -58,6 +58,22 @@ RTX4090 = Device(
     source="NVIDIA Ada architecture white paper",
     chip=Chip(100 * KIB, 99 * KIB, warps=48, programs=24, alu=41.3e12, l2=5.0e12),
 )  # fmt: skip
+# NVIDIA GA102 white paper, appendix A (RTX 3090): 71 with fp32 accumulation, 35.6, 936 GB/s; 1.7 GHz.
+RTX3090 = Device(
+    "RTX 3090",
+    (("bf16", 71 * T), ("f16", 71 * T), ("tf32", 35.6 * T), ("f32", 35.6 * T), ("f64", 0.56 * T)),
+    bandwidth=0.936e12, exps=2.2e12, workers=82, tile=0.3e-6, launch=5e-6,
+    source="NVIDIA GA102 white paper",
+    chip=Chip(100 * KIB, 99 * KIB, warps=48, programs=16, alu=17.8e12, l2=2.5e12),
+)  # fmt: skip
+# NVIDIA RTX Blackwell white paper, appendix A (RTX 5090): 209.5 with fp32 accumulation, 104.8, 1792 GB/s.
+RTX5090 = Device(
+    "RTX 5090",
+    (("bf16", 209.5 * T), ("f16", 209.5 * T), ("tf32", 104.8 * T), ("f32", 104.8 * T), ("f64", 1.64 * T)),
+    bandwidth=1.792e12, exps=6.5e12, workers=170, tile=0.2e-6, launch=4e-6,
+    source="NVIDIA RTX Blackwell white paper",
+    chip=Chip(100 * KIB, 99 * KIB, warps=48, programs=24, alu=52.4e12, l2=7.0e12),
+)  # fmt: skip
 # AMD Instinct MI300X data sheet: 1307.4, 163.4 (vector f32, matrix f64) TFLOP/s, 5.3 TB/s, 304 units.
 MI300X = Device(
     "MI300X",
@@ -66,12 +82,22 @@ MI300X = Device(
     source="AMD MI300X data sheet",
 )  # fmt: skip
 
-GPUS = {"h100": H100, "a100": A100, "l4": L4, "rtx4090": RTX4090, "mi300x": MI300X}
+GPUS = {
+    "h100": H100,
+    "a100": A100,
+    "l4": L4,
+    "rtx3090": RTX3090,
+    "rtx4090": RTX4090,
+    "rtx5090": RTX5090,
+    "mi300x": MI300X,
+}
 _BY_TARGET = {
     "cuda:sm_80": A100,
+    "cuda:sm_86": RTX3090,
     "cuda:sm_89": L4,
     "cuda:sm_90": H100,
     "cuda:sm_90a": H100,
+    "cuda:sm_120": RTX5090,
     "hip:gfx942": MI300X,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 
 import islpy as isl
@@ -37,16 +38,20 @@ def anchor(group: Group, d: int) -> Expr | None:
     return None
 
 
-def reach(group: Group, d: int) -> float:
-    """max - min of k_d - q_d over the group, in steps of the dimension's stride; inf when unbounded."""
+def interval(group: Group, d: int) -> tuple[float, float]:
+    """Least and largest k_d - q_d of the group, in steps of the dimension's stride; infinite if unbounded."""
     with ISL_LOCK, suppress(QuotaExceeded), quota(MAX_OPERATIONS):
         distance = _distances(group, d)
-        try:
-            low, high = distance.dim_min_val(0), distance.dim_max_val(0)
-        except isl.Error:  # unbounded for some parameters
-            return math.inf
-        return int(high.to_python()) - int(low.to_python()) if low.is_int() and high.is_int() else math.inf
-    return math.inf
+        return _number(distance.dim_min_val, -math.inf), _number(distance.dim_max_val, math.inf)
+    return -math.inf, math.inf
+
+
+def _number(bound: Callable[[int], isl.Val], unbounded: float) -> float:
+    try:
+        value = bound(0)
+    except isl.Error:  # unbounded for some parameters
+        return unbounded
+    return int(value.to_python()) if value.is_int() else unbounded
 
 
 def bounds(form: Expr, group: Group, d: int) -> bool:

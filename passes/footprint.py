@@ -67,6 +67,7 @@ def footprint(chip: Chip, schedule: Schedule, dtype: str, qk_size: int, v_size: 
     outputs = number * rows * padded(v_size) / threads
     scores = number * rows * cols / threads
     vectors = cols * padded(max(qk_size, v_size)) * width / VECTOR / threads
+    vectors *= not hints.get("descriptors")  # which need no addresses
     how, slices = products(chip, rows, dtype), min(2, max(0.5, 2 * rows / threads))
     fit, limit = FITS[how, slices if how == "warp groups" else None]
     counts = (1, outputs, scores, scores if stages > 2 else 0, vectors)

@@ -211,13 +211,13 @@ class _Builder:
             made.append(Reduce(name, dtype, axes, op, sympy.Not(expr) if s.op == "all" else expr, ("j",)))
             if s.op == "all":
                 made.append(Compute(s.name, "bool", axes, sympy.Not(sympy.Symbol(name))))
-        touched, full = self.touched, self.full
+        touched, full, row = self.touched, self.full, self.over.valid_row
         if not self.lists.by_row:
             return [*made, Compute("some", "bool", axes, touched), Compute("whole_tile", "bool", axes, full)]
         return [
             *made,
-            Reduce("some", "bool", axes, "any", touched, ("i",)),
-            Reduce("hole_in_row", "bool", axes, "any", sympy.Not(full), ("i",)),
+            Reduce("some", "bool", axes, "any", all_of([row, touched]), ("i",)),
+            Reduce("hole_in_row", "bool", axes, "any", all_of([row, sympy.Not(full)]), ("i",)),
             Compute("whole_tile", "bool", axes, sympy.Not(sympy.Symbol("hole_in_row"))),
         ]
 

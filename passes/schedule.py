@@ -5,10 +5,10 @@ CPU tiles keep 32 rows (two AVX-512 registers of f32) in the lanes; the micro-ke
 misaligned key tiles waste, from the extents of k - q in each dimension. Where k - q is bounded from
 below, key tiles are anchored there instead of on a grid.
 
-GPU tiles are the best of `candidates` by the cost model, among those of the size that `measured` has for
-the case, where a device was measured. Both look at the structure of a mask alone, so that another length,
-window or batch compiles nothing. Keys and values in 16 bits come through tensor descriptors where the
-hardware has them (compute capability 9.0 and later): that saves the registers of addresses.
+GPU tiles have the size that won sweeps on the device (`measured`), else they are the best of `candidates`
+by the cost model. Both look at the structure of a mask alone, so that another length, window or batch
+compiles nothing. Keys and values in 16 bits come through tensor descriptors where the hardware has them
+(compute capability 9.0 and later): that saves the registers of addresses.
 
 Leaves alone: groups whose schedule is given.
 """
@@ -16,7 +16,6 @@ Leaves alone: groups whose schedule is given.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 
 import sympy
@@ -25,13 +24,12 @@ from ..ir.errors import InputError, UnsupportedError
 from ..ir.plan import Group, Schedule
 from . import devices
 from .boxes import Boxes
-from .candidates import candidates
+from .candidates import candidates, hints, tiled
 from .distance import anchor, bounds
 from .footprint import shared_bytes
 from .machine import Device
 from .measured import measured
 from .spec import AttentionSpec
-from .tile_count import BYTES
 
 MAX_EXTENT = 1024
 CPU_ROWS, CPU_KEYS = 32, 32
@@ -48,22 +46,16 @@ def choose(spec: AttentionSpec, group: Group) -> Schedule:
     device = devices.device_of(spec.target)
     if device is None or device.chip is None:
         return _choose_unknown(spec, group)
+    tile = measured(spec, group, device)
+    if tile is not None:
+        return tiled(spec, group, tile)
     ranked = candidates(spec, group, device)
     if not ranked:
         raise UnsupportedError(
             f"attention in {spec.dtype} with head sizes {spec.qk_size} and {spec.v_size}: no tile fits the "
             f"{device.chip.shared_program} bytes of shared memory of {device.name}. Use a 16-bit dtype"
         )
-    tile = measured(spec, group, device)
-    return _described(spec, next((c.schedule for c in ranked if c.tile == tile), ranked[0].schedule))
-
-
-def _described(spec: AttentionSpec, schedule: Schedule) -> Schedule:
-    """With tensor descriptors, where the target and the tensors allow for them."""
-    engine = spec.target_kind == "cuda" and int(re.sub(r"\D", "", spec.target)) >= 90
-    if not engine or not spec.aligned or BYTES[spec.dtype] != 2:
-        return schedule
-    return replace(schedule, meta=tuple(sorted({**dict(schedule.meta), "descriptors": 1}.items())))
+    return ranked[0].schedule
 
 
 def _choose_cpu(spec: AttentionSpec, group: Group) -> Schedule:
@@ -72,6 +64,36 @@ def _choose_cpu(spec: AttentionSpec, group: Group) -> Schedule:
     if len(group.order.dims) == 1:
         return Schedule((CPU_ROWS,), (keys,), anchors, lists="open")
     return Schedule(*Boxes.of(group).shape(BOX_ROWS, keys, aligned=None in anchors), anchors)
+
+
+def shortlist(spec: AttentionSpec, group: Group, limit: int) -> tuple[Schedule, ...]:
+    """At most `limit` schedules worth timing for one group, the default first.
+
+    On a GPU the best of every tile size by the cost model; on a CPU variations of the default."""
+    default = choose(spec, group)
+    if spec.target_kind == "cpu":
+        found = _variations(default)
+    else:
+        device = devices.device_of(spec.target)
+        ranked = candidates(spec, group, device) if device is not None and device.chip is not None else ()
+        best: dict[object, Schedule] = {}
+        for c in ranked:
+            best.setdefault((c.schedule.rows, c.schedule.cols, c.schedule.anchors), c.schedule)
+        found = tuple(best.values())
+    return (default, *(s for s in found if s != default))[:limit]
+
+
+def _variations(default: Schedule) -> tuple[Schedule, ...]:
+    """Other tiles for a CPU: more or fewer keys, half the rows, on the grid, rescaled at every key tile."""
+    *outer, keys = default.cols
+    *above, rows = default.rows
+    return (
+        replace(default, cols=(*outer, 2 * keys)),
+        replace(default, cols=(*outer, max(1, keys // 2))),
+        replace(default, rows=(*above, max(1, rows // 2))),
+        replace(default, anchors=()),
+        replace(default, lazy_rescale=False),
+    )
 
 
 # Rows, keys, warps, stages by kind of number and padded head size, for GPUs that the cost model does not
@@ -91,7 +113,7 @@ def _choose_unknown(spec: AttentionSpec, group: Group) -> Schedule:
         stages = min(stages, 2)
     one = len(group.order.dims) == 1
     shape = ((rows,), (keys,)) if one else Boxes.of(group).shape(rows, keys, aligned=True)
-    return _described(spec, Schedule(*shape, lazy_rescale=False, meta=(("stages", stages), ("warps", warps))))
+    return Schedule(*shape, lazy_rescale=False, meta=hints(spec, warps, stages))
 
 
 def check(spec: AttentionSpec, group: Group, schedule: Schedule) -> None:

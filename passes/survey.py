@@ -29,8 +29,9 @@ from .tilesets import residue
 LENGTH = 4096
 PARTS = 8
 CELL = 16  # rows and keys of the cells that tiles are made of
-POINTS = np.array([0, 5, 10, 15])  # of a cell, along each side
-INNER = 4  # row tiles looked at beside the first and the last
+ENDS, POINTS = np.array([0, 15]), np.array([0, 5, 10, 15])  # rows and keys of a cell that are looked at
+INNER = 8  # row tiles looked at beside the first and the last
+GOLDEN = 0.618  # spreads them over all phases of what repeats
 
 Cells = tuple[Any, Any, Any]  # arrays: the weight of each row tile, and [row tile, cell] touched, and full
 
@@ -47,12 +48,16 @@ class Survey:
 
     @cached_property
     def anchors(self) -> tuple[Expr | None, ...]:
-        """The anchor of each dimension, see `distance.anchor`."""
+        """The anchor of each dimension, see `distance.anchor`; none where key tiles may come by list."""
+        if not self.group.exact:
+            return (None,) * len(self.group.order.dims)
         return tuple(anchor(self.group, d) for d in range(len(self.group.order.dims)))
 
     @cached_property
     def boxes(self) -> Boxes:
-        return Boxes.of(self.group)
+        """The dimensions of an n-d order."""
+        inner = math.prod(dim.width or 1 for dim in self.group.order.dims)
+        return Boxes.of(self.group, max(1, -(-LENGTH // inner)))
 
     def size(self, dtype: str, qk_size: int, v_size: int) -> Size:
         """The reference problem."""
@@ -62,12 +67,12 @@ class Survey:
         """The tiles of one kernel with this schedule on the reference problem."""
         heads, dims = size.batch * size.heads, self.group.order.dims
         if len(dims) > 1:
-            visited, full = self.boxes.visits(
-                (schedule.rows, schedule.cols), None in self._anchored(schedule)
-            )
-            row_tiles = _box_rows(self.group, schedule) * heads
-            visited, full = (min(n, LENGTH) * row_tiles for n in (visited, full))
-            return Tiles(row_tiles, round(visited - full), round(full), False)
+            anchored = tuple(form is not None for form in schedule.anchors) or (False,) * len(dims)
+            seen = self.boxes.visits((schedule.rows, schedule.cols), anchored)
+            extents = zip(self.boxes.dims, schedule.rows, dims, strict=True)
+            row_tiles = heads * math.prod(-(-int(b.extent) // t) * x.row_stride for b, t, x in extents)
+            full = round(row_tiles * seen.full)
+            return Tiles(row_tiles, round(row_tiles * seen.mean) - full, full, False, seen.most)
         [rows], [cols] = schedule.rows, schedule.cols
         weights, touched, full = self._cells(rows, bool(schedule.anchors))
         touched, full = _merged(touched, cols, any), _merged(full, cols, all)
@@ -75,9 +80,6 @@ class Survey:
         row_tiles = int(weights.sum()) * dims[0].row_stride * heads
         visited, full_tiles = (float(weights @ n) / weights.sum() * row_tiles for n in (visits, whole))
         return Tiles(row_tiles, round(visited - full_tiles), round(full_tiles), False, int(visits.max()))
-
-    def _anchored(self, schedule: Schedule) -> tuple[Expr | None, ...]:
-        return schedule.anchors or (None,) * len(self.group.order.dims)
 
     def _cells(self, rows: int, anchored: bool) -> Cells:
         if (rows, anchored) not in self._seen:
@@ -90,12 +92,12 @@ class Survey:
         at, weights = _sample(count)
         classes = self._values | {"r0": dim.row_stride // 2}
         first: Any = 0
-        form = anchor(self.group, 0) if anchored else None
+        form = next(iter(self.anchors)) if anchored else None
         if form is not None:
             names = {str(s): self.number for s in form.free_symbols}
             first = rows * at[:, None, None] + int(evaluate(form, names))
         cells = -(-LENGTH // (dim.col_stride * CELL))
-        row = (np.arange(-(-rows // CELL))[:, None] * CELL + POINTS).ravel()
+        row = (np.arange(-(-rows // CELL))[:, None] * CELL + ENDS).ravel()
         col = (np.arange(cells)[:, None] * CELL + POINTS).ravel()
         q = dim.row_stride * (rows * at[:, None, None] + row[None, :, None]) + classes["r0"]
         offset = int(evaluate(residue(self.group.order, 0), classes))
@@ -119,7 +121,8 @@ def _sample(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Row tiles to look at, of so many: first, last and some between; and how many each stands for."""
     if count <= INNER + 2:
         return np.arange(count), np.ones(count)
-    inner = 1 + (2 * np.arange(INNER) + 1) * (count - 2) // (2 * INNER)
+    phase = (0.5 + np.arange(INNER) * GOLDEN) % 1
+    inner = 1 + ((np.arange(INNER) + phase) * (count - 2) / INNER).astype(np.int64)
     weights = np.full(INNER, (count - 2) / INNER)
     return np.array([0, *inner, count - 1]), np.array([1, *weights, 1])
 
@@ -130,15 +133,6 @@ def _merged(cells: np.ndarray, cols: int, how: Any) -> np.ndarray:
     missing = -cells.shape[1] % each
     padded = np.pad(cells, ((0, 0), (0, missing)))
     return (np.any if how is any else np.all)(padded.reshape(len(cells), -1, each), axis=2)
-
-
-def _box_rows(group: Group, schedule: Schedule) -> int:
-    """Row tiles of one head, residues included."""
-    dims = group.order.dims
-    inner = math.prod(dim.width or 1 for dim in dims)
-    extents = [dim.width if dim.width is not None else -(-LENGTH // inner) for dim in dims]
-    tiles = zip(extents, dims, schedule.rows, strict=True)
-    return math.prod(-(-n // (dim.row_stride * rows)) * dim.row_stride for n, dim, rows in tiles)
 
 
 def _without_reads(predicate: Expr, mask: Mask) -> Expr:

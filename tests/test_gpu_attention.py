@@ -457,6 +457,52 @@ def test_threads_call_at_once():
             assert all(torch.equal(out, wanted) for out in found)
 
 
+# ---- other ways in ----
+
+
+@pytest.mark.parametrize("name", ["window", "strided", "documents, unsorted"])
+def test_kernels_are_saved_and_loaded(name, tmp_path):
+    mask, (q, k, v) = LONG[name].to("cuda"), tensors(300, 300)
+    wanted, sums = check_attention(q, k, v, mask=mask)
+    major, minor = torch.cuda.get_device_capability()
+    spec = gossamer.AttentionSpec(mask, dtype="bf16", qk_size=64, return_lse=True)
+    path = gossamer.compile(spec, target=f"cuda:sm_{major}{minor}").save(tmp_path / "kernel.gossamer")
+    before = compilations()
+    out, lse = gossamer.load(path)(q, k, v, mask=mask)
+    assert torch.equal(out, wanted) and torch.equal(lse, sums) and compilations() == before
+
+
+@pytest.mark.parametrize("name", ["alibi", "bias of the pair"])
+def test_flex_attention(name, score_mods):
+    from torch.nn.attention import flex_attention as pytorch
+
+    from gossamer import flex
+
+    q, k, v = tensors(61, 83, dtype=torch.float32)
+    results = []
+    for module in (pytorch, flex):
+        block_mask = module.create_block_mask(
+            lambda b, h, q, k: abs(q - k) <= 20, None, None, 61, 83, device="cuda"
+        )
+        results.append(
+            module.flex_attention(q, k, v, score_mods[name], block_mask=block_mask, return_lse=True)
+        )
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_bench_prints_the_table():
+    from typer.testing import CliRunner
+
+    from gossamer.frontend.cli import app
+
+    options = ["--q-len", "512", "--heads", "2", "--no-flex", "--device", "cuda"]
+    text = CliRunner().invoke(app, ["bench", "causal", *options], catch_exceptions=False).output
+    for part in ("gossamer", "torch SDPA", "torch SDPA, dense mask", "floor", torch.cuda.get_device_name()):
+        assert part in text
+    assert float(text.split("largest difference to PyTorch ")[1]) < 0.05
+
+
 # ---- bad input ----
 
 

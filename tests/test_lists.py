@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from gossamer.ir.kernel_interpret import interpret
+from gossamer.ir.kernel import Program
+from gossamer.ir.kernel_interpret import intermediates, interpret
 from gossamer.ir.kernel_parse import parse_program
 from gossamer.ir.kernel_text import to_text
 from gossamer.ir.kernel_verify import verify
@@ -131,8 +132,8 @@ def plan_of(text, monotone=(), **sizes):
     return compile_spec(spec, schedule)
 
 
-def run(program, mask, params, tensors, q_len, kv_len, rng):
-    """(values, dense attention) of one call on the interpreter of the Kernel IR."""
+def arguments(mask, params, tensors, q_len, kv_len, rng):
+    """What an attention over random operands is called with, outputs included."""
     q, k, v = (
         rng.standard_normal((B, h, s, d), np.float32)
         for h, s, d in ((HQ, q_len, QK), (HK, kv_len, QK), (HK, kv_len, V))
@@ -144,7 +145,7 @@ def run(program, mask, params, tensors, q_len, kv_len, rng):
         "o": np.full((B, HQ, q_len, V), np.nan, np.float32),
         "lse": np.full((B, HQ, q_len), np.nan, np.float32),
     }
-    return interpret(program, values), (q, k, v)
+    return values
 
 
 def reference(q, k, v, attends):
@@ -170,9 +171,122 @@ def test_attention_over_lists_is_attention(name):
     assert any(n.endswith("_flags") for n in names) == looks
     for q_len, kv_len in ((61, 83), (40, 37), (1, 100), (70, 1)):
         tensors = make(rng, max(q_len, kv_len))
-        written, operands = run(program, mask, params, tensors, q_len, kv_len, rng)
+        given = arguments(mask, params, tensors, q_len, kv_len, rng)
+        written = interpret(program, given)
         grid = np.ogrid[:B, :HQ, :q_len, :kv_len]
         attends = mask.evaluate(*grid, params, tensors, q_len, kv_len)
-        out, lse = reference(*operands, attends)
+        out, lse = reference(given["q"], given["k"], given["v"], attends)
         np.testing.assert_allclose(written["o"], out, atol=2e-6)
         np.testing.assert_allclose(written["lse"], lse, atol=2e-6)
+
+
+# Ranges of ids overlap without an id in common; what any key of a tile has says nothing of where the key is.
+LOOSE = {"documents in any order", "documents of a batch", "rows of a key", "floats of a key"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lists_hold_the_tiles_with_points_and_know_which_are_full(name):
+    text, params, make, _ = CASES[name]
+    mask, rng = Mask.parse(text), np.random.default_rng()
+    program, stride = plan_of(text), 4 if name.startswith("residues") else 1
+    q_len, kv_len = 75, 93
+    tensors = make(rng, kv_len)
+    given = arguments(mask, params, tensors, q_len, kv_len, rng)
+    tiles, counts = lists_of(program, given)
+    attends = mask.evaluate(*np.ogrid[:B, :HQ, :q_len, :kv_len], params, tensors, q_len, kv_len)
+    for at in np.ndindex(tiles.shape[:-1]):
+        full, part = counts[at]
+        found = [*tiles[at][:full], *tiles[at][tiles.shape[-1] - part :]]
+        assert len({*found}) == len(found)
+        # Leading dimensions: batch, head, residue, as far as the lists have them.
+        *outer, m = at
+        r = outer.pop() if stride > 1 else 0
+        chosen = {2: (0, 1), 1: (0,) if "c0[b" in text or "c1[b" in text else (1,), 0: ()}[len(outer)]
+        index = tuple(outer[chosen.index(d)] if d in chosen else 0 for d in (0, 1))
+        rows = np.arange(stride * ROWS * m + r, min(stride * ROWS * (m + 1), q_len), stride)
+        for n in range(-(-kv_len // (stride * COLS))):
+            cols = np.arange(stride * COLS * n + r, stride * COLS * (n + 1), stride)
+            points = attends[index][np.ix_(rows, cols[cols < kv_len])]
+            assert (n in found) >= points.any(), f"{at}: tile {n} is missing"
+            if name not in LOOSE:
+                assert (n in found) == points.any(), f"{at}: tile {n} is empty"
+            if n in found[:full]:
+                assert points.all() and cols[-1] < kv_len, f"{at}: tile {n} is not full"
+            elif name not in LOOSE:
+                assert not (points.size and points.all() and cols[-1] < kv_len), f"{at}: tile {n} is full"
+
+
+def lists_of(program, given):
+    """(tiles, counts) that the kernels before the attention write."""
+    kernels = tuple(k for k in program.kernels if k.name.endswith(("_tiles", "_flags")))
+    made = intermediates(program, given)
+    between = tuple(t for t in program.intermediates if t.name.endswith("_flags"))
+    names = {a.name for k in kernels for a in k.args} - {t.name for t in between}
+    written = interpret(Program(kernels, between), {n: v for n, v in (given | made).items() if n in names})
+    return written["tiles"], written["tiles_counts"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["causal documents", "rows of a key", "blocks across tiles", "bits of heads", "residues of documents"],
+)
+def test_triton(name):
+    torch, pytest_triton = pytest.importorskip("torch"), pytest.importorskip("triton")
+    assert pytest_triton
+    from gossamer.codegen.triton import emit
+    from gossamer.runtime.triton_interpreter import run_interpreted
+
+    text, params, make, _ = CASES[name]
+    mask, rng = Mask.parse(text), np.random.default_rng()
+    spec = AttentionSpec(mask, qk_size=QK, v_size=V, return_lse=True, target="cuda:sm_90")
+    program = compile_spec(spec, Schedule((16,), (16,), lazy_rescale=False))
+    q_len, kv_len = 45, 83
+    given = arguments(mask, params, make(rng, kv_len), q_len, kv_len, rng)
+    given |= intermediates(program, given)
+    tensors = {n: torch.from_numpy(np.ascontiguousarray(x)) if np.ndim(x) else x for n, x in given.items()}
+    for kernel in program.kernels:
+        run_interpreted(emit(kernel), {a.name: tensors[a.name] for a in kernel.args})
+    captures = [given[c.name] for c in mask.captures]
+    attends = mask.evaluate(*np.ogrid[:B, :HQ, :q_len, :kv_len], params, captures, q_len, kv_len)
+    out, lse = reference(given["q"], given["k"], given["v"], attends)
+    np.testing.assert_allclose(tensors["o"].numpy(), out, atol=2e-6)
+    np.testing.assert_allclose(tensors["lse"].numpy(), lse, atol=2e-6)
+
+
+def torch_masks():
+    """Masks as users write them, whose key tiles a CPU lists."""
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from gossamer import masks
+
+    rng = torch.Generator().manual_seed(int(np.random.default_rng().integers(2**31)))
+    unsorted = torch.randint(0, 6, (300,), generator=rng)
+    rows = torch.randint(0, 300, (2, 1, 300, 2), generator=rng).sort(-1).values.int()
+    listed = torch.rand(2, 3, 5, 5, generator=rng) < 0.4
+    order = torch.argsort(listed.int(), dim=-1, descending=True, stable=True).int()
+    blocks = BlockMask.from_kv_blocks(listed.sum(-1).int(), order, BLOCK_SIZE=64, seq_lengths=(300, 300))
+    return {
+        "documents": lambda b, h, q, k: unsorted[q] == unsorted[k],
+        "flashmask": masks.from_flashmask(rows, causal=True),
+        "flashmask, both sides": masks.from_flashmask(rows.repeat(1, 1, 1, 2), causal=False),
+        "bigbird": masks.bigbird(5, 3, 2, 16, 7),
+        "bits of a head": lambda b, h, q, k: ((q ^ (k + h)) & 37) == 0,
+        "random blocks": blocks,
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["documents", "flashmask", "flashmask, both sides", "bigbird", "bits of a head", "random blocks"]
+)
+def test_cpu(name):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("tvm")
+    from gossamer.frontend.checking import check_attention
+
+    mask = torch_masks()[name]
+    schedule = Schedule((32,), (32,), lists="all")
+    for q_len, kv_len in ((300, 300), (77, 130))[: 1 if name == "random blocks" else 2]:
+        q = torch.randn(2, 3, q_len, 32)
+        k, v = torch.randn(2, 2, 3, kv_len, 32)
+        check_attention(q, k, v, mask=mask, schedule=schedule)
