@@ -49,7 +49,8 @@ class Schedule:
     lazy_rescale: keep a stale row maximum until it lags by more than 2^8, so that accumulators are
     rescaled rarely. lists: which tests of key tiles a kernel of their own makes ahead of the loops (see
     Lists): 'none', 'all', or 'open': those that conditions on a tile leave to its rows or its points.
-    meta: backend hints (see Kernel.meta)."""
+    meta: backend hints (see Kernel.meta). split: whether several programs share the key tiles of a row
+    tile, for few rows against many keys; how many is a runtime integer. It takes lists='none'."""
 
     rows: tuple[int, ...]
     cols: tuple[int, ...]
@@ -57,6 +58,7 @@ class Schedule:
     lazy_rescale: bool = True
     lists: str = "all"
     meta: tuple[tuple[str, int], ...] = ()
+    split: bool = False
 
     def anchor(self, d: int) -> Expr | None:
         """The anchor of dimension d."""

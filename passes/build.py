@@ -13,19 +13,22 @@ kernel is made from.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from ..ir.expr import integer
 from ..ir.graph import Graph, Op, Value
 from ..ir.score import ScoreMap
 from ..ir.sequences import PLAIN
 from .spec import AttentionSpec
 
 # Attributes that say how, not what.
-FACTS = ("aligned", "contiguous", "monotone", "positive", "precision", "sequences", "target")
+FACTS = ("aligned", "contiguous", "few", "group", "monotone", "positive", "precision", "sequences", "target")
 PAIRS = ("B", "Hq", "q_len", "kv_len")
 
 
 def build(spec: AttentionSpec) -> Graph:
     """The unfused graph of a spec."""
-    spec = spec.scaled.placed
+    spec = _few_rows(spec.scaled.placed)
     mask, score, prob = spec.mask, spec.score_map, spec.prob_map
     assert score is not None
     wide = spec.accumulator
@@ -51,6 +54,11 @@ def build(spec: AttentionSpec) -> Graph:
     }
     if spec.sequences != PLAIN:
         facts["sequences"] = spec.sequences
+    facts |= {
+        name: value
+        for name, value, plain in (("few", spec.few, 0), ("group", spec.group, 1))
+        if value != plain
+    }
     rows = [Value(n, wide, PAIRS[:3]) for n, asked in _rows(spec) if asked]
     weights, made = Value("p", wide, PAIRS), []
     ops = [
@@ -68,6 +76,14 @@ def build(spec: AttentionSpec) -> Graph:
         ops.append(Op("reduce", ("p",), tuple(made), (("axis", 2), ("op", "sum"))))
     inputs = (q, k, v, *sinks, *of_mask, *(x for m in spec.maps for x in of(m)))
     return Graph("attention", inputs, tuple(ops), _names(out, *rows, *made))
+
+
+def _few_rows(spec: AttentionSpec) -> AttentionSpec:
+    """The spec with one head a tile where the mask differs by head, and with rows neither grouped nor split
+    where they take more than one pass over the keys."""
+    if spec.return_column_sums or not (spec.prob_map is None or spec.prob_map.is_linear):
+        return replace(spec, few=0, group=1)
+    return replace(spec, group=1) if integer("h") in spec.mask.predicate.free_symbols else spec
 
 
 def _rows(spec: AttentionSpec) -> tuple[tuple[str, bool], ...]:
@@ -96,6 +112,8 @@ def spec_of(graph: Graph, op: Op) -> AttentionSpec:
         prob_map=op.attr("prob"),
         sequences=op.attr("sequences", PLAIN),
         aligned=op.attr("aligned"),
+        few=op.attr("few", 0),
+        group=op.attr("group", 1),
     )
 
 

@@ -103,10 +103,11 @@ class Fold:
         """What is loaded before the loop."""
         if self.spec.sinks is None:
             return []
+        axes = () if self.at.query_head == H else ("i",)
         # The largest sink that is finite in the base-2 domain takes every probability too.
         return [
-            Load("sink", self.acc, (), "sinks", (H,)),
-            self._set("sink", (), minimum(SINK, -self.lowest / 2) * LOG2E),
+            Load("sink", self.acc, axes, "sinks", (self.at.query_head,)),
+            self._set("sink", axes, minimum(SINK, -self.lowest / 2) * LOG2E),
         ]
 
     # what is shared -------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from dataclasses import replace
 import sympy
 
 from ..ir.expr import INF, Expr, integer, real, where
-from ..ir.kernel import Axis, Compute, Dot, If, Kernel, Let, Load, Reduce, Scalar, Stmt, Tensor
+from ..ir.kernel import Axis, Compute, Dot, GridDim, If, Kernel, Let, Load, Reduce, Scalar, Stmt, Tensor
 from ..ir.plan import Group, Loops, Schedule
 from ..ir.rename import exchange_extents
 from .folds import FOLDS, LOG2E, Part
@@ -25,6 +25,7 @@ from .operands import Operands, Transposed
 from .rounding import together
 from .scaffold import Scaffold
 from .spec import SCALE, AttentionSpec
+from .split import SPLITS, leave, merge, partials, share
 from .transpose import TRANSPOSED, exchanged
 
 D_AXIS = integer("d")
@@ -37,13 +38,15 @@ def lower_operation(
     """The kernels of one fused operation in launch order, and the lists of tiles that they share."""
     kernels: list[Kernel] = []
     lists: list[Tensor] = []
-    for n, plan in enumerate(plans):
-        builder = _Builder(kind, spec, plan, n, len(plans))
+    builders = [_Builder(kind, spec, plan, n, len(plans)) for n, plan in enumerate(plans)]
+    for plan, builder in zip(plans, builders, strict=True):
         kernel = builder.kernel()
         if builder.over.lists is not None:
             kernels += list_kernels(plan, spec.sequences, kernel, builder.over.lists)
             lists += builder.over.lists.intermediates()
         kernels.append(kernel)
+    if builders[-1].split:
+        kernels.append(merge(kind, spec, builders[-1].schedule, builders[-1].at))
     if kind in TRANSPOSED:
         kernels = [exchange_extents(kernel, "q_len", "kv_len") for kernel in kernels]
         lists = [replace(t, shape=tuple(map(_exchanged_extent, t.shape))) for t in lists]
@@ -61,10 +64,17 @@ class _Builder:
         group, schedule, loops = plan
         self.kind, self.spec, self.schedule, self.loops = kind, spec, schedule, loops
         self.index, self.total = index, total
+        self.split = schedule.split
+        self.shares: list[Stmt] = []
+        if self.split:
+            self.shares, loops = share(loops)
+            spec = replace(spec, sinks=None)  # they join at the end, once
         flat = spec.target_kind != "cpu"
         self.suffix = f"_{index}" if total > 1 else ""
         lists = f"tiles{'' if kind == 'attention' else f'_{kind}'}{self.suffix}"
-        self.over = Scaffold(group, schedule, loops, spec.accumulator, spec.sequences, flat=flat, lists=lists)
+        self.over = Scaffold(
+            group, schedule, loops, spec.accumulator, spec.sequences, heads=spec.group, flat=flat, lists=lists
+        )
         fold = FOLDS[kind]
         if kind in TRANSPOSED:
             self.at: Operands = Transposed(spec, self.over)
@@ -84,20 +94,26 @@ class _Builder:
         self.score = self.over.bind(together(score, self.acc), attending=True).xreplace(
             {real("score"): real("S")}
         )
-        first, last = index == 0, index == total - 1
+        first, last = self.split or index == 0, self.split or index == total - 1
         scale = SCALE * LOG2E if self.late else sympy.S.One
         self.fold = fold(Part(spec, schedule, self.over, self.at, self.operand, scale, first, last))
 
     def kernel(self) -> Kernel:
-        axes = [Axis("i", self.over.rows, self.over.rows), Axis("j", self.over.cols, self.over.cols)]
+        rows = self.over.rows
+        axes = [
+            self._feature("i", rows) if self.spec.group > 1 else Axis("i", rows, rows),
+            Axis("j", self.over.cols, self.over.cols),
+        ]
         axes.append(self._feature("d", self.spec.qk_size))
         axes += [self._feature("e", self.spec.v_size)] if self.fold.values else []
         axes += self.over.axes
-        body = [*self._rows(), *self.fold.begin(), *self.over.loop(self._tile()), *self.fold.end()]
+        end = leave(self.fold, self.index) if self.split else self.fold.end()
+        loop = [*self.shares, *self.over.loop(self._tile())]
+        body = [*self._rows(), *self.fold.begin(), *loop, *end]
         return Kernel(
             name=f"{self.kind}_{self.spec.format}_fwd{self.suffix}",
             args=self._arguments(),
-            grid=self.over.grid(),
+            grid=(*self.over.grid(), *([GridDim("split", SPLITS)] if self.split else [])),
             axes=tuple(axes),
             lanes=None if self.wide else "i",
             body=self.over.framed(body),
@@ -119,8 +135,9 @@ class _Builder:
     def _arguments(self) -> tuple[Tensor | Scalar, ...]:
         args: list[Tensor | Scalar] = [*self.at.inputs, *self.fold.reads(), *self.spec.capture_tensors]
         args += [] if self.over.lists is None else self.over.lists.tensors("in")
-        args += self.fold.results()
-        args += [*self.at.scalars, *(Scalar(name, "i64") for name in self.spec.params)]
+        args += partials(self.fold, "inout") if self.split else self.fold.results()
+        splits = [Scalar("splits", "i64")] if self.split else []
+        args += [*self.at.scalars, *splits, *(Scalar(name, "i64") for name in self.spec.params)]
         args += [Scalar(name, kind) for name, kind in self.spec.map_params]
         return tuple(args)
 

@@ -14,11 +14,10 @@ import sympy
 from ..ir.expr import Expr, floordiv, integer
 from ..ir.kernel import Let, Scalar, Stmt, Tensor
 from . import sequences as sq
-from .scaffold import COL, ROW, B, H, Scaffold
+from .scaffold import COL, HK, ROW, B, H, Scaffold
 from .spec import AttentionSpec
 
 Index = tuple[Expr, ...]
-HK = integer("hk")  # the key head that the query head reads
 ONLY = sympy.Integer(0)  # the batch index of packed tensors
 
 
@@ -52,7 +51,9 @@ class Operands:
             *sq.tensors(where),
         )
         self.scalars: list[Scalar] = sq.scalars(where)
-        self.head: list[Stmt] = [Let("hk", floordiv(H, floordiv(integer("Hq"), integer("Hk"))))]
+        self.query_head = over.query_head
+        shared = [Let("hk", floordiv(H, floordiv(integer("Hq"), integer("Hk"))))]
+        self.head: list[Stmt] = [*(shared if over.heads == 1 else [])]
         self.row, self.safe_row = self._row(ROW), self._row(over.safe_row)
         self.rows = Operand("Q", "q", self.safe_row)
         key = self._key(over)
@@ -65,7 +66,8 @@ class Operands:
         return Tensor(name, dtype, shape, role, len(shape) - 1, align)
 
     def _row(self, row: Expr) -> Index:
-        return (ONLY, H, sq.Q_START + row) if self.sequences.q_bounds else (B, H, row)
+        head = self.query_head
+        return (ONLY, head, sq.Q_START + row) if self.sequences.q_bounds else (B, head, row)
 
     def _key(self, over: Scaffold) -> Index:
         """Where the key, or value, of a tile's column is."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..ir.errors import InputError
-from ..ir.expr import to_text
+from ..ir.expr import integer, to_text
 from ..ir.graph import Graph, Op
 from ..ir.graph_text import to_text as graph_text
 from ..ir.kernel import Kernel, Program, Tensor
@@ -90,7 +90,7 @@ def tile(graph: Graph) -> Graph:
         plans = [plan(group, schedule, sorted_ids) for group, schedule in chosen]
         groups, loops = zip(*plans, strict=True)
         spec = spec_of(graph, op)
-        if spec.target_kind != "cpu" and not spec.sequences.q_bounds:
+        if spec.target_kind != "cpu" and not (spec.sequences.q_bounds or spec.few):
             loops = tuple(map(order_programs, groups, op.attr("schedules"), loops))
         return op.with_attrs(groups=groups, loops=loops)
 
@@ -158,6 +158,8 @@ def lower(graph: Graph) -> Program:
 
 def _guards(spec: AttentionSpec) -> Iterator[tuple[str, str]]:
     """Calls that read outside a captured tensor, as checks of a program."""
+    if spec.group > 1:
+        yield f"Hq != {spec.group} * Hk", f"attention: expected Hq == {spec.group} * Hk"
     if spec.sequences.uneven:  # the host knows no lengths; kernels clamp what they read
         return
     found = [*checks(spec.mask, spec.mask.inlined.predicate, attending=False)]
@@ -172,7 +174,13 @@ def _intermediates(graph: Graph, kernels: list[Kernel]) -> tuple[Tensor, ...]:
     written: dict[str, Tensor] = {}
     for kernel in kernels:
         written |= {t.name: t for t in kernel.tensors if t.role != "in" and t.name not in written}
-    kept = [t for t in written.values() if t.role == "inout"]
+    groups = sum(any(s.name == "splits" for s in k.scalars) for k in kernels)
+    slots = {"slots": groups * integer("splits") if groups > 1 else "splits"}  # see `split`
+    kept = [
+        replace(t, shape=tuple(slots.get(n, n) if isinstance(n, str) else n for n in t.shape))
+        for t in written.values()
+        if t.role == "inout"
+    ]
     return (*kept, *([written["lse"]] if "lse" in written and not _returns_lse(graph) else []))
 
 

@@ -41,6 +41,7 @@ from .reads import clamp
 from .tilesets import column_index, linear, row_index
 
 B, H, Q_LEN, KV_LEN = integer("b"), integer("h"), integer("q_len"), integer("kv_len")
+HK = integer("hk")  # the key head that a program's query heads read
 ROW, COL = integer("row"), integer("col")
 _COSTLY = (floordiv, floormod, read, readf, bitand, bitor, bitxor, shl, shr)
 _WIDE = (bitand, bitor, bitxor, shl, shr)  # hashes and products of indices need 64 bits
@@ -49,8 +50,10 @@ _WIDE = (bitand, bitor, bitxor, shl, shr)  # hashes and products of indices need
 class Scaffold:
     """The tiles and loops of one planned group.
 
-    flat: whether loops over a box of key tiles are one loop, as GPUs like it. lists: what its lists of key
-    tiles are called, if any. head: statements before all others. axes: what those need."""
+    heads: how many query heads, those of one key head, a row tile holds of every query, side by side.
+    query_head: the head of a row; a tile [i] where there are several. flat: whether loops over a box of key
+    tiles are one loop, as GPUs like it. lists: what its lists of key tiles are called, if any. head:
+    statements before all others. axes: what those need."""
 
     def __init__(
         self,
@@ -60,19 +63,28 @@ class Scaffold:
         floats: str = "f32",
         sequences: Sequences = PLAIN,
         *,
+        heads: int = 1,
         flat: bool = False,
         lists: str = "tiles",
     ) -> None:
-        self.floats, self.sequences, self.flat = floats, sequences, flat
+        self.floats, self.sequences, self.heads, self.flat = floats, sequences, heads, flat
         self.group, self.schedule, self.loops, self.order = group, schedule, loops, group.order
         self.boxes = len(self.order.dims) > 1
-        self.rows, self.cols = math.prod(schedule.rows), math.prod(schedule.cols)
-        made, self.row_names, inside = self._tiles("row", "i", row_index, schedule.rows)
+        self.rows, self.cols = heads * math.prod(schedule.rows), math.prod(schedule.cols)
+        query = integer("i") if heads == 1 else floordiv(integer("i"), sympy.Integer(heads))
+        made, self.row_names, inside = self._tiles("row", "i", query, row_index, schedule.rows)
+        self.query_head: Expr = H
+        if heads > 1:
+            self.query_head = integer("head")
+            of_group = floormod(integer("i"), sympy.Integer(heads))
+            made.append(Compute("head", "i32", ("i",), heads * HK + of_group))
         lets = [Let(name, clamp(term, attending=True)) for name, term in group.lets]
         self.make_rows: list[Stmt] = [*lets, *made]
         self.valid_row = all_of([inside, ROW < Q_LEN])
         self.safe_row = minimum(ROW, Q_LEN - 1)
-        self.make_cols, self.col_names, inside = self._tiles("col", "j", column_index, schedule.cols)
+        self.make_cols, self.col_names, inside = self._tiles(
+            "col", "j", integer("j"), column_index, schedule.cols
+        )
         anchored = [name >= 0 for d, name in enumerate(self.col_names) if schedule.anchor(d) is not None]
         self.valid_col = all_of([inside, *anchored, COL < KV_LEN])
         self.head, self.axes = [*sq.head(sequences, self._rows_a_tile())], sq.axes(sequences)
@@ -96,7 +108,8 @@ class Scaffold:
         batch = () if self.sequences.q_bounds else (GridDim("b", integer("B")),)
         if self.loops.programs == "reversed":
             tiles[0] = replace(tiles[0], name="t0")
-        rows, heads = (*tiles, *residues), (GridDim("h", integer("Hq")), *batch)
+        head = GridDim("h", integer("Hq")) if self.heads == 1 else GridDim("hk", integer("Hk"))
+        rows, heads = (*tiles, *residues), (head, *batch)
         return (*heads, *rows) if self.loops.programs == "heads" else (*rows, *heads)
 
     def _reversal(self) -> Let:
@@ -178,9 +191,11 @@ class Scaffold:
         if self.boxes:
             expr = _delinearised(expr, self.order.dims, "q", self.row_names)
             expr = _delinearised(expr, self.order.dims, "k", self.col_names)
-        rows = frozenset({integer("q"), *self.row_names})
+        rows = frozenset({integer("q"), *self.row_names, *([H] if self.heads > 1 else [])})
         cols = frozenset({integer("k"), *self.col_names})
         index = {integer("q"): row, integer("k"): col}
+        if self.heads > 1:
+            index[H] = self.query_head
         expr = self._hoist(expr, rows, cols, index)
         return expr.xreplace(_wide(index) if needs_64_bits(expr) else index)
 
@@ -214,9 +229,9 @@ class Scaffold:
         return form.xreplace(names | {integer("q"): ROW})
 
     def _tiles(
-        self, stem: str, axis: str, index: object, sizes: tuple[int, ...]
+        self, stem: str, axis: str, inner: Expr, index: object, sizes: tuple[int, ...]
     ) -> tuple[list[Stmt], list[Expr], Expr]:
-        parts = index(self.order, self.schedule, _unflatten(axis, sizes))  # type: ignore[operator]
+        parts = index(self.order, self.schedule, _unflatten(inner, sizes))  # type: ignore[operator]
         if not self.boxes:
             return [Compute(stem, "i32", (axis,), parts[0])], [integer(stem)], sympy.true
         names: list[Expr] = [integer(f"{stem}{d}") for d in range(len(parts))]
@@ -242,9 +257,8 @@ def _wide(index: dict[Expr, Expr]) -> dict[Expr, Expr]:
     return {name: cast(sympy.Symbol("i64"), at) for name, at in index.items()}
 
 
-def _unflatten(axis: str, sizes: tuple[int, ...]) -> list[Expr]:
-    """In-tile coordinates per dimension of a flattened tile axis, the last dimension fastest."""
-    rest: Expr = integer(axis)
+def _unflatten(rest: Expr, sizes: tuple[int, ...]) -> list[Expr]:
+    """In-tile coordinates per dimension of a flattened one, the last dimension fastest."""
     out: list[Expr] = []
     for d in reversed(range(len(sizes))):
         out.insert(0, rest if d == 0 else floormod(rest, sympy.Integer(sizes[d])))

@@ -41,6 +41,8 @@ def choose(spec: AttentionSpec, group: Group) -> Schedule:
     """The default schedule of a group on a target.
 
     Raises UnsupportedError for head sizes of which no tile fits the target."""
+    if spec.few:
+        return _choose_few(spec, group)
     if spec.target_kind == "cpu":
         return _choose_cpu(spec, group)
     device = devices.device_of(spec.target)
@@ -71,7 +73,10 @@ def shortlist(spec: AttentionSpec, group: Group, limit: int) -> tuple[Schedule, 
 
     On a GPU the best of every tile size by the cost model; on a CPU variations of the default."""
     default = choose(spec, group)
-    if spec.target_kind == "cpu":
+    if spec.few:
+        *outer, keys = default.cols
+        found = tuple(replace(default, cols=(*outer, n)) for n in (2 * keys, keys // 2))
+    elif spec.target_kind == "cpu":
         found = _variations(default)
     else:
         device = devices.device_of(spec.target)
@@ -94,6 +99,27 @@ def _variations(default: Schedule) -> tuple[Schedule, ...]:
         replace(default, anchors=()),
         replace(default, lazy_rescale=False),
     )
+
+
+FEW_BYTES, FEW_KEYS = 32768, (16, 128)  # of the keys and values in a tile; how many keys that may be
+
+
+def _choose_few(spec: AttentionSpec, group: Group) -> Schedule:
+    """Row tiles of 16 and more that hold all rows of a key head if they can; programs share the keys.
+
+    Time goes to reading keys and values, so a tile is as many of them as keep memory busy."""
+    rows = max(1, max(spec.few, 16) // spec.group)
+    if spec.target_kind == "cpu":
+        keys, meta = CPU_KEYS // 2 if spec.dtype == "f64" else CPU_KEYS, ()
+    else:
+        size = BYTES[spec.dtype] * (spec.qk_size + spec.v_size)
+        most = 1 << (FEW_BYTES // size).bit_length() - 1
+        keys, meta = min(max(most, FEW_KEYS[0]), FEW_KEYS[1]), (("stages", 3), ("warps", 4))
+    if len(group.order.dims) == 1:
+        shape = (rows,), (keys,)
+    else:
+        shape = Boxes.of(group).shape(1 << rows.bit_length() - 1, keys, aligned=True)
+    return Schedule(*shape, lazy_rescale=spec.target_kind == "cpu", lists="none", meta=meta, split=True)
 
 
 # Rows, keys, warps, stages by kind of number and padded head size, for GPUs that the cost model does not
@@ -130,6 +156,8 @@ def check(spec: AttentionSpec, group: Group, schedule: Schedule) -> None:
         if form is not None and not (isinstance(form, sympy.Basic) and bounds(form, group, d)):
             expected = "an expression of the mask's integers that bounds k - q from below"
             raise InputError(f"schedule.anchors[{d}]", expected, form, "Leave it out, or pass None")
+    if schedule.split and schedule.lists != "none":
+        raise InputError("schedule.lists", "'none' where programs split the key tiles", repr(schedule.lists))
     if spec.target_kind != "cpu":
         _check_gpu(spec, schedule, devices.device_of(spec.target))
 
@@ -137,7 +165,7 @@ def check(spec: AttentionSpec, group: Group, schedule: Schedule) -> None:
 def _check_gpu(spec: AttentionSpec, schedule: Schedule, device: Device | None) -> None:
     for name, extents in (("rows", schedule.rows), ("cols", schedule.cols)):
         whole = math.prod(extents)
-        if whole & (whole - 1) or whole < 16:
+        if (whole & (whole - 1) or whole < 16) and not (name == "rows" and spec.group > 1):
             raise InputError(f"schedule.{name}", "a power of two from 16, all dimensions together", extents)
     for name, value in schedule.meta:
         if value not in HINTS.get(name, (value,)):

@@ -34,7 +34,10 @@ class AttentionSpec:
     scale is at least LEAST_SCALE, which GPU kernels rely on. sinks: the attention sinks' dtype, or None.
     prob_map: what becomes of the probabilities before they weigh the values. return_column_sums: also
     what every key gets from all queries, before the prob_map. sequences: lengths by batch, and where
-    rows lie in memory. Raises InputError on an unknown dtype or a size outside 1..1024."""
+    rows lie in memory. few: a power of two that the rows of a key head (queries times query heads of a
+    key head) do not exceed, where they are few; else 0. group: how many query heads read a key head,
+    where row tiles hold them all; 1 where tiles hold rows of one head. Raises InputError on an unknown
+    dtype or a size outside 1..1024, UnsupportedError for column sums of sequences of different lengths."""
 
     mask: Mask
     score_map: ScoreMap | None = None
@@ -53,6 +56,8 @@ class AttentionSpec:
     prob_map: ProbMap | None = None
     return_column_sums: bool = False
     sequences: Sequences = PLAIN
+    few: int = 0
+    group: int = 1
 
     def __post_init__(self) -> None:
         for name, dtype in (("dtype", self.dtype), ("sinks", self.sinks or self.dtype)):

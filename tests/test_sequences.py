@@ -33,7 +33,6 @@ Batch = helper.Batch
 
 MASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "all": ("mask() { true }", {}),
-    "causal": ("mask() { q >= k }", {}),
     "window": ("mask(p0) { q >= k and q - k <= p0 }", {"p0": 17}),
     "sink and window": ("mask(p0) { q >= k and (q - k <= p0 or k < 4) }", {"p0": 9}),
     "prefix": ("mask(; c0: i32[1]) { q >= k or k < c0[b] }", {"c0": np.array([5, 0, 40, 11], np.int32)}),
@@ -74,6 +73,11 @@ def run_triton(program: Program, arguments: dict[str, Any]) -> dict[str, np.ndar
     shapes = {name: x.shape for name, x in run(program, arguments).items()}
     given = {name: torch.as_tensor(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
     given |= {name: torch.full(shape, math.nan) for name, shape in shapes.items()} | {"scale": 0.3}
+    splits = arguments.get("splits", 0)
+    for made in program.intermediates:
+        rows = shapes["lse"]
+        shape = (splits, *rows, *made.shape[1 + len(rows) :])
+        given[made.name] = torch.full(shape, math.nan)
     for kernel in program.kernels:
         run_interpreted(triton.emit(kernel), {a.name: given[a.name] for a in kernel.args})
     return {name: given[name].numpy() for name in shapes}
@@ -97,6 +101,47 @@ def test_scores_see_positions(stored):
     of.check(found, mask=mask, score=score, values=values)
 
 
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("name", MASKS)
+def test_few_rows_share_tiles_and_split_keys(name, stored):
+    """Rows of several heads in a tile, several programs a row tile, and the merge of what they found."""
+    text, values = MASKS[name]
+    seed = hash((name, stored)) % 1000
+    splits = (1, 3, 50)[seed % 3]
+    hk = 1 + seed % 2
+    of = batch(STORED[stored], seed, heads=(hk * (1 + seed % 5), hk))
+    values = values | ({"c0": np.arange(99)} if name == "windows by head" else {})
+    program = compile_spec(of.spec(Mask.parse(text), few=16 << seed % 3, group=of.heads[0] // hk))
+    of.check(run(program, of.arguments() | values | {"splits": splits}), mask=Mask.parse(text), values=values)
+
+
+def test_splits_are_even_shares_of_the_tiles_that_a_mask_visits():
+    mask = Mask.parse("mask(p0) { q >= k and q - k <= p0 or k < 4 }")
+    of = Batch(Sequences(q_offset="scalar"), [(1, 4096)], heads=(1, 1))
+    of.offsets = [4000]
+    first, _ = compile_spec(of.spec(mask, few=16)).kernels
+    made = {f"part_{x}": np.full((4, 1, 1, 1), np.nan, np.float32) for x in "ml"}
+    made["part_O"] = np.full((4, 1, 1, 1, 8), np.nan, np.float32)
+    found = interpret(first, of.arguments() | made | {"p0": 640, "splits": 4, "scale": 0.0})
+    # With a scale of 0 every key weighs 1: 641 of the window and 4 of the prefix, in tiles of 32.
+    weights = found["part_l"].ravel() * np.exp2(found["part_m"].ravel())
+    assert weights.tolist() == [6 * 32, 6 * 32, 6 * 32, 645 - 18 * 32]
+
+
+@pytest.mark.parametrize("splits", [1, 17])
+def test_sinks_and_scores_by_head_in_a_shared_tile(splits):
+    score = ScoreMap.parse("score(; t0: f32[1]) { score + 0.1 * t0[h] * (q - k) }")
+    mask, values = Mask.parse("mask() { q >= k }"), {"t0": np.arange(6, dtype=np.float32)}
+    of = batch(STORED["pages"], 3, heads=(6, 2))
+    sinks = np.linspace(-2, 3, 6).astype(np.float32)
+    program = compile_spec(of.spec(mask, score, few=16, group=3, sinks="f32"))
+    found = run(program, of.arguments() | values | {"sinks": sinks, "splits": splits})
+    for b, (out, lse) in enumerate(of.expected(mask, score, values=values)):
+        share = 1 / (1 + np.exp(sinks[:, None] - lse))
+        np.testing.assert_allclose(found["o"][b], out * share[..., None], 2e-5, 2e-5)
+        np.testing.assert_allclose(found["lse"][b], lse, 2e-5, 2e-5)
+
+
 @pytest.mark.parametrize("page", [16, 32, 128, 256])
 @pytest.mark.parametrize("target", ["cpu", "cuda:sm_90"])
 def test_page_sizes_below_and_above_a_key_tile(page, target):
@@ -116,13 +161,16 @@ def test_many_packed_sequences(count):
     of.check(run(compile_spec(of.spec(mask)), of.arguments()), mask=mask)
 
 
+@pytest.mark.parametrize("few", [{}, {"few": 16, "group": 3}], ids=["many", "few"])
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("name", ["sink and window", "windows by head"])
-def test_triton(name, stored):
+def test_triton(name, stored, few):
     text, values = MASKS[name]
-    mask, of = Mask.parse(text), batch(STORED[stored], sizes=(16, 16))
-    program = compile_spec(of.spec(mask, target="cuda:sm_90"))
-    of.check(run_triton(program, of.arguments() | values), mask=mask, values=values)
+    mask, of = Mask.parse(text), batch(STORED[stored], sizes=(16, 16), heads=(3, 1))
+    values = values | ({"c0": np.array([4, 0, 20])} if name == "windows by head" else {})
+    program = compile_spec(of.spec(mask, target="cuda:sm_90", **few))
+    given = of.arguments() | values | ({"splits": 3} if few else {})
+    of.check(run_triton(program, given), mask=mask, values=values)
 
 
 def test_what_lies_outside_memory_is_never_read():
