@@ -30,6 +30,7 @@ from .footprint import shared_bytes
 from .machine import Device
 from .measured import measured
 from .spec import AttentionSpec
+from .tile_count import BYTES
 
 MAX_EXTENT = 1024
 CPU_ROWS, CPU_KEYS = 32, 32
