@@ -3,7 +3,8 @@
 Blocks start in the order of the launch grid. Row tiles of one head side by side share their keys in the
 cache; but a few row tiles with far more keys than the others, or later rows with more keys than earlier
 ones, would then start last and leave the machine to them. Counts are taken from the loops themselves at
-a reference length, with the mask's integers at a typical size: they decide speed, never results.
+a reference length, with the mask's integers at a typical size: they decide speed, never results. Lists
+may have any length, so all their long ones had better start early.
 
 Leaves alone: loops whose bounds depend on captured tensors, orders with residues (their row tiles share
 lines of memory with the next residue, not with the next head), and CPUs.
@@ -31,10 +32,14 @@ def order_programs(group: Group, schedule: Schedule, loops: Loops) -> Loops:
     """The loops with the order in which their row tiles start."""
     residues = any(dim.row_stride > 1 for dim in group.order.dims)
     counts = None if residues else _counts(group, schedule, loops)
+    if loops.lists is not None:
+        return replace(loops, programs="spread")
     if counts is None or not counts.any():
         return loops
     typical = float(np.median(counts))
-    if typical * math.prod(schedule.cols) <= LOCAL or counts.max() > HEAVY * typical:
+    if counts.max() > HEAVY * typical:
+        return replace(loops, programs="spread")
+    if len(group.order.dims) == 1 and typical * math.prod(schedule.cols) <= LOCAL:
         return replace(loops, programs="heads")
     quarter = -(-counts.size // 4)
     growing = counts[-quarter:].mean() > 1.5 * counts[:quarter].mean()

@@ -39,6 +39,7 @@ from . import sequences as sq
 from .lists import ListTensors
 from .reads import clamp
 from .tilesets import column_index, linear, row_index
+from .truth import TileTruth
 
 B, H, Q_LEN, KV_LEN = integer("b"), integer("h"), integer("q_len"), integer("kv_len")
 HK = integer("hk")  # the key head that a program's query heads read
@@ -93,10 +94,10 @@ class Scaffold:
         self.lists = None if found is None else ListTensors(found, group.order, schedule, sequences, lists)
         self.full = loops.full if self.lists is None else self.lists.full
         self._hoisted: dict[Expr, Expr] = {}
-        self.attends = all_of([self.bind(group.predicate), self.valid_col])
+        self.attends = all_of([self.bind(self._settled(group.predicate)), self.valid_col])
 
     def grid(self) -> tuple[GridDim, ...]:
-        """The launch grid, fastest first: row tiles, residues, heads and batch, or heads and batch first."""
+        """The launch grid, fastest first, in the order that `programs` asks for."""
         tiles, residues = [], []
         for d, dim in enumerate(self.order.dims):
             packed = d == 0 and self.sequences.q_bounds
@@ -109,8 +110,10 @@ class Scaffold:
         if self.loops.programs == "reversed":
             tiles[0] = replace(tiles[0], name="t0")
         head = GridDim("h", integer("Hq")) if self.heads == 1 else GridDim("hk", integer("Hk"))
-        rows, heads = (*tiles, *residues), (head, *batch)
-        return (*heads, *rows) if self.loops.programs == "heads" else (*rows, *heads)
+        rows = (*tiles, *residues)
+        if self.loops.programs == "heads":
+            return (head, *rows, *batch)
+        return (head, *batch, *rows) if self.loops.programs == "spread" else (*rows, head, *batch)
 
     def _reversal(self) -> Let:
         return Let("m0", self._row_tiles(0) - 1 - integer("t0"))
@@ -175,6 +178,18 @@ class Scaffold:
             inner.insert(0, Let(f"n{d}", integer(f"first{d}") + (floormod(rest, count) if d else rest)))
             rest = floordiv(rest, count)
         return [*out, For("n", (Span(sympy.Integer(0), total),), (*inner, *body))]
+
+    def _settled(self, predicate: Expr) -> Expr:
+        """A predicate whose opaque parts are scalars where they are the same for every pair of a tile."""
+        if self.group.exact or self.heads > 1:
+            return predicate
+        truth = TileTruth(self.order, self.schedule)
+
+        def settle(part: Expr) -> Expr:
+            found = truth.uniform(part) if part.has(read, readf) else None
+            return part if found is None else found
+
+        return predicate.replace(lambda e: isinstance(e, sympy.core.relational.Relational), settle)
 
     def bind(self, expr: Expr, *, attending: bool = False) -> Expr:
         """An expression of q and k over the tiles that hold them; captured tensors are read in range.
