@@ -95,8 +95,8 @@ def attention(
         enable_gqa: allow Hq != Hk, as PyTorch does.
         return_lse: also return the natural log of the sum of exponentials of the scores.
         prob_mod: `prob_mod(prob, b, h, q_idx, kv_idx)`, applied to the probabilities before they weigh the
-            values; what it returns is not normalised again. Pairs that do not attend stay at zero. One that is
-            not prob times something costs a second pass over the scores.
+            values; what it returns is not normalised again. Pairs that do not attend weigh nothing. One that
+            is not prob times something costs a second pass over the scores.
         sinks: (Hq,), any float dtype: one more score for each query head, which takes its part of every
             row's softmax and has no value.
         dropout_p: the probability with which a probability is set to 0; others grow by 1 / (1 - p).

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .attention import attention
+from .captured import as_numpy
 from .mask import Mask
 from .problem import Problem
 from .reference import exact_attention
@@ -95,8 +96,9 @@ def _check(
     softmax = Softmax.of(problem, *asked, options.get("dropout_seed"))
     exact = exact_attention(problem, bound, score, scale, floats, softmax)
     plain = _plain(query, key, value, bound, score_mod, scale, softmax)
-    for name, *found in zip(("output", "LSE", "column sums"), (out, lse, *sums), exact, plain, strict=False):
-        assert_close(name, *found)
+    names = ("output", "LSE", "column sums")
+    for name, ours, wanted, peer in zip(names, (out, lse, *sums), exact, plain, strict=False):
+        assert_close(name, ours, wanted, peer)
     return out, lse
 
 
@@ -151,8 +153,8 @@ def _plain(
     weights = torch.nan_to_num(weights, 0.0)
     sums = weights.to(lse.dtype).sum(2)
     if softmax.prob is not None:
-        prob, at = softmax.prob, [x.numpy() for x in grid]
-        tensors = [t.numpy() for t in prob.tensors]
-        mapped = prob.ir.evaluate(weights.double().numpy(), *at, prob.values, tensors)
+        prob, tensors = softmax.prob, [as_numpy(t) for t in softmax.prob.tensors]
+        b, h, q_at, k_at = (x.numpy() for x in grid)
+        mapped = prob.ir.evaluate(weights.double().numpy(), b, h, q_at, k_at, prob.values, tensors)
         weights = torch.from_numpy(mapped.copy()).to(q.dtype).masked_fill(~attends, 0)
     return weights @ v, lse, sums

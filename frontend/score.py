@@ -1,4 +1,4 @@
-"""The faces `ScoreMod` and `ProbMod`: captured functions of a score or a probability, and what they captured."""
+"""The faces `ScoreMod` and `ProbMod`: captured functions of a score or a probability."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ class ScoreMod:
 
         number, tensor = self.letters
         params = tuple((f"{number}{i}", kind) for i, kind in enumerate(self.kinds))
-        captures = tuple(Capture(f"{tensor}{i}", dtype, rank) for i, (dtype, rank) in enumerate(self._signature))
+        captures = tuple(
+            Capture(f"{tensor}{i}", dtype, rank) for i, (dtype, rank) in enumerate(self._signature)
+        )
         floats = frozenset([self.argument, *(name for name, kind in params if kind == "float")])
         kind = {cls.argument: cls for cls in (ScoreMap, ProbMap)}[self.argument]
         return kind(to_expr(self._term, floats), params, captures)
@@ -131,6 +133,6 @@ class ProbMod(ScoreMod):
         word = ("read", f"{tensor}{len(self._tensors)}", 0)
         stream = ("random_bits", ("random_bits", word, ("shr", word, 32), 0), "b", "h")
         kept = ("ge", ("shr", ("random_bits", stream, "q", "k"), 2), least)
-        term = ("where", kept, ("mul", self._term, grow), ("f", 0.0.hex()))
+        term = ("where", kept, ("mul", self._term, grow), ("f", (0.0).hex()))
         signature = (*self._signature, ("i64", 1))
         return ProbMod(term, (*self.values, threshold, scale), (*self._tensors, seed), signature)

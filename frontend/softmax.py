@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
@@ -19,7 +18,7 @@ BITS = 30  # of a random number that decides on a pair: kernels compare 32-bit i
 
 @dataclass(frozen=True)
 class Softmax:
-    """sinks: a float tensor (Hq,) or None, and its dtype by name. prob: what happens to probabilities, or None."""
+    """sinks: a float tensor (Hq,) or None; dtype: its dtype by name. prob: what probabilities become."""
 
     sinks: torch.Tensor | None = None
     dtype: str | None = None
@@ -27,7 +26,7 @@ class Softmax:
 
     @staticmethod
     def of(problem: Problem, sinks: Any, prob_mod: Any, dropout_p: Any, dropout_seed: Any) -> Softmax:
-        """The checked wishes of a call. Draws a seed where dropout has none. Raises InputError, TraceError."""
+        """The checked arguments of a call. Draws a seed for dropout without one. Raises InputError, TraceError."""
         p = _probability(dropout_p)
         if sinks is None and prob_mod is None and not p:
             return PLAIN
@@ -56,7 +55,7 @@ PLAIN = Softmax()
 
 
 def _probability(p: Any) -> float:
-    if not isinstance(p, Real) or not 0 <= p < 1:
+    if not isinstance(p, (int, float)) or not 0 <= p < 1:
         raise InputError("attention.dropout_p", "a number p with 0 <= p < 1", repr(p))
     return float(p)
 
@@ -74,7 +73,9 @@ def _seed(problem: Problem, seed: Any) -> torch.Tensor:
             raise InputError("attention.dropout_seed", f"an int64 tensor of one element on {device}", got)
         return seed.reshape(1)
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise InputError("attention.dropout_seed", "an integer of 64 bits, or an int64 tensor of one", repr(seed))
+        raise InputError(
+            "attention.dropout_seed", "an integer of 64 bits, or an int64 tensor of one", repr(seed)
+        )
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 

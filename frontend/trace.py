@@ -1,8 +1,8 @@
 """Capture of mask_mod, score_mod and prob_mod: the function runs once, on stand-ins for its indices.
 
-`trace_mask`, `trace_score` and `trace_prob` give a `Traced`: the term of what the function computes, and what it
-captured. Nothing of it is cached by the function's name or code: the term itself is the key. A memo in
-the process skips the run when everything that an earlier run looked at is unchanged (see
+`trace_mask`, `trace_score` and `trace_prob` give a `Traced`: the term of what the function computes, and
+what it captured. Nothing of it is cached by the function's name or code: the term itself is the key. A
+memo in the process skips the run when everything that an earlier run looked at is unchanged (see
 trace_capture.py); numbers and tensors are always read anew.
 """
 
@@ -24,7 +24,17 @@ from .trace_tensor import Captured, dtype_name
 from .trace_torch import maximum, minimum, where
 from .trace_value import Value, is_number, run_recipe
 
-__all__ = ["Traced", "dtype_name", "kv_length", "maximum", "minimum", "trace_mask", "trace_prob", "trace_score", "where"]
+__all__ = [
+    "Traced",
+    "dtype_name",
+    "kv_length",
+    "maximum",
+    "minimum",
+    "trace_mask",
+    "trace_prob",
+    "trace_score",
+    "where",
+]
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Traced:
     """What a function computes and captured.
 
     term: over b h q k (and score, prob), params p0.. (s0.., x0..) and captures c0.. (t0.., w0..), by first
-    appearance. values: of the params, ints (but for a mask_mod also floats). tensors: the captured tensors themselves.
+    appearance. values: of the params, ints (but for a mask_mod also floats). tensors: the captured ones.
     signature: (dtype, rank) of each tensor; one without dimensions is read as if it had one, of size 1.
     """
 
