@@ -139,9 +139,11 @@ def attention(
         from .reference import reference_attention
 
         out, lse, sums = reference_attention(problem, bound, score, scale, softmax)
-        found = (out, *([lse] if return_lse else []), *([sums] if return_column_sums else []))
+        asked = ((out, True), (lse, return_lse), (sums, return_column_sums))
+        found = tuple(result for result, wanted in asked if wanted)
     else:
-        extra = (*(["lse"] if return_lse else []), *(["column_sums"] if return_column_sums else []))
+        results = {"lse": return_lse, "column_sums": return_column_sums}
+        extra = tuple(name for name, wanted in results.items() if wanted)
         found = run(problem, bound, score, scale, extra, schedule, validate, softmax)
     return found if len(found) > 1 else found[0]
 

@@ -92,8 +92,8 @@ def _check(
     bound, score = Mask.of(mask), None if score_mod is None else ScoreMod.of(score_mod)
     floats = np.longdouble if query.dtype == torch.float64 else np.float64
     problem = Problem(query, key, value, enable_gqa)
-    asked = [options.get(n, d) for n, d in (("sinks", None), ("prob_mod", None), ("dropout_p", 0.0))]
-    softmax = Softmax.of(problem, *asked, options.get("dropout_seed"))
+    sinks, prob_mod, seed = (options.get(name) for name in ("sinks", "prob_mod", "dropout_seed"))
+    softmax = Softmax.of(problem, sinks, prob_mod, options.get("dropout_p", 0.0), seed)
     exact = exact_attention(problem, bound, score, scale, floats, softmax)
     plain = _plain(query, key, value, bound, score_mod, scale, softmax)
     names = ("output", "LSE", "column sums")

@@ -26,7 +26,9 @@ class Softmax:
 
     @staticmethod
     def of(problem: Problem, sinks: Any, prob_mod: Any, dropout_p: Any, dropout_seed: Any) -> Softmax:
-        """The checked arguments of a call. Draws a seed for dropout without one. Raises InputError, TraceError."""
+        """The checked arguments of a call; draws a seed where dropout has none.
+
+        Raises InputError, UnsupportedError, TraceError."""
         p = _probability(dropout_p)
         if sinks is None and prob_mod is None and not p:
             return PLAIN

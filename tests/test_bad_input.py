@@ -126,7 +126,13 @@ def test_keywords_that_ask_for_nothing_are_fine() -> None:
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "scale", "sinks"])
 def test_gradients_are_refused(name: str) -> None:
-    given: dict[str, Any] = {"query": Q, "key": K, "value": V, "scale": torch.tensor(0.3), "sinks": torch.ones(4)}
+    given: dict[str, Any] = {
+        "query": Q,
+        "key": K,
+        "value": V,
+        "scale": torch.tensor(0.3),
+        "sinks": torch.ones(4),
+    }
     given[name] = given[name].clone().requires_grad_()
     with refuses(UnsupportedError, f"attention.{name} requires a gradient", "torch.no_grad()"):
         gossamer.attention(**given)
