@@ -140,7 +140,7 @@ def attention(
 
         out, lse, sums = reference_attention(problem, bound, score, scale, softmax)
         asked = ((out, True), (lse, return_lse), (sums, return_column_sums))
-        found = tuple(result for result, wanted in asked if wanted)
+        found: tuple[torch.Tensor, ...] = tuple(result for result, wanted in asked if wanted)
     else:
         results = {"lse": return_lse, "column_sums": return_column_sums}
         extra = tuple(name for name, wanted in results.items() if wanted)
