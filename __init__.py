@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
     from .frontend.mask import Mask as Mask
+    from .frontend.score import ProbMod as ProbMod
     from .frontend.score import ScoreMod as ScoreMod
     from .frontend.splat import ACSRTensor as ACSRTensor
     from .frontend.splat import sddmm as sddmm
@@ -31,6 +32,7 @@ _NAMES: dict[str, str] = {
     "AttentionSpec": "frontend.kernel",
     "ACSRTensor": "frontend.splat",
     "Mask": "frontend.mask",
+    "ProbMod": "frontend.score",
     "Schedule": "ir.plan",
     "ScoreMod": "frontend.score",
     "attention": "frontend.attention",

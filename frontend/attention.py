@@ -19,6 +19,7 @@ from .mask import Mask
 from .problem import Problem
 from .reads import check_reads
 from .score import ScoreMod
+from .softmax import PLAIN, Softmax
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +43,6 @@ TORCH_NAMES = {
 
 # Keywords that have a meaning and no kernel yet: what they ask for, and what to write until then.
 NOT_BUILT = {
-    "sinks": ("attention sinks", "Leave it out"),
-    "dropout_p": ("dropout", "Pass 0"),
     "q_offset": ("an offset of the query's positions", "Write it in the mask_mod: q_idx + offset >= kv_idx"),
     "cu_seqlens_q": ("packed sequences", "Pass (1, H, total, D) and mask=masks.document(offsets=cu_seqlens)"),
     "cu_seqlens_kv": (
@@ -66,8 +65,11 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
-    sinks: Any = None,
-    dropout_p: float | None = None,
+    prob_mod: Callable[..., Any] | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
+    return_column_sums: bool = False,
     q_offset: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_kv: Any = None,
@@ -77,7 +79,7 @@ def attention(
     backend: str = "auto",
     schedule: Any = None,
     validate: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Softmax attention over the pairs of a mask: softmax(scale * q k^T, where mask) v.
 
     Args:
@@ -92,7 +94,17 @@ def attention(
         scale: default 1 / sqrt(D).
         enable_gqa: allow Hq != Hk, as PyTorch does.
         return_lse: also return the natural log of the sum of exponentials of the scores.
-        sinks, dropout_p, q_offset, cu_seqlens_q, cu_seqlens_kv, block_table, kv_lens, deterministic: not
+        prob_mod: `prob_mod(prob, b, h, q_idx, kv_idx)`, applied to the probabilities before they weigh the
+            values; what it returns is not normalised again. Pairs that do not attend weigh nothing. One that
+            is not prob times something costs a second pass over the scores.
+        sinks: (Hq,), any float dtype: one more score for each query head, which takes its part of every
+            row's softmax and has no value.
+        dropout_p: the probability with which a probability is set to 0; others grow by 1 / (1 - p).
+        dropout_seed: an integer, or an int64 tensor of one, from which dropout follows whatever the backend
+            and the tiles; default: drawn from the default generator of the query's device.
+        return_column_sums: also return what each key gets from all queries: the sum of its probabilities,
+            before prob_mod and dropout.
+        q_offset, cu_seqlens_q, cu_seqlens_kv, block_table, kv_lens, deterministic: not
             built yet; an UnsupportedError says what to write in their place.
         backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (dense, float64, slow).
         schedule: a Schedule, or one a group, in place of the default (see `gossamer explain`).
@@ -101,16 +113,16 @@ def attention(
             CPU the checks are always made.
 
     Returns:
-        (B, Hq, q_len, Dv) in the query's dtype, on its device; with return_lse also (B, Hq, q_len),
-        float32 (float64 for float64). Rows without any pair are zeros with an LSE of -inf.
+        (B, Hq, q_len, Dv) in the query's dtype, on its device; with return_lse also (B, Hq, q_len), of the
+        scores alone; with return_column_sums also (B, Hq, kv_len), last; both float32 (float64 for float64).
+        Rows without any pair are zeros with an LSE of -inf.
 
     Raises:
         InputError: a shape, dtype, device or value is wrong. UnsupportedError: a gradient, or something
-        else that is not built yet, is asked for. TraceError: a mask_mod or score_mod cannot be captured.
+        else that is not built yet, is asked for. TraceError: a mask_mod, score_mod or prob_mod cannot be
+        captured.
     """
     _check_built(
-        sinks=sinks,
-        dropout_p=dropout_p,
         q_offset=q_offset,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_kv=cu_seqlens_kv,
@@ -121,14 +133,19 @@ def attention(
     problem = Problem(query, key, value, enable_gqa)
     bound = problem.mask_of(mask)
     score = None if score_mod is None else ScoreMod.of(score_mod)
+    softmax = Softmax.of(problem, sinks, prob_mod, dropout_p, dropout_seed)
     _check_backend(backend, problem)
     if backend == "reference":
         from .reference import reference_attention
 
-        out = reference_attention(problem, bound, score, scale)
-        return out if return_lse else out[0]
-    found = run(problem, bound, score, scale, ("lse",) if return_lse else (), schedule, validate)
-    return (found[0], found[1]) if return_lse else found[0]
+        out, lse, sums = reference_attention(problem, bound, score, scale, softmax)
+        asked = ((out, True), (lse, return_lse), (sums, return_column_sums))
+        found: tuple[torch.Tensor, ...] = tuple(result for result, wanted in asked if wanted)
+    else:
+        results = {"lse": return_lse, "column_sums": return_column_sums}
+        extra = tuple(name for name, wanted in results.items() if wanted)
+        found = run(problem, bound, score, scale, extra, schedule, validate, softmax)
+    return found if len(found) > 1 else found[0]
 
 
 def _check_backend(backend: str, problem: Problem) -> None:
@@ -158,21 +175,22 @@ def run(
     mask: Mask,
     score: ScoreMod | None,
     scale: float | None,
-    rows: tuple[str, ...] = (),
+    extra: tuple[str, ...] = (),
     schedule: Any = None,
     validate: bool = False,
+    softmax: Softmax = PLAIN,
 ) -> tuple[torch.Tensor, ...]:
-    """(out, *rows) of a checked problem, compiling its kernel first if it is new.
+    """(out, *extra) of a checked problem, compiling its kernel first if it is new.
 
-    rows: what else every row gives: (), ("lse",) or ("lse", "max")."""
+    extra: further results, in this order: "lse", "max" (beside "lse" only), "column_sums"."""
     if schedule is not None:
         _check_schedule(schedule)
     if validate or problem.device.type == "cpu":
-        check_reads(problem, mask, score)
-    values = call_values(problem, mask, score, scale)
+        check_reads(problem, mask, score, softmax.prob)
+    values = call_values(problem, mask, score, scale, softmax)
     positive = is_positive(values["scale"], target_of(problem.device))
-    executable = executable_for(problem, mask, score, rows, schedule, positive)
-    return launch(executable, values, problem, rows)
+    executable = executable_for(problem, mask, score, extra, schedule, positive, softmax)
+    return launch(executable, values, problem, extra)
 
 
 def is_positive(scale: float, target: str) -> bool:
@@ -180,7 +198,13 @@ def is_positive(scale: float, target: str) -> bool:
     return target.startswith("cpu") or scale >= LEAST_SCALE
 
 
-def call_values(problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None) -> dict[str, Any]:
+def call_values(
+    problem: Problem,
+    mask: Mask,
+    score: ScoreMod | None,
+    scale: float | None,
+    softmax: Softmax = PLAIN,
+) -> dict[str, Any]:
     """What kernels are called with, by name, outputs aside."""
     values: dict[str, Any] = {
         "q": problem.query.detach(),
@@ -188,7 +212,9 @@ def call_values(problem: Problem, mask: Mask, score: ScoreMod | None, scale: flo
         "v": problem.value.detach(),
         "scale": 1 / math.sqrt(problem.qk_size) if scale is None else _number(scale),
     }
-    for stem, tensor, source in (("p", "c", mask), ("s", "t", score)):
+    if softmax.sinks is not None:
+        values["sinks"] = softmax.sinks
+    for stem, tensor, source in (("p", "c", mask), ("s", "t", score), ("x", "w", softmax.prob)):
         if source is not None:
             values |= {f"{stem}{i}": number for i, number in enumerate(source.values)}
             tensors = source.tensors_on(problem.device)
@@ -223,16 +249,20 @@ def _check_schedule(schedule: Any) -> None:
 
 
 def launch(
-    executable: Executable, values: dict[str, Any], problem: Problem, rows: tuple[str, ...]
+    executable: Executable, values: dict[str, Any], problem: Problem, extra: tuple[str, ...]
 ) -> tuple[torch.Tensor, ...]:
     """Allocate the outputs and run."""
     import torch
 
-    shape = (problem.batch, problem.heads, problem.q_len)
+    heads = (problem.batch, problem.heads)
     wide = torch.float64 if problem.dtype == "f64" else torch.float32
     place = problem.device
-    outputs = {"o": torch.empty((*shape, problem.v_size), dtype=problem.query.dtype, device=place)}
-    outputs |= {name: torch.empty(shape, dtype=wide, device=place) for name in rows}
+    outputs = {
+        "o": torch.empty((*heads, problem.q_len, problem.v_size), dtype=problem.query.dtype, device=place)
+    }
+    for name in extra:
+        length = problem.kv_len if name == "column_sums" else problem.q_len
+        outputs[name] = torch.empty((*heads, length), dtype=wide, device=place)
     executable(values | outputs, allocate=partial(allocate, device=place))
     return tuple(outputs.values())
 
@@ -269,9 +299,10 @@ def executable_for(
     problem: Problem,
     mask: Mask,
     score: ScoreMod | None,
-    rows: tuple[str, ...] = (),
+    extra: tuple[str, ...] = (),
     schedule: Any = None,
     positive: bool = True,
+    softmax: Softmax = PLAIN,
 ) -> Executable:
     """The compiled kernel of a problem's structure: from memory, from disk, or compiled now."""
     from ..runtime.driver import get_or_compile
@@ -282,12 +313,13 @@ def executable_for(
         problem.qk_size,
         problem.v_size,
         problem.contiguous,
-        "lse" in rows,
-        "max" in rows,
+        "lse" in extra,
+        "max" in extra,
         problem.aligned,
         precision_of(problem.device, problem.dtype),
         positive,
     )
+    sums = "column_sums" in extra
     ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
 
     def make() -> Program:
@@ -295,7 +327,7 @@ def executable_for(
         from ..passes.spec import AttentionSpec
 
         maps = None if score is None else score.ir
-        spec = AttentionSpec(mask.ir, maps, *sizes, target=target, monotone=frozenset(ids))
-        return compile_spec(spec, schedule)
+        more = softmax.spec_fields | {"monotone": frozenset(ids), "return_column_sums": sums}
+        return compile_spec(AttentionSpec(mask.ir, maps, *sizes, target=target, **more), schedule)
 
-    return get_or_compile(quick_key(mask, score, sizes, ids, schedule), make, target)
+    return get_or_compile(quick_key(mask, score, (*sizes, sums), ids, schedule, softmax), make, target)

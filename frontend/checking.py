@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from .attention import attention
+from .captured import as_numpy
 from .mask import Mask
 from .problem import Problem
 from .reference import exact_attention
 from .score import ScoreMod
+from .softmax import Softmax
 
 
 def check_attention(
@@ -36,7 +38,8 @@ def check_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `gossamer.attention` and assert the rule for output and LSE; returns both.
 
-    Takes what `gossamer.attention` takes (return_lse is implied). shuffles: how often a narrow miss is
+    Takes what `gossamer.attention` takes (return_lse is implied; dropout needs its seed); column sums are
+    judged where they are asked for. shuffles: how often a narrow miss is
     judged again on the same numbers in another order; largest errors of a few numbers scatter, and one
     small case in a thousand misses by chance. Raises ErrorTooLarge, or AssertionError for another shape
     or for infinities and NaN in other places."""
@@ -75,7 +78,7 @@ def _check(
     enable_gqa: bool,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = attention(
+    out, lse, *sums = attention(
         query,
         key,
         value,
@@ -88,10 +91,14 @@ def _check(
     )
     bound, score = Mask.of(mask), None if score_mod is None else ScoreMod.of(score_mod)
     floats = np.longdouble if query.dtype == torch.float64 else np.float64
-    exact, exact_lse = exact_attention(Problem(query, key, value, enable_gqa), bound, score, scale, floats)
-    plain, plain_lse = _plain(query, key, value, bound, score_mod, scale)
-    assert_close("output", out, exact, plain)
-    assert_close("LSE", lse, exact_lse, plain_lse)
+    problem = Problem(query, key, value, enable_gqa)
+    sinks, prob_mod, seed = (options.get(name) for name in ("sinks", "prob_mod", "dropout_seed"))
+    softmax = Softmax.of(problem, sinks, prob_mod, options.get("dropout_p", 0.0), seed)
+    exact = exact_attention(problem, bound, score, scale, floats, softmax)
+    plain = _plain(query, key, value, bound, score_mod, scale, softmax)
+    names = ("output", "LSE", "column sums")
+    for name, ours, wanted, peer in zip(names, (out, lse, *sums), exact, plain, strict=False):
+        assert_close(name, ours, wanted, peer)
     return out, lse
 
 
@@ -117,8 +124,8 @@ def assert_close(name: str, ours: torch.Tensor, exact: np.ndarray, plain: torch.
 
 
 def _plain(
-    q: Any, k: Any, v: Any, mask: Mask, score_mod: Any, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Any, k: Any, v: Any, mask: Mask, score_mod: Any, scale: float | None, softmax: Softmax
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The formula in torch operators, in the inputs' dtype."""
     batch, heads, q_len, size = q.shape
     kv_len = k.shape[2]
@@ -138,5 +145,16 @@ def _plain(
         if kv_len
         else scores.new_full(scores.shape[:-1], -math.inf)
     )
-    weights = torch.nan_to_num(torch.softmax(scores, -1), 0.0)
-    return weights @ v, lse
+    if softmax.sinks is not None:
+        sinks = softmax.sinks.to(q.dtype)[:, None, None].expand(batch, -1, q_len, 1)
+        weights = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, -1)
+    weights = torch.nan_to_num(weights, 0.0)
+    sums = weights.to(lse.dtype).sum(2)
+    if softmax.prob is not None:
+        prob, tensors = softmax.prob, [as_numpy(t) for t in softmax.prob.tensors]
+        b, h, q_at, k_at = (x.numpy() for x in grid)
+        mapped = prob.ir.evaluate(weights.double().numpy(), b, h, q_at, k_at, prob.values, tensors)
+        weights = torch.from_numpy(mapped.copy()).to(q.dtype).masked_fill(~attends, 0)
+    return weights @ v, lse, sums

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError
 from .mask import Mask
-from .score import ScoreMod
+from .score import ProbMod, ScoreMod
+from .softmax import PLAIN, Softmax
 
 if TYPE_CHECKING:
     from ..passes.spec import AttentionSpec as IRSpec
@@ -30,7 +31,9 @@ class AttentionSpec:
     dimension has stride 1. return_lse: whether the LSE is an output; return_max:
     beside it, the largest score of every row. aligned: whether query, key and value start on multiples of
     16 bytes, their rows too, as a kernel for a GPU may then ask of them. precision: "ieee" or "tf32" (GPU).
-    positive: whether the scale of every call is above 0, which a kernel for a GPU may use.
+    positive: whether the scale of every call is above 0, which a kernel for a GPU may use. prob_mod: as for
+    `gossamer.attention`; sinks: the dtype of sinks, or None; dropout: whether there is any;
+    return_column_sums: whether those are an output.
 
     >>> from gossamer import masks
     >>> AttentionSpec(masks.causal(), dtype="bf16", qk_size=128).ir.v_size
@@ -48,6 +51,10 @@ class AttentionSpec:
     aligned: bool = True
     precision: str = "ieee"
     positive: bool = True
+    prob_mod: Any = None
+    sinks: str | None = None
+    dropout: bool = False
+    return_column_sums: bool = False
 
     def __post_init__(self) -> None:
         for name, size in (("qk_size", self.qk_size), ("v_size", self.v_size)):
@@ -59,16 +66,17 @@ class AttentionSpec:
             raise InputError(
                 "AttentionSpec.contiguous", "three truth values, for query, key and value", repr(flags)
             )
-        for name, flag in (
-            ("return_lse", self.return_lse),
-            ("aligned", self.aligned),
-            ("positive", self.positive),
-        ):
-            if not isinstance(flag, bool):
-                raise InputError(f"AttentionSpec.{name}", "True or False", repr(flag))
-        for name, value, known in (("dtype", self.dtype, DTYPES), ("precision", self.precision, PRECISIONS)):
+        for name in ("return_lse", "aligned", "positive", "dropout", "return_column_sums"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"AttentionSpec.{name}", "True or False", repr(getattr(self, name)))
+        choices = (
+            ("dtype", self.dtype, DTYPES),
+            ("sinks", self.sinks, (None, *DTYPES)),
+            ("precision", self.precision, PRECISIONS),
+        )
+        for name, value, known in choices:
             if value not in known:
-                raise InputError(f"AttentionSpec.{name}", f"one of {', '.join(known)}", repr(value))
+                raise InputError(f"AttentionSpec.{name}", f"one of {', '.join(map(str, known))}", repr(value))
 
     @property
     def sizes(self) -> tuple[Any, ...]:
@@ -78,16 +86,26 @@ class AttentionSpec:
         return (self.dtype, self.qk_size, size, self.contiguous, *asked, *facts)
 
     @property
+    def softmax(self) -> Softmax:
+        """What its calls ask of their softmax, without the tensors and numbers that they bring."""
+        prob = ProbMod.of(self.prob_mod)
+        if self.dropout:
+            prob = (prob or ProbMod.identity()).dropped_out(0, 1.0, None)
+        return Softmax(None, self.sinks, prob)
+
+    @property
     def ir(self) -> IRSpec:
         """The spec as passes take it. Raises InputError, TraceError."""
         from ..passes.spec import AttentionSpec as IRSpec
 
         score = ScoreMod.of(self.score_mod)
-        return IRSpec(Mask.of(self.mask).ir, None if score is None else score.ir, *self.sizes)
+        more = self.softmax.spec_fields | {"return_column_sums": self.return_column_sums}
+        return IRSpec(Mask.of(self.mask).ir, None if score is None else score.ir, *self.sizes, **more)
 
-    def quick_key(self) -> tuple[Any, ...]:
+    def quick_key(self, schedule: Any = None) -> tuple[Any, ...]:
         """The structural key by which `gossamer.attention` finds the kernel."""
-        return quick_key(Mask.of(self.mask), ScoreMod.of(self.score_mod), self.sizes)
+        sizes = (*self.sizes, self.return_column_sums)
+        return quick_key(Mask.of(self.mask), ScoreMod.of(self.score_mod), sizes, (), schedule, self.softmax)
 
 
 def quick_key(
@@ -96,6 +114,7 @@ def quick_key(
     sizes: tuple[Any, ...],
     ids: tuple[str, ...] = (),
     schedule: Any = None,
+    softmax: Softmax = PLAIN,
 ) -> tuple[Any, ...]:
     """The structural key of an attention kernel: primitives only, the same in every process."""
     return (
@@ -105,6 +124,7 @@ def quick_key(
         sizes,
         ids,
         None if schedule is None else repr(schedule),
+        softmax.key,
     )
 
 
@@ -142,12 +162,16 @@ class Kernel:
         score_mod: Any = None,
         scale: float | None = None,
         enable_gqa: bool = False,
+        prob_mod: Any = None,
+        sinks: Any = None,
+        dropout_p: float = 0.0,
+        dropout_seed: Any = None,
     ) -> Any:
         """Run on tensors of the target's kind of device, as `gossamer.attention`; returns (out, lse) when
-        compiled with return_lse, (out, lse, max) with return_max.
+        compiled with return_lse, (out, lse, max) with return_max, and the column sums last.
 
-        mask, score_mod: of the structure that was compiled; they bring the runtime integers and the
-        captured tensors. Raises InputError when something is not what the kernel was compiled for."""
+        mask, score_mod, prob_mod: of the structure that was compiled; they bring the runtime integers and
+        the captured tensors. Raises InputError when something is not what the kernel was compiled for."""
         from .attention import call_values, is_positive, launch
         from .problem import Problem
 
@@ -170,21 +194,22 @@ class Kernel:
                 raise InputError(
                     f"kernel: {name}", "a last dimension of stride 1", "another stride", "Call .contiguous()"
                 )
-        if _digest(bound, score) != made["structure"]:
+        softmax = Softmax.of(problem, sinks, prob_mod, dropout_p, dropout_seed)
+        if _digest(bound, score, softmax) != made["structure"]:
             raise InputError(
-                "kernel: mask or score_mod",
+                "kernel: mask, score_mod, prob_mod, sinks or dropout",
                 f"the structure {made['text']}",
                 repr(bound),
                 "Compile another spec",
             )
-        rows = tuple(made["rows"])
-        values = call_values(problem, bound, score, scale)
+        extra = tuple(made["extra"])
+        values = call_values(problem, bound, score, scale, softmax)
         if made["positive"] and not is_positive(values["scale"], self.target):
             raise InputError(
                 "kernel: scale", "a number above 0", values["scale"], "Compile with positive=False"
             )
-        found = launch(self._executable, values, problem, rows)
-        return found if rows else found[0]
+        found = launch(self._executable, values, problem, extra)
+        return found if extra else found[0]
 
     def __repr__(self) -> str:
         names = ", ".join(launch.kernel for launch in self._executable.artifact.manifest.launches)
@@ -206,18 +231,18 @@ def compile(spec: AttentionSpec, target: str = "cpu", schedule: Any = None) -> K
     from ..runtime.driver import Target, driver
 
     Target.parse(target)  # before the passes spend time on it
-    mask, score = Mask.of(spec.mask), ScoreMod.of(spec.score_mod)
+    mask, score, softmax = Mask.of(spec.mask), ScoreMod.of(spec.score_mod), spec.softmax
     program = compile_spec(replace(spec.ir, target=target), schedule)
-    keys = [quick_key(mask, score, spec.sizes, (), schedule)]
+    results = {"lse": spec.return_lse, "max": spec.return_max, "column_sums": spec.return_column_sums}
     extra = {
         "sizes": list(spec.sizes[:3]),
         "contiguous": list(spec.contiguous),
         "positive": spec.positive,
-        "rows": ["lse", "max"][: spec.return_lse + spec.return_max],
-        "structure": _digest(mask, score),
+        "extra": [name for name, asked in results.items() if asked],
+        "structure": _digest(mask, score, softmax),
         "text": repr(mask),
     }
-    return Kernel(driver().compile(program, target, quick_keys=keys, extra=extra))
+    return Kernel(driver().compile(program, target, quick_keys=[spec.quick_key(schedule)], extra=extra))
 
 
 def load(path: str | os.PathLike[str]) -> Kernel:
@@ -230,7 +255,7 @@ def load(path: str | os.PathLike[str]) -> Kernel:
     return Kernel(load_executable(path))
 
 
-def _digest(mask: Mask, score: ScoreMod | None) -> str:
+def _digest(mask: Mask, score: ScoreMod | None, softmax: Softmax) -> str:
     from ..runtime.cache import digest_of
 
-    return digest_of(mask.key, None if score is None else score.key)
+    return digest_of(mask.key, None if score is None else score.key, softmax.key)

@@ -25,12 +25,13 @@ CHUNK = 1 << 22  # pairs evaluated at once
 _PLAIN = ("add", "sub", "neg", "abs", "min", "max", "where")  # keep an affine index affine
 
 
-def check_reads(problem: Problem, mask: Mask, score: ScoreMod | None) -> None:
+def check_reads(problem: Problem, mask: Mask, *maps: ScoreMod | None) -> None:
     """Raise InputError when an index without a closed-form check leaves its tensor."""
     if mask.tensors and _suspicious(mask.key[1]):
         _check(problem, mask, None, mask.ir.predicate, mask)
-    if score is not None and score.tensors and _suspicious(score.key[1]):
-        _check(problem, score, mask, score.ir.expr, mask)
+    for mapped in maps:
+        if mapped is not None and mapped.tensors and _suspicious(mapped.key[1]):
+            _check(problem, mapped, mask, mapped.ir.expr, mask)
 
 
 def _suspicious(term: Any) -> bool:
@@ -57,7 +58,7 @@ def _check(problem: Problem, source: Any, attending: Mask | None, expr: Any, mas
 
     lengths = {"b": problem.batch, "h": problem.heads, "q": problem.q_len, "k": problem.kv_len}
     values: dict[str, Any] = {"q_len": problem.q_len, "kv_len": problem.kv_len}
-    stem, tensor = ("p", "c") if source is mask else ("s", "t")
+    stem, tensor = ("p", "c") if source is mask else source.letters
     values |= {f"{stem}{i}": v for i, v in enumerate(source.values)}
     values |= {f"{tensor}{i}": as_numpy(t) for i, t in enumerate(source.tensors)}
     for read, index, dimension in unchecked(expr):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .softmax import PLAIN, Softmax
+
 if TYPE_CHECKING:
     import torch
 
@@ -17,25 +19,30 @@ if TYPE_CHECKING:
     from .problem import Problem
     from .score import ScoreMod
 
+Array = np.ndarray
+
 
 def reference_attention(
-    problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of a checked problem, computed in float64 and rounded to the result dtypes."""
+    problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None, softmax: Softmax = PLAIN
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, lse, column sums) of a checked problem, computed in float64 and rounded to the result dtypes."""
     import torch
 
-    out, lse = exact_attention(problem, mask, score, scale, np.float64)
+    out, *rows = exact_attention(problem, mask, score, scale, np.float64, softmax)
     wide = torch.float64 if problem.dtype == "f64" else torch.float32
-    return (
-        torch.from_numpy(out).to(problem.device, problem.query.dtype),
-        torch.from_numpy(lse).to(problem.device, wide),
-    )
+    lse, sums = (torch.from_numpy(row).to(problem.device, wide) for row in rows)
+    return torch.from_numpy(out).to(problem.device, problem.query.dtype), lse, sums
 
 
 def exact_attention(
-    problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None, floats: type
-) -> tuple[np.ndarray, np.ndarray]:
-    """(out, lse) in the NumPy dtype `floats`: float64, or longdouble to judge float64 kernels by."""
+    problem: Problem,
+    mask: Mask,
+    score: ScoreMod | None,
+    scale: float | None,
+    floats: type,
+    softmax: Softmax = PLAIN,
+) -> tuple[Array, Array, Array]:
+    """(out, lse, column sums) in the NumPy dtype `floats`: float64, or longdouble to judge its kernels by."""
     import torch
 
     q, k, v = (
@@ -51,19 +58,32 @@ def exact_attention(
         lengths = {"q_len": problem.q_len, "kv_len": problem.kv_len}
         attends = mask.ir.evaluate(b, h, q_at, k_at, mask.values, _arrays(mask.tensors), **lengths)
         attends = np.broadcast_to(attends, scores.shape)
-        if score is not None:  # which is defined on pairs that attend only
-            points = b, h, q_at, k_at = np.nonzero(attends)
-            scores[points] = score.ir.evaluate(
-                scores[points], b, h, q_at, k_at, score.values, _arrays(score.tensors), floats=floats
-            )
+        if score is not None:
+            scores = _mapped(score, scores, attends, floats)
         scores = np.where(attends, scores, -np.inf)
         peak = scores.max(-1, keepdims=True, initial=-np.inf)
         weights = np.exp(scores - np.where(np.isneginf(peak), 0, peak))
         total = weights.sum(-1, keepdims=True)
         empty = total == 0
         lse = np.where(empty, -np.inf, peak + np.log(np.where(empty, 1, total)))[..., 0]
-        return (weights / np.where(empty, 1, total)) @ v, lse
+        weights = weights / np.where(empty, 1, total)
+        if softmax.sinks is not None:  # its part of the sum; also for one that is larger than any score
+            sinks = softmax.sinks.to("cpu", torch.float64).numpy().astype(floats)[:, None]
+            weights = weights * (1 / (1 + np.exp(sinks - lse)))[..., None]
+            weights[empty[..., 0]] = 0
+        sums = weights.sum(2)
+        if softmax.prob is not None:
+            weights = np.where(attends, _mapped(softmax.prob, weights, attends, floats), 0)
+        return weights @ v, lse, sums
 
 
-def _arrays(tensors: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
+def _mapped(mapped: ScoreMod, values: Array, attends: Array, floats: type) -> Array:
+    """Scores or probabilities by a map, which is defined on pairs that attend only."""
+    points = b, h, q, k = np.nonzero(attends)
+    out, tensors = values.copy(), _arrays(mapped.tensors)
+    out[points] = mapped.ir.evaluate(values[points], b, h, q, k, mapped.values, tensors, floats=floats)
+    return out
+
+
+def _arrays(tensors: tuple[Any, ...]) -> tuple[Array, ...]:
     return tuple(t.detach().cpu().numpy() if hasattr(t, "detach") else np.asarray(t) for t in tensors)

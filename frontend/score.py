@@ -1,16 +1,16 @@
-"""The face `ScoreMod`: a captured score_mod with its runtime numbers and tensors."""
+"""The faces `ScoreMod` and `ProbMod`: captured functions of a score or a probability."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from .captured import readable
 from .term import show
 from .term_expr import to_expr
 from .term_mask import bake_large
-from .trace import trace_score
+from .trace import LETTERS, Traced, trace_prob, trace_score
 
 if TYPE_CHECKING:
     from ..ir.score import ScoreMap
@@ -30,6 +30,9 @@ class ScoreMod:
     ScoreMod(score / (1 + (abs(score) / s0)), s0=20.0)
     """
 
+    argument: ClassVar[str] = "score"
+    letters: ClassVar[tuple[str, str]] = LETTERS["score_mod"]
+
     def __init__(
         self,
         term: Any,
@@ -37,19 +40,23 @@ class ScoreMod:
         tensors: tuple[Any, ...],
         signature: tuple[tuple[str, int], ...],
     ) -> None:
-        self._term, self.values = bake_large(term, values, "s")
+        self._term, self.values = bake_large(term, values, self.letters[0])
         self._signature, self._tensors = signature, tensors
 
     @staticmethod
-    def trace(score_mod: Callable[..., Any]) -> ScoreMod:
-        """Capture `score_mod(score, b, h, q_idx, kv_idx)`. Raises TraceError at the user's line."""
-        traced = trace_score(score_mod)
-        return ScoreMod(traced.term, traced.values, traced.tensors, traced.signature)
+    def _traced(function: Callable[..., Any]) -> Traced:
+        return trace_score(function)
 
-    @staticmethod
-    def of(value: Any) -> ScoreMod | None:
+    @classmethod
+    def trace(cls, function: Callable[..., Any]) -> Self:
+        """Capture `score_mod(score, b, h, q_idx, kv_idx)`. Raises TraceError at the user's line."""
+        traced = cls._traced(function)
+        return cls(traced.term, traced.values, traced.tensors, traced.signature)
+
+    @classmethod
+    def of(cls, value: Any) -> Self | None:
         """The ScoreMod of an argument: a ScoreMod, a score_mod or None."""
-        return value if value is None or isinstance(value, ScoreMod) else ScoreMod.trace(value)
+        return value if value is None or isinstance(value, cls) else cls.trace(value)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -65,25 +72,67 @@ class ScoreMod:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        return ("score", self._term, self.kinds, self._signature)
+        return (self.argument, self._term, self.kinds, self._signature)
 
     @cached_property
     def ir(self) -> ScoreMap:
-        """The score map as an IR value."""
+        """The map as an IR value."""
         from ..ir.mask import Capture
-        from ..ir.score import ScoreMap
+        from ..ir.score import ProbMap, ScoreMap
 
-        params = tuple((f"s{i}", kind) for i, kind in enumerate(self.kinds))
-        captures = tuple(Capture(f"t{i}", dtype, rank) for i, (dtype, rank) in enumerate(self._signature))
-        floats = frozenset(["score", *(name for name, kind in params if kind == "float")])
-        return ScoreMap(to_expr(self._term, floats), params, captures)
+        number, tensor = self.letters
+        params = tuple((f"{number}{i}", kind) for i, kind in enumerate(self.kinds))
+        captures = tuple(
+            Capture(f"{tensor}{i}", dtype, rank) for i, (dtype, rank) in enumerate(self._signature)
+        )
+        floats = frozenset([self.argument, *(name for name, kind in params if kind == "float")])
+        kind = {cls.argument: cls for cls in (ScoreMap, ProbMap)}[self.argument]
+        return kind(to_expr(self._term, floats), params, captures)
 
     @property
     def text(self) -> str:
-        """The score map as IR text."""
+        """The map as IR text."""
         return self.ir.to_text()
 
     def __repr__(self) -> str:
-        bound = "".join(f", s{i}={v}" for i, v in enumerate(self.values))
-        bound += "".join(f", t{i}: {d}[{r}]" for i, (d, r) in enumerate(self._signature))
-        return f"ScoreMod({show(self._term)}{bound})"
+        number, tensor = self.letters
+        bound = "".join(f", {number}{i}={v}" for i, v in enumerate(self.values))
+        bound += "".join(f", {tensor}{i}: {d}[{r}]" for i, (d, r) in enumerate(self._signature))
+        return f"{type(self).__name__}({show(self._term)}{bound})"
+
+
+class ProbMod(ScoreMod):
+    """What becomes of a probability after the softmax, before it weighs a value.
+
+    As ScoreMod, with numbers x0, x1, ... and tensors w0, w1, ...
+
+    >>> ProbMod.trace(lambda prob, b, h, q_idx, kv_idx: prob * (q_idx - kv_idx))
+    ProbMod(prob * (q - k))
+    """
+
+    argument: ClassVar[str] = "prob"
+    letters: ClassVar[tuple[str, str]] = LETTERS["prob_mod"]
+
+    @staticmethod
+    def _traced(function: Callable[..., Any]) -> Traced:
+        return trace_prob(function)
+
+    @staticmethod
+    def identity() -> ProbMod:
+        """Probabilities as they are."""
+        return ProbMod("prob", (), (), ())
+
+    def dropped_out(self, threshold: int, scale: float, seed: Any) -> ProbMod:
+        """The same, then dropout: probabilities whose random bits are below the threshold become 0, others
+        grow by the scale.
+
+        threshold: of 30 random bits as a signed integer. seed: int64, one element, read at each call. The
+        bits depend on the seed and on b, h, q and k alone."""
+        number, tensor = self.letters
+        least, grow = f"{number}{len(self.values)}", f"{number}{len(self.values) + 1}"
+        word = ("read", f"{tensor}{len(self._tensors)}", 0)
+        stream = ("random_bits", ("random_bits", word, ("shr", word, 32), 0), "b", "h")
+        kept = ("ge", ("shr", ("random_bits", stream, "q", "k"), 2), least)
+        term = ("where", kept, ("mul", self._term, grow), ("f", (0.0).hex()))
+        signature = (*self._signature, ("i64", 1))
+        return ProbMod(term, (*self.values, threshold, scale), (*self._tensors, seed), signature)

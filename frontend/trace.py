@@ -1,8 +1,8 @@
-"""Capture of mask_mod and score_mod: the function runs once, on stand-ins for its indices.
+"""Capture of mask_mod, score_mod and prob_mod: the function runs once, on stand-ins for its indices.
 
-`trace_mask` and `trace_score` give a `Traced`: the term of what the function computes, and what it
-captured. Nothing of it is cached by the function's name or code: the term itself is the key. A memo in
-the process skips the run when everything that an earlier run looked at is unchanged (see
+`trace_mask`, `trace_score` and `trace_prob` give a `Traced`: the term of what the function computes, and
+what it captured. Nothing of it is cached by the function's name or code: the term itself is the key. A
+memo in the process skips the run when everything that an earlier run looked at is unchanged (see
 trace_capture.py); numbers and tensors are always read anew.
 """
 
@@ -24,15 +24,25 @@ from .trace_tensor import Captured, dtype_name
 from .trace_torch import maximum, minimum, where
 from .trace_value import Value, is_number, run_recipe
 
-__all__ = ["Traced", "dtype_name", "kv_length", "maximum", "minimum", "trace_mask", "trace_score", "where"]
+__all__ = [
+    "Traced",
+    "dtype_name",
+    "kv_length",
+    "maximum",
+    "minimum",
+    "trace_mask",
+    "trace_prob",
+    "trace_score",
+    "where",
+]
 
 
 @dataclass(frozen=True)
 class Traced:
     """What a function computes and captured.
 
-    term: over b h q k (and score), params p0.. (s0..) and captures c0.. (t0..), by first appearance.
-    values: of the params, ints (in a score_mod also floats). tensors: the captured tensors themselves.
+    term: over b h q k (and score, prob), params p0.. (s0.., x0..) and captures c0.. (t0.., w0..), by first
+    appearance. values: of the params, ints (but for a mask_mod also floats). tensors: the captured ones.
     signature: (dtype, rank) of each tensor; one without dimensions is read as if it had one, of size 1.
     """
 
@@ -70,6 +80,8 @@ class _Recorded:
 
 _MEMO: OrderedDict[Any, tuple[_Recorded, ...]] = OrderedDict()
 _FUNCTIONS, _VARIANTS = 512, 8
+LETTERS = {"mask_mod": ("p", "c"), "score_mod": ("s", "t"), "prob_mod": ("x", "w")}
+"""What the numbers and the tensors that each kind of function captures are called."""
 
 
 def trace_mask(function: Callable[..., Any]) -> Traced:
@@ -80,6 +92,11 @@ def trace_mask(function: Callable[..., Any]) -> Traced:
 def trace_score(function: Callable[..., Any]) -> Traced:
     """The score map of `score_mod(score, b, h, q_idx, kv_idx) -> float`. Raises TraceError."""
     return _trace(function, "score_mod", ("score", "b", "h", "q", "k"))
+
+
+def trace_prob(function: Callable[..., Any]) -> Traced:
+    """The probability map of `prob_mod(prob, b, h, q_idx, kv_idx) -> float`. Raises TraceError."""
+    return _trace(function, "prob_mod", ("prob", "b", "h", "q", "k"))
 
 
 def kv_length(index: Value) -> Value:
@@ -94,8 +111,8 @@ def _trace(function: Callable[..., Any], role: str, names: tuple[str, ...]) -> T
         replayed = recorded.replay(function)
         if replayed is not None:
             return replayed
-    trace = Trace(role, float_params=role == "score_mod")
-    indices = [Value(trace, name, "float" if name == "score" else "int") for name in names]
+    trace = Trace(role, float_params=role != "mask_mod")
+    indices = [Value(trace, name, "float" if name in ("score", "prob") else "int") for name in names]
     result = _result(trace, _call(trace, function, code, indices), code)
     _check_size(trace, result.term, code)
     recorded, tensors = _finish(trace, result)
@@ -109,7 +126,8 @@ def _trace(function: Callable[..., Any], role: str, names: tuple[str, ...]) -> T
 
 
 def _call(trace: Trace, function: Callable[..., Any], code: Any, indices: list[Value]) -> Any:
-    given = "score, b, h, q_idx, kv_idx" if len(indices) == 5 else "b, h, q_idx, kv_idx"
+    first = f"{indices[0].term}, " if len(indices) == 5 else ""
+    given = f"{first}b, h, q_idx, kv_idx"
     positional = _positional(function)
     if positional is not None and not positional[0] <= len(indices) <= positional[1]:
         raise at_definition(
@@ -155,7 +173,8 @@ _KINDS = {"int": "an integer", "float": "a float", "bool": "a truth value", "Non
 
 def _result(trace: Trace, result: Any, code: Any) -> Value:
     """The function's result as an expression of the kind that its role asks for."""
-    wanted, like = ("bool", "q_idx >= kv_idx") if trace.role == "mask_mod" else ("float", "score * 2")
+    like = f"{trace.role.removesuffix('_mod')} * 2"
+    wanted, like = ("bool", "q_idx >= kv_idx") if trace.role == "mask_mod" else ("float", like)
     known = type(result) in (Value, Captured) or is_number(result) or getattr(result, "shape", None) == ()
     value = value_of(trace, result) if known else None
     if wanted == "float" and value is not None and value.kind == "int":
@@ -194,7 +213,7 @@ def _check_size(trace: Trace, term: Term, code: Any) -> None:
 
 def _finish(trace: Trace, result: Value) -> tuple[_Recorded, tuple[Any, ...]]:
     """Number params and captures by first appearance; put baked numbers in their places."""
-    mask = trace.role == "mask_mod"
+    number, tensor = LETTERS[trace.role]
     recipes: list[Any] = []
     captures: list[int] = []
 
@@ -208,9 +227,9 @@ def _finish(trace: Trace, result: Value) -> tuple[_Recorded, tuple[Any, ...]]:
             return term
         if term[0] == "num":
             known = settle(trace, term[1])
-            return numbered(recipes, term[1], "p" if mask else "s") if known is None else constant(known)
+            return numbered(recipes, term[1], number) if known is None else constant(known)
         if term[0] in ("read", "readf"):
-            name = numbered(captures, term[1], "c" if mask else "t")
+            name = numbered(captures, term[1], tensor)
             return (term[0], name, *map(place, term[2:]))
         parts = tuple(map(place, term[1:]))
         if term[0] in _FOLDED and all(isinstance(p, int) for p in parts):

@@ -151,7 +151,8 @@ def _reweighed(
     if prob is None:
         return weights
     params, captures = _runtime(prob, operands)
-    found = prob.evaluate(weights, *_grid(weights.shape), params, captures, floats=floats)
+    b, h, q_at, k_at = _grid(weights.shape)
+    found = prob.evaluate(weights, b, h, q_at, k_at, params, captures, floats=floats)
     return np.where(np.isneginf(scores), floats(0), found)
 
 

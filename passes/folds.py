@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from ..ir.expr import INF, Expr, exp2, integer, log2, maximum, minimum, real, where
+from ..ir.expr import INF, Expr, exp2, integer, log2, maximum, minimum, real, sum_of, where
 from ..ir.kernel import Compute, Dot, If, Load, Reduce, Stmt, Store, Tensor
 from ..ir.plan import Schedule
 from .operands import Operands, Transposed
@@ -97,7 +97,7 @@ class Fold:
 
     def reads(self) -> list[Tensor]:
         """What it reads beside q, k, v and captured tensors."""
-        return [Tensor("sinks", self.spec.sinks, ("Hq",), "in", 0)] if self.spec.sinks else []
+        return [Tensor("sinks", self.spec.sinks, ("Hq",))] if self.spec.sinks else []
 
     def prepare(self) -> list[Stmt]:
         """What is loaded before the loop."""
@@ -172,9 +172,10 @@ class Fold:
         made: list[Stmt] = [load, self._set("N", axes, N * LOG2E)]
         if self.spec.sinks is not None:
             top = real("top")
+            parts: list[Expr] = [exp2(N - top), exp2(SINK - top)]
             made += [
                 Compute("top", self.acc, axes, self._finite(maximum(N, SINK))),
-                self._set("N", axes, top + log2(exp2(N - top) + exp2(SINK - top))),
+                self._set("N", axes, top + log2(sum_of(parts))),
             ]
         return [*made, self._set("N", axes, self._finite(N))]
 

@@ -86,7 +86,7 @@ class Transposed(Operands):
 
     def __init__(self, spec: AttentionSpec, over: Scaffold) -> None:
         super().__init__(spec, over, values=False)
-        q, k = self.inputs
+        q, k, *_ = self.inputs
         self.inputs = (
             replace(q, shape=("B", "Hq", "kv_len", spec.qk_size)),
             replace(k, shape=("B", "Hk", "q_len", spec.qk_size)),

@@ -26,6 +26,7 @@ from ..ir.expr import (
     kind,
     maximum,
     minimum,
+    random_bits,
     read,
     readf,
     real,
@@ -196,7 +197,7 @@ class Scaffold:
 
         attending: only the values at pairs of the mask are used, as those of a score.
         Costly parts (reads, divisions, bit operations) of rows alone move to tiles made once a row tile,
-        parts of keys alone to tiles made once a key tile."""
+        parts of keys alone to tiles made once a key tile, random bits of neither to scalars."""
         row, col = ROW, COL
         if expr.has(read, readf):
             clamped = clamp(expr, attending=attending or self.sequences.uneven)
@@ -215,28 +216,27 @@ class Scaffold:
         return expr.xreplace(_wide(index) if needs_64_bits(expr) else index)
 
     def _hoist(self, expr: Expr, rows: frozenset, cols: frozenset, index: dict[Expr, Expr]) -> Expr:  # type: ignore[type-arg]
-        free = expr.free_symbols
-        side = (
-            None
-            if (free & rows and free & cols)
-            else "row"
-            if free & rows
-            else "col"
-            if free & cols
-            else None
-        )
-        if side is not None and isinstance(expr, _COSTLY):
-            if expr not in self._hoisted:
-                name = f"{side}_{len(self._hoisted)}"
-                number = kind(expr)
-                dtype = "i64" if number == "int" else self.floats
-                self._hoisted[expr] = integer(name) if number == "int" else real(name)
-                made, axis = (self.make_rows, "i") if side == "row" else (self.make_cols, "j")
-                made.append(Compute(name, dtype, (axis,), expr.xreplace(_wide(index))))
-            return self._hoisted[expr]
-        if not expr.args or not (free & (rows | cols)):
+        by_row, by_col = bool(expr.free_symbols & rows), bool(expr.free_symbols & cols)
+        if isinstance(expr, random_bits) and not by_row and not by_col:
+            args = (self._hoist(a, rows, cols, index) for a in expr.args)
+            return self._made(expr, expr.func(*args), "once", "i32", (), self.make_rows)
+        if by_row != by_col and isinstance(expr, _COSTLY):
+            dtype = "i64" if kind(expr) == "int" else self.floats
+            name, axis, made = ("row", "i", self.make_rows) if by_row else ("col", "j", self.make_cols)
+            return self._made(expr, expr.xreplace(_wide(index)), name, dtype, (axis,), made)
+        if not expr.args or not (by_row or by_col):
             return expr
         return expr.func(*(self._hoist(a, rows, cols, index) for a in expr.args))
+
+    def _made(
+        self, key: Expr, value: Expr, stem: str, dtype: str, axes: tuple[str, ...], made: list[Stmt]
+    ) -> Expr:
+        """The tile that holds the value of an expression, computed by one more statement the first time."""
+        if key not in self._hoisted:
+            name = f"{stem}_{len(self._hoisted)}"
+            self._hoisted[key] = integer(name) if kind(key) == "int" else real(name)
+            made.append(Compute(name, dtype, axes, value))
+        return self._hoisted[key]
 
     def coordinates(self, form: Expr) -> Expr:
         """A closed form of a row (over q, or q0, q1, ...) over the tiles that hold it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -85,6 +86,16 @@ def test_heads_that_do_not_divide() -> None:
         ),
         ({"backend": "triton"}, ("attention.backend: expected cuda tensors for 'triton'; got cpu",)),
         ({"schedule": "fast"}, ("attention.schedule: expected a gossamer.Schedule", "got 'fast'")),
+        ({"sinks": [0.0]}, ("attention.sinks: expected a torch.Tensor", "got list")),
+        ({"sinks": torch.zeros(5)}, ("attention.sinks: expected shape (4,)", "got (5,)")),
+        ({"sinks": torch.zeros(4, 1)}, ("attention.sinks: expected shape (4,)", "got (4, 1)")),
+        ({"sinks": torch.zeros(4, dtype=torch.int32)}, ("attention.sinks: expected float16", "torch.int32")),
+        ({"sinks": torch.zeros(4, device="meta")}, ("attention.sinks: expected a tensor on cpu", "meta")),
+        ({"dropout_p": 1.0}, ("attention.dropout_p: expected a number p with 0 <= p < 1; got 1.0",)),
+        ({"dropout_p": -0.1}, ("attention.dropout_p", "0 <= p < 1; got -0.1")),
+        ({"dropout_p": math.nan}, ("attention.dropout_p", "got nan")),
+        ({"dropout_p": 0.1, "dropout_seed": 2**64}, ("attention.dropout_seed: expected an integer",)),
+        ({"dropout_p": 0.1, "dropout_seed": torch.zeros(2)}, ("attention.dropout_seed: expected an int64",)),
     ],
 )
 def test_options(options: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -95,8 +106,6 @@ def test_options(options: dict[str, Any], words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"sinks": torch.zeros(4)}, ("attention.sinks: attention sinks: not built yet",)),
-        ({"dropout_p": 0.1}, ("attention.dropout_p: dropout: not built yet. Pass 0",)),
         ({"q_offset": 3}, ("attention.q_offset", "q_idx + offset")),
         ({"cu_seqlens_q": torch.tensor([0, 20])}, ("attention.cu_seqlens_q", "masks.document(offsets=")),
         ({"cu_seqlens_kv": torch.tensor([0, 20])}, ("attention.cu_seqlens_kv", "masks.document(offsets=")),
@@ -115,9 +124,15 @@ def test_keywords_that_ask_for_nothing_are_fine() -> None:
     assert torch.equal(out, gossamer.attention(Q, K, V))
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value", "scale"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "scale", "sinks"])
 def test_gradients_are_refused(name: str) -> None:
-    given: dict[str, Any] = {"query": Q, "key": K, "value": V, "scale": torch.tensor(0.3)}
+    given: dict[str, Any] = {
+        "query": Q,
+        "key": K,
+        "value": V,
+        "scale": torch.tensor(0.3),
+        "sinks": torch.ones(4),
+    }
     given[name] = given[name].clone().requires_grad_()
     with refuses(UnsupportedError, f"attention.{name} requires a gradient", "torch.no_grad()"):
         gossamer.attention(**given)

@@ -1,0 +1,106 @@
+"""What a call asks of its softmax: sinks that join it, and what becomes of its probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..ir.errors import InputError, UnsupportedError
+from .score import ProbMod
+
+if TYPE_CHECKING:
+    import torch
+
+    from .problem import Problem
+
+BITS = 30  # of a random number that decides on a pair: kernels compare 32-bit integers
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """sinks: a float tensor (Hq,) or None; dtype: its dtype by name. prob: what probabilities become."""
+
+    sinks: torch.Tensor | None = None
+    dtype: str | None = None
+    prob: ProbMod | None = None
+
+    @staticmethod
+    def of(problem: Problem, sinks: Any, prob_mod: Any, dropout_p: Any, dropout_seed: Any) -> Softmax:
+        """The checked arguments of a call; draws a seed where dropout has none.
+
+        Raises InputError, UnsupportedError, TraceError."""
+        p = _probability(dropout_p)
+        if sinks is None and prob_mod is None and not p:
+            return PLAIN
+        prob = ProbMod.of(prob_mod)
+        if p:
+            threshold = min(round(p * 2**BITS), 2**BITS - 1) - 2 ** (BITS - 1)
+            prob = prob or ProbMod.identity()
+            prob = prob.dropped_out(threshold, 1 / (1 - p), _seed(problem, dropout_seed))
+        return Softmax(*_checked_sinks(problem, sinks), prob)
+
+    @property
+    def key(self) -> tuple[Any, ...] | None:
+        """What a kernel depends on, made of primitives."""
+        if self.dtype is None and self.prob is None:
+            return None
+        return self.dtype, None if self.prob is None else self.prob.key
+
+    @property
+    def spec_fields(self) -> dict[str, Any]:
+        """The fields of an AttentionSpec of the passes that hold it."""
+        return {"sinks": self.dtype, "prob_map": None if self.prob is None else self.prob.ir}
+
+
+PLAIN = Softmax()
+"""No sinks, probabilities as they are."""
+
+
+def _probability(p: Any) -> float:
+    if not isinstance(p, (int, float)) or not 0 <= p < 1:
+        raise InputError("attention.dropout_p", "a number p with 0 <= p < 1", repr(p))
+    return float(p)
+
+
+def _seed(problem: Problem, seed: Any) -> torch.Tensor:
+    """The seed as an int64 tensor of one element on the query's device, without waiting for the device."""
+    import torch
+
+    device = problem.query.device
+    if seed is None:  # the device's default generator, which advances
+        return torch.empty(1, dtype=torch.int64, device=device).random_()
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            got = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+            raise InputError("attention.dropout_seed", f"an int64 tensor of one element on {device}", got)
+        return seed.reshape(1)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise InputError(
+            "attention.dropout_seed", "an integer of 64 bits, or an int64 tensor of one", repr(seed)
+        )
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def _checked_sinks(problem: Problem, sinks: Any) -> tuple[torch.Tensor | None, str | None]:
+    import torch
+
+    from .problem import DTYPE_NAMES
+
+    if sinks is None:
+        return None, None
+    where, query = "attention.sinks", problem.query
+    if not isinstance(sinks, torch.Tensor):
+        raise InputError(where, "a torch.Tensor of one number a query head", type(sinks).__name__)
+    if sinks.dtype not in DTYPE_NAMES:
+        raise InputError(where, "float16, bfloat16, float32 or float64", sinks.dtype)
+    if tuple(sinks.shape) != (problem.heads,):
+        expected = f"shape ({problem.heads},): one number a query head"
+        raise InputError(where, expected, tuple(sinks.shape))
+    if sinks.device != query.device:
+        raise InputError(where, f"a tensor on {query.device}, as the query is", sinks.device)
+    if sinks.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            f"{where} requires a gradient, and gradients are not built yet. "
+            "Call under torch.no_grad(), or pass sinks.detach()"
+        )
+    return sinks.detach(), DTYPE_NAMES[sinks.dtype]
