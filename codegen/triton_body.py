@@ -143,7 +143,8 @@ class Body:
         speller = Speller.of(self.scope, axes, [*stmt.index, stmt.guard, stmt.other], tensor.dtype)
         box = box_of(stmt, axes, speller, self.scope) if self.described else None
         if box is not None and self.scope.boxes.setdefault(stmt.tensor, box.extents) == box.extents:
-            start = ", ".join(speller.integer(entry).text for entry in box.start)
+            # The copy engine counts in 32 bits; the box lies in the tensor, whatever its loop counts in.
+            start = ", ".join(speller.convert(speller.integer(entry), "i32").text for entry in box.start)
             shape = ", ".join(map(str, box.shape))
             name = self._tile(stmt.dst, stmt.dtype, axes, True)
             self._line(f"{name.text} = d_{stmt.tensor}.load([{start}]).reshape([{shape}])")

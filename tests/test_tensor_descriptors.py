@@ -63,6 +63,14 @@ def test_which_attention_uses_them(mask, dtype, aligned, described):
     assert "tensordesc" not in codegen.emit(older)
 
 
+def test_loops_that_count_in_64_bits_start_boxes_in_32():
+    mask = masks.prefix_lm(torch.tensor([4, 50]))
+    [kernel] = compile_spec(AttentionSpec(mask.ir, dtype="bf16", target="cuda:sm_90")).kernels
+    source = codegen.emit(kernel)
+    assert "d_k.load([b, hk, tl.cast(64 * n0, tl.int32), 0])" in source
+    gpu.compile_ahead(source, "cuda:sm_90")
+
+
 def test_the_driver_is_told_shape_strides_and_box(fake):
     q = torch.randn(2, 3, 33, 40, dtype=torch.float16)
     k = torch.randn(2, 50, 3, 40, dtype=torch.float16).transpose(1, 2)
