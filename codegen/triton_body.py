@@ -126,7 +126,7 @@ class Body:
         expr = expr.xreplace(known)
         names = {str(s) for s in expr.free_symbols}
         tiles = [n for n in names if n in self.scope.names and self.scope.names[n].axes]
-        if not tiles and not expr.has(ex.read, ex.readf):
+        if not tiles and not names & self.assigned and not expr.has(ex.read, ex.readf):
             self.scope.definitions[tile] = expr
 
     def _zeros(self, expr: Expr) -> frozenset[str]:

@@ -91,8 +91,8 @@ class Schedule:
 
 # "rows": the row tiles of one head in order, head after head, so that neighbours share keys in the cache;
 # "reversed": from the last row tile to the first, for masks whose later rows see more keys; "heads": one row
-# tile of every head, then the next, a batch at a time, so that keys stay cached for as long as a window needs
-# them; "spread": one row tile of every head and batch, then the next, for masks with a few heavy row tiles.
+# tile of every head of a batch, then the next; "spread": one row tile of every head and batch, then the next,
+# for windows, whose keys stay cached for as long as they are needed, and for a few heavy row tiles.
 PROGRAMS = ("rows", "reversed", "heads", "spread")
 
 

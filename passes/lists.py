@@ -26,8 +26,20 @@ import islpy as isl
 import sympy
 
 from ..ir.affine import QuotaExceeded, quota, to_expr
-from ..ir.expr import Expr, all_of, ceildiv, fold_max, fold_min, integer, maximum, minimum, symbols, to_text
-from ..ir.kernel import For, Load, Span, Stmt, Tensor
+from ..ir.expr import (
+    Expr,
+    all_of,
+    ceildiv,
+    fold_max,
+    fold_min,
+    integer,
+    maximum,
+    minimum,
+    symbols,
+    to_text,
+    where,
+)
+from ..ir.kernel import Compute, For, Load, Span, Stmt, Tensor
 from ..ir.order import Order
 from ..ir.plan import Group, Lists, Loops, Schedule
 from ..ir.sequences import Sequences
@@ -151,12 +163,24 @@ class ListTensors:
     def loop(self, body: list[Stmt]) -> list[Stmt]:
         """body for every tile of the lists, the full ones first; n0 is the number of the tile."""
         tiles, counts = self.tensors("in")
-        first = Span(sympy.Integer(0), WHOLE)
-        number = Load("n0", "i32", (), tiles.name, (*self.at, POSITION))
+        zero, count, following = sympy.Integer(0), WHOLE + PART, integer("following")
+
+        def number(name: str, position: Expr) -> Load:
+            place = where(position < WHOLE, position, position + self.width - count)
+            return Load(name, "i32", (), tiles.name, (*self.at, place), count > 0, zero)
+
+        # The next number is under way while a tile is worked on: what depends on it never waits for memory.
+        step: list[Stmt] = [
+            Compute("n0", "i32", (), following),
+            number("ahead", minimum(POSITION + 1, count - 1)),
+            Compute("following", "i32", (), integer("ahead"), declares=False),
+        ]
         return [
-            Load("whole", "i32", (), counts.name, (*self.at, sympy.Integer(0))),
+            Load("whole", "i32", (), counts.name, (*self.at, zero)),
             Load("part", "i32", (), counts.name, (*self.at, sympy.Integer(1))),
-            For("t", (first, Span(self.width - PART, self.width)), (number, *body)),
+            number("first", zero),
+            Compute("following", "i32", (), integer("first")),
+            For("t", (Span(zero, count),), (*step, *body)),
         ]
 
 

@@ -73,7 +73,15 @@ class _Builder:
         self.suffix = f"_{index}" if total > 1 else ""
         lists = f"tiles{'' if kind == 'attention' else f'_{kind}'}{self.suffix}"
         self.over = Scaffold(
-            group, schedule, loops, spec.accumulator, spec.sequences, heads=spec.group, flat=flat, lists=lists
+            group,
+            schedule,
+            loops,
+            spec.accumulator,
+            spec.sequences,
+            heads=spec.group,
+            flat=flat,
+            lists=lists,
+            narrow=frozenset(c.name for c in spec.capture_tensors if c.dtype != "i64"),
         )
         fold = FOLDS[kind]
         if kind in TRANSPOSED:
@@ -152,9 +160,10 @@ class _Builder:
         ij, full = ("i", "j"), self.over.full
         if self.over.group.exact or self.over.lists is not None:
             masked = self._set("S", self.acc, ij, where(self.over.attends, real("S"), -INF))
-            guard: list[Stmt] = [If(sympy.Not(full), (masked,))]
+            mask = (*self.over.mask_cols, masked)
+            guard: list[Stmt] = [If(sympy.Not(full), mask)]
             if full in (sympy.true, sympy.false):
-                guard = [] if full == sympy.true else [masked]
+                guard = [] if full == sympy.true else [*mask]
             return [*self._scores(), *guard, *self.fold.step()]
         ok = sympy.Symbol("ok")
         whole: list[Stmt] = []
@@ -165,6 +174,7 @@ class _Builder:
         masked = self._set("S", self.acc, ij, where(ok, real("S"), -INF))
         return [
             *whole,
+            *self.over.mask_cols,
             Compute("ok", "bool", ij, attends),
             Reduce("some", "bool", (), "any", ok, ij),
             If(sympy.Symbol("some"), (*self._scores(), masked, *self.fold.step())),

@@ -4,7 +4,7 @@ Blocks start in the order of the launch grid. Row tiles of one head side by side
 cache; but a few row tiles with far more keys than the others, or later rows with more keys than earlier
 ones, would then start last and leave the machine to them. Counts are taken from the loops themselves at
 a reference length, with the mask's integers at a typical size: they decide speed, never results. Lists
-may have any length, so all their long ones had better start early.
+may have any length: the long ones of a batch start side by side.
 
 Leaves alone: loops whose bounds depend on captured tensors, orders with residues (their row tiles share
 lines of memory with the next residue, not with the next head), and CPUs.
@@ -33,14 +33,13 @@ def order_programs(group: Group, schedule: Schedule, loops: Loops) -> Loops:
     residues = any(dim.row_stride > 1 for dim in group.order.dims)
     counts = None if residues else _counts(group, schedule, loops)
     if loops.lists is not None:
-        return replace(loops, programs="spread")
+        return replace(loops, programs="heads")
     if counts is None or not counts.any():
         return loops
     typical = float(np.median(counts))
-    if counts.max() > HEAVY * typical:
+    local = len(group.order.dims) == 1 and typical * math.prod(schedule.cols) <= LOCAL
+    if local or counts.max() > HEAVY * typical:
         return replace(loops, programs="spread")
-    if len(group.order.dims) == 1 and typical * math.prod(schedule.cols) <= LOCAL:
-        return replace(loops, programs="heads")
     quarter = -(-counts.size // 4)
     growing = counts[-quarter:].mean() > 1.5 * counts[:quarter].mean()
     return replace(loops, programs="reversed") if growing else loops

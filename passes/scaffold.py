@@ -11,6 +11,7 @@ import math
 from dataclasses import replace
 
 import sympy
+from sympy.core.relational import Relational
 
 from ..ir.expr import (
     Expr,
@@ -37,6 +38,7 @@ from ..ir.kernel import Compute, For, GridDim, If, Let, Span, Stmt
 from ..ir.plan import Group, Loops, Schedule
 from ..ir.sequences import PLAIN, Sequences
 from . import sequences as sq
+from .compare import separated
 from .lists import ListTensors
 from .reads import clamp
 from .tilesets import column_index, linear, row_index
@@ -54,8 +56,9 @@ class Scaffold:
 
     heads: how many query heads, those of one key head, a row tile holds of every query, side by side.
     query_head: the head of a row; a tile [i] where there are several. flat: whether loops over a box of key
-    tiles are one loop, as GPUs like it. lists: what its lists of key tiles are called, if any. head:
-    statements before all others. axes: what those need."""
+    tiles are one loop, as GPUs like it. lists: what its lists of key tiles are called, if any. narrow: names
+    of captured tensors whose integers fit 32 bits. head: statements before all others. axes: what those
+    need. mask_cols: statements over the keys of a tile that only `attends` needs."""
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class Scaffold:
         heads: int = 1,
         flat: bool = False,
         lists: str = "tiles",
+        narrow: frozenset[str] = frozenset(),
     ) -> None:
         self.floats, self.sequences, self.heads, self.flat = floats, sequences, heads, flat
         self.group, self.schedule, self.loops, self.order = group, schedule, loops, group.order
@@ -94,8 +98,13 @@ class Scaffold:
         found = loops.lists
         self.lists = None if found is None else ListTensors(found, group.order, schedule, sequences, lists)
         self.full = loops.full if self.lists is None else self.lists.full
-        self._hoisted: dict[Expr, Expr] = {}
-        self.attends = all_of([self.bind(self._settled(group.predicate)), self.valid_col])
+        self._narrow, self._compared = narrow, frozenset[Expr]()
+        self._hoisted: dict[tuple[Expr, str], Expr] = {}
+        self.mask_cols: list[Stmt] = []
+        before = len(self.make_cols)
+        attends = all_of([self.bind(self._settled(group.predicate)), self.valid_col])
+        self.attends = separated(attends, lambda s: s.name[:3] == "col") if flat else attends
+        self.mask_cols, self.make_cols = self.make_cols[before:], self.make_cols[:before]
 
     def grid(self) -> tuple[GridDim, ...]:
         """The launch grid, fastest first, in the order that `programs` asks for."""
@@ -190,7 +199,7 @@ class Scaffold:
             found = truth.uniform(part) if part.has(read, readf) else None
             return part if found is None else found
 
-        return predicate.replace(lambda e: isinstance(e, sympy.core.relational.Relational), settle)
+        return predicate.replace(lambda e: isinstance(e, Relational), settle)
 
     def bind(self, expr: Expr, *, attending: bool = False) -> Expr:
         """An expression of q and k over the tiles that hold them; captured tensors are read in range.
@@ -207,6 +216,7 @@ class Scaffold:
         if self.boxes:
             expr = _delinearised(expr, self.order.dims, "q", self.row_names)
             expr = _delinearised(expr, self.order.dims, "k", self.col_names)
+        self._compared = _only_compared(expr)
         rows = frozenset({integer("q"), *self.row_names, *([H] if self.heads > 1 else [])})
         cols = frozenset({integer("k"), *self.col_names})
         index = {integer("q"): row, integer("k"): col}
@@ -221,7 +231,8 @@ class Scaffold:
             args = (self._hoist(a, rows, cols, index) for a in expr.args)
             return self._made(expr, expr.func(*args), "once", "i32", (), self.make_rows)
         if by_row != by_col and isinstance(expr, _COSTLY):
-            dtype = "i64" if kind(expr) == "int" else self.floats
+            fits = expr in self._compared and str(expr.args[0]) in self._narrow
+            dtype = self.floats if kind(expr) != "int" else "i32" if fits else "i64"
             name, axis, made = ("row", "i", self.make_rows) if by_row else ("col", "j", self.make_cols)
             return self._made(expr, expr.xreplace(_wide(index)), name, dtype, (axis,), made)
         if not expr.args or not (by_row or by_col):
@@ -232,11 +243,15 @@ class Scaffold:
         self, key: Expr, value: Expr, stem: str, dtype: str, axes: tuple[str, ...], made: list[Stmt]
     ) -> Expr:
         """The tile that holds the value of an expression, computed by one more statement the first time."""
-        if key not in self._hoisted:
+        known = str(self._hoisted.get((key, dtype)))
+        shared = [s for s in self.mask_cols if isinstance(s, Compute) and s.dst == known]
+        self.make_cols += shared
+        self.mask_cols = [s for s in self.mask_cols if s not in shared]
+        if (key, dtype) not in self._hoisted:
             name = f"{stem}_{len(self._hoisted)}"
-            self._hoisted[key] = integer(name) if kind(key) == "int" else real(name)
+            self._hoisted[key, dtype] = integer(name) if kind(key) == "int" else real(name)
             made.append(Compute(name, dtype, axes, value))
-        return self._hoisted[key]
+        return self._hoisted[key, dtype]
 
     def coordinates(self, form: Expr) -> Expr:
         """A closed form of a row (over q, or q0, q1, ...) over the tiles that hold it."""
@@ -266,6 +281,21 @@ class Scaffold:
 def needs_64_bits(expr: Expr) -> bool:
     """Whether an expression of indices may leave 32 bits."""
     return expr.has(*_WIDE) or any(len(m.free_symbols) > 1 for m in expr.atoms(sympy.Mul))
+
+
+def _only_compared(expr: Expr) -> frozenset[Expr]:
+    """The reads of an expression that are sides of comparisons wherever they occur, and nothing more."""
+    compared: set[Expr] = set()
+    used: set[Expr] = set()
+
+    def visit(part: Expr) -> None:
+        for side in part.args:
+            if isinstance(side, read):
+                (compared if isinstance(part, Relational) else used).add(side)
+            visit(side)
+
+    visit(expr)
+    return frozenset(compared - used)
 
 
 def _wide(index: dict[Expr, Expr]) -> dict[Expr, Expr]:

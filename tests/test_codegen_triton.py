@@ -466,3 +466,25 @@ def test_products_of_f64_tiles_are_not_for_amd():
     source = emit(attention(WINDOW, "f64")[1].kernels[0])
     with pytest.raises(UnsupportedError, match=r"f64 tiles for hip:gfx942; use f32"):
         compile_ahead(source, "hip:gfx942")
+
+
+ROTATING = """
+kernel @rotating(x: f32[n, 16] in unit 1 align 16, order: i32[n] in unit 0, y: f32[n, 16] out unit 1)
+grid(t: 1) axes(d: 16) meta(descriptors=0) {
+  tile following: i32[] = order[0]
+  for u in 0 .. n {
+    tile at: i32[] = following
+    tile ahead: i32[] = load order[min(u + 1, n - 1)]
+    following = ahead
+    tile row: i32[] = at
+    tile X: f32[d] = load x[row, d]
+    store y[u, d] = X over d
+  }
+}
+"""
+
+
+def test_addresses_are_made_of_what_a_name_was_when_it_was_read():
+    x = np.random.default_rng(3).standard_normal((7, 16), dtype=np.float32)
+    order = np.random.default_rng(3).permutation(7).astype(np.int32)
+    np.testing.assert_array_equal(run(parse(ROTATING), x=x, order=order)["y"], x[order])

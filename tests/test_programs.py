@@ -14,10 +14,10 @@ from gossamer.passes.spec import AttentionSpec
 ORDERS = {
     "full": (masks.full(), ["rows"]),
     "causal": (masks.causal(), ["reversed"]),
-    "window": (masks.sliding_window(128), ["heads"]),
+    "window": (masks.sliding_window(128), ["spread"]),
     "longformer": (masks.longformer(128, 64), ["spread"]),
     "dilated": (masks.dilated_window(64, 4), ["rows"]),
-    "strided": (masks.strided(64, 64), ["heads", "rows"]),
+    "strided": (masks.strided(64, 64), ["spread", "rows"]),
     "neighborhood": (masks.neighborhood((24, 24), (5, 5)), ["rows"]),
 }
 
