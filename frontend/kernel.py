@@ -172,7 +172,7 @@ class Kernel:
 
         mask, score_mod, prob_mod: of the structure that was compiled; they bring the runtime integers and
         the captured tensors. Raises InputError when something is not what the kernel was compiled for."""
-        from .attention import call_values, is_positive, launch
+        from .attention import call_values, is_positive, plan_of
         from .problem import Problem
 
         problem = Problem(query, key, value, enable_gqa)
@@ -181,7 +181,8 @@ class Kernel:
             raise InputError(
                 "kernel: query", f"a tensor on a {kind} device, for {self.target}", problem.device
             )
-        bound, score = problem.mask_of(mask), ScoreMod.of(score_mod)
+        problem.check_mask(mask)
+        bound, score = Mask.of(mask), ScoreMod.of(score_mod)
         made = self._executable.artifact.manifest.extra
         sizes = (problem.dtype, problem.qk_size, problem.v_size)
         for name, wanted, got in zip(("dtype", "qk_size", "v_size"), made["sizes"], sizes, strict=True):
@@ -208,7 +209,7 @@ class Kernel:
             raise InputError(
                 "kernel: scale", "a number above 0", values["scale"], "Compile with positive=False"
             )
-        found = launch(self._executable, values, problem, extra)
+        found = plan_of(self._executable, values, problem, extra)(values)
         return found if extra else found[0]
 
     def __repr__(self) -> str:
