@@ -139,7 +139,8 @@ def _plain(
     attends = torch.empty(scores.shape, dtype=torch.bool)
     for b, h in itertools.product(range(batch), range(heads)):
         attends[b, h] = torch.from_numpy(mask.to_dense(q_len, kv_len, b, h))
-    scores = scores.masked_fill(~attends.to(q.device), -math.inf)
+    attends = attends.to(q.device)
+    scores = scores.masked_fill(~attends, -math.inf)
     lse = (
         torch.logsumexp(scores.float() if q.dtype != torch.float64 else scores, -1)
         if kv_len
@@ -154,7 +155,7 @@ def _plain(
     sums = weights.to(lse.dtype).sum(2)
     if softmax.prob is not None:
         prob, tensors = softmax.prob, [as_numpy(t) for t in softmax.prob.tensors]
-        b, h, q_at, k_at = (x.numpy() for x in grid)
-        mapped = prob.ir.evaluate(weights.double().numpy(), b, h, q_at, k_at, prob.values, tensors)
-        weights = torch.from_numpy(mapped.copy()).to(q.dtype).masked_fill(~attends, 0)
+        b, h, q_at, k_at = (x.cpu().numpy() for x in grid)
+        mapped = prob.ir.evaluate(weights.double().cpu().numpy(), b, h, q_at, k_at, prob.values, tensors)
+        weights = torch.from_numpy(mapped.copy()).to(q.device, q.dtype).masked_fill(~attends, 0)
     return weights @ v, lse, sums
