@@ -99,6 +99,12 @@ CASES = {
         lambda r, n: [table(r, HQ, 8, 16)],
         False,
     ),
+    "blocks of a row": (
+        "mask(; c0: u8[2]) { c0[q, k // 16] != 0 and k <= q }",
+        (),
+        lambda r, n: [table(r, n, n // 16 + 1)],
+        False,
+    ),
     "hashed blocks": (
         "mask() { k // 8 == (q // 8 * 22987 + 17) % 65521 % ((kv_len + 7) // 8) or abs(q - k) <= 4 }",
         (),
@@ -273,11 +279,26 @@ def torch_masks():
         "bigbird": masks.bigbird(5, 3, 2, 16, 7),
         "bits of a head": lambda b, h, q, k: ((q ^ (k + h)) & 37) == 0,
         "random blocks": blocks,
+        "selected blocks": masks.selected(
+            torch.randint(-1, 10, (2, 1, 19, 3), generator=rng), 300, rows=16, keys=32
+        ),
+        "selected by row": masks.selected(torch.randint(-1, 5, (1, 3, 300, 2), generator=rng), 300)
+        & masks.causal(),
     }
 
 
 @pytest.mark.parametrize(
-    "name", ["documents", "flashmask", "flashmask, both sides", "bigbird", "bits of a head", "random blocks"]
+    "name",
+    [
+        "documents",
+        "flashmask",
+        "flashmask, both sides",
+        "bigbird",
+        "bits of a head",
+        "random blocks",
+        "selected blocks",
+        "selected by row",
+    ],
 )
 def test_cpu(name):
     torch = pytest.importorskip("torch")
