@@ -20,6 +20,7 @@ from .mask import Mask
 from .plan import Plan, Recalled, recall, serves
 from .problem import Problem
 from .reads import check_reads
+from .schedules import Request, given, settled
 from .score import ScoreMod
 from .softmax import PLAIN, Softmax
 
@@ -112,7 +113,8 @@ def attention(
         q_offset, cu_seqlens_q, cu_seqlens_kv, block_table, kv_lens, deterministic: not
             built yet; an UnsupportedError says what to write in their place.
         backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (dense, float64, slow).
-        schedule: a Schedule, or one a group, in place of the default (see `gossamer explain`).
+        schedule: a Schedule, or one a group, in place of the default, or their text as `gossamer explain`
+            prints it; "tune" for the fastest of a few on this device, timed once (see `gossamer.tune`).
         validate: on a GPU, also check what only the contents of captured tensors tell (an index out of
             range), which waits for the device. Without it such reads are clamped into the tensor. On a
             CPU the checks are always made.
@@ -231,13 +233,19 @@ def prepare(
 
     Compiles the kernel if it is new."""
     if schedule is not None:
-        _check_schedule(schedule)
+        schedule = given(schedule)
     if validate or problem.device.type == "cpu":
         check_reads(problem, mask, score, softmax.prob)
     values = call_values(problem, mask, score, scale, softmax)
     positive = is_positive(values["scale"], target_of(problem.device))
-    executable = executable_for(problem, mask, score, extra, schedule, positive, softmax)
-    return plan_of(executable, values, problem, extra), values
+    compiled = partial(executable_for, problem, mask, score, extra, positive=positive, softmax=softmax)
+
+    def planned(executable: Executable) -> Plan:
+        return plan_of(executable, values, problem, extra)
+
+    if isinstance(schedule, Request):
+        schedule = settled(schedule, problem, compiled, lambda ready: partial(planned(ready), values))
+    return planned(compiled(schedule)), values
 
 
 def is_positive(scale: float, target: str) -> bool:
@@ -285,14 +293,6 @@ def _number(scale: Any) -> float:
     except (TypeError, ValueError, RuntimeError):
         got = f"a tensor of shape {tuple(scale.shape)}" if is_array(scale) else repr(scale)
         raise InputError("attention.scale", "a number", got) from None
-
-
-def _check_schedule(schedule: Any) -> None:
-    from ..ir.plan import Schedule
-
-    for one in schedule if isinstance(schedule, tuple) else (schedule,):
-        if not isinstance(one, Schedule):
-            raise InputError("attention.schedule", "a gossamer.Schedule, or a tuple of them", repr(one))
 
 
 def plan_of(executable: Executable, values: dict[str, Any], problem: Problem, extra: tuple[str, ...]) -> Plan:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError
 from .mask import Mask
+from .schedules import TUNE, Request, given
 from .score import ProbMod, ScoreMod
 from .softmax import PLAIN, Softmax
 
@@ -221,7 +222,8 @@ def compile(spec: AttentionSpec, target: str = "cpu", schedule: Any = None) -> K
     """Compile an attention ahead of time; the result also answers `gossamer.attention` once loaded.
 
     target: "cpu" (this machine), "cpu:znver4", "cuda:sm_90", "hip:gfx942", ... schedule: one Schedule, or
-    one a group, in place of the default. Raises InputError for an unknown target, BackendError."""
+    one a group, or their text, in place of the default. Raises InputError for an unknown target,
+    BackendError."""
     if not isinstance(spec, AttentionSpec):
         raise InputError(
             "compile.spec", "an AttentionSpec", type(spec).__name__, "Write AttentionSpec(mask, qk_size=64)"
@@ -232,6 +234,10 @@ def compile(spec: AttentionSpec, target: str = "cpu", schedule: Any = None) -> K
     from ..runtime.driver import Target, driver
 
     Target.parse(target)  # before the passes spend time on it
+    schedule = given(schedule)
+    if isinstance(schedule, Request):
+        expected, fix = "a Schedule: nothing can be timed ahead of time", "Pass what gossamer.tune returns"
+        raise InputError("compile.schedule", expected, repr(TUNE), fix)
     mask, score, softmax = Mask.of(spec.mask), ScoreMod.of(spec.score_mod), spec.softmax
     program = compile_spec(replace(spec.ir, target=target), schedule)
     results = {"lse": spec.return_lse, "max": spec.return_max, "column_sums": spec.return_column_sums}

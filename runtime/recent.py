@@ -25,5 +25,10 @@ class Recent(Generic[T]):
             if len(self._values) > self._limit:
                 del self._values[next(iter(self._values))]
 
+    def clear(self) -> None:
+        """Forget all values."""
+        with self._writing:
+            self._values.clear()
+
     def __len__(self) -> int:
         return len(self._values)
