@@ -113,7 +113,9 @@ def settled(
 
 
 def _runner(
-    compiled: Callable[[Any], Executable], planned: Callable[[Executable], Callable[[], object]], schedules: Any
+    compiled: Callable[[Any], Executable],
+    planned: Callable[[Executable], Callable[[], object]],
+    schedules: Any,
 ) -> Callable[[], object]:
     """Runs an attention with these schedules; compiles it the first time."""
     ready = cache(lambda: planned(compiled(schedules)))
