@@ -147,12 +147,12 @@ def attention(
         asked = ((out, True), (lse, return_lse), (sums, return_column_sums))
         found = tuple(result for result, wanted in asked if wanted)
     else:
-        results = {"lse": return_lse, "column_sums": return_column_sums}
-        extra = tuple(name for name, wanted in results.items() if wanted)
+        extra: tuple[str, ...] = ("lse",) if return_lse else ()
+        extra += ("column_sums",) if return_column_sums else ()
         modified = (sinks, prob_mod, dropout_p, dropout_seed)
         options = (backend, schedule, validate)
         found = run(query, key, value, mask, score_mod, scale, enable_gqa, extra, modified, *options)
-    return found if len(found) > 1 else found[0]
+    return found[0] if len(found) == 1 else found
 
 
 def _check_backend(backend: str, problem: Problem) -> None:
