@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.splat import ACSRTensor as ACSRTensor
     from .frontend.splat import sddmm as sddmm
     from .frontend.splat import sparse_softmax as sparse_softmax
+    from .frontend.schedules import tune as tune
     from .frontend.splat import spmm as spmm
     from .ir.plan import Schedule as Schedule
 
@@ -41,6 +42,7 @@ _NAMES: dict[str, str] = {
     "sddmm": "frontend.splat",
     "sparse_softmax": "frontend.splat",
     "spmm": "frontend.splat",
+    "tune": "frontend.schedules",
 }
 
 # Public module -> the module it is another name of, as ``os.path`` is of ``posixpath``.

@@ -12,12 +12,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
+from ..runtime.driver import driver, get_or_compile
 from .captured import is_array, is_monotone
 from .device import precision_of, target_of
 from .kernel import quick_key
 from .mask import Mask
+from .plan import Plan, Recalled, recall, serves
 from .problem import Problem
 from .reads import check_reads
+from .schedules import Request, given, settled
 from .score import ScoreMod
 from .softmax import PLAIN, Softmax
 
@@ -27,8 +30,11 @@ if TYPE_CHECKING:
     from ..ir.kernel import Program
     from ..runtime.driver import Executable
 
-# Backends, and the kind of device whose tensors each takes.
+EVERY_PAIR = Mask.of(None)
+
 LEAST_SCALE = 2.0**-100  # as `passes.spec` has it
+
+# Backends, and the kind of device whose tensors each takes.
 BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
 
 TORCH_NAMES = {
@@ -107,7 +113,8 @@ def attention(
         q_offset, cu_seqlens_q, cu_seqlens_kv, block_table, kv_lens, deterministic: not
             built yet; an UnsupportedError says what to write in their place.
         backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (dense, float64, slow).
-        schedule: a Schedule, or one a group, in place of the default (see `gossamer explain`).
+        schedule: a Schedule, or one a group, in place of the default, or their text as `gossamer explain`
+            prints it; "tune" for the fastest of a few on this device, timed once (see `gossamer.tune`).
         validate: on a GPU, also check what only the contents of captured tensors tell (an index out of
             range), which waits for the device. Without it such reads are clamped into the tensor. On a
             CPU the checks are always made.
@@ -130,26 +137,26 @@ def attention(
         kv_lens=kv_lens,
         deterministic=deterministic,
     )
-    problem = Problem(query, key, value, enable_gqa)
-    bound = problem.mask_of(mask)
-    score = None if score_mod is None else ScoreMod.of(score_mod)
-    softmax = Softmax.of(problem, sinks, prob_mod, dropout_p, dropout_seed)
-    _check_backend(backend, problem)
     if backend == "reference":
         from .reference import reference_attention
 
-        out, lse, sums = reference_attention(problem, bound, score, scale, softmax)
+        problem = Problem(query, key, value, enable_gqa)
+        problem.check_mask(mask)
+        softmax = Softmax.of(problem, sinks, prob_mod, dropout_p, dropout_seed)
+        out, lse, sums = reference_attention(problem, Mask.of(mask), ScoreMod.of(score_mod), scale, softmax)
         asked = ((out, True), (lse, return_lse), (sums, return_column_sums))
-        found: tuple[torch.Tensor, ...] = tuple(result for result, wanted in asked if wanted)
+        found = tuple(result for result, wanted in asked if wanted)
     else:
-        results = {"lse": return_lse, "column_sums": return_column_sums}
-        extra = tuple(name for name, wanted in results.items() if wanted)
-        found = run(problem, bound, score, scale, extra, schedule, validate, softmax)
-    return found if len(found) > 1 else found[0]
+        extra: tuple[str, ...] = ("lse",) if return_lse else ()
+        extra += ("column_sums",) if return_column_sums else ()
+        modified = (sinks, prob_mod, dropout_p, dropout_seed)
+        options = (backend, schedule, validate)
+        found = run(query, key, value, mask, score_mod, scale, enable_gqa, extra, modified, *options)
+    return found[0] if len(found) == 1 else found
 
 
 def _check_backend(backend: str, problem: Problem) -> None:
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise InputError("attention.backend", f"one of {', '.join(BACKENDS)}", repr(backend))
     if problem.device.type not in BACKENDS[backend]:
         kinds = " or ".join(BACKENDS[backend])
@@ -171,6 +178,48 @@ def _check_built(**keywords: Any) -> None:
 
 
 def run(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    score_mod: Any,
+    scale: Any,
+    enable_gqa: bool,
+    extra: tuple[str, ...] = (),
+    modified: tuple[Any, Any, Any, Any] = (None, None, 0.0, None),
+    backend: str = "auto",
+    schedule: Any = None,
+    validate: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """(out, *extra) by a compiled kernel; arguments as `attention` takes them.
+
+    extra: further results, in this order: "lse", "max" (beside "lse" only), "column_sums". modified: sinks,
+    prob_mod, dropout_p and dropout_seed; the last three have no plans."""
+    bound = EVERY_PAIR if mask is None else Mask.of(mask)
+    score = ScoreMod.of(score_mod)
+    sinks, prob_mod, dropout_p, _ = modified
+    tensors = {"q": query, "k": key, "v": value}
+    if sinks is not None:
+        tensors["sinks"] = sinks
+    known = Recalled(tensors)
+    plans = driver().plans
+    if prob_mod is None and not dropout_p:
+        options = (enable_gqa, extra, backend, schedule, validate)
+        known = recall(plans, tensors, bound, score, scale, *options)
+    if known.plan is not None:
+        return known.plan(known.tensors)
+    problem = Problem(query, key, value, enable_gqa)
+    problem.check_mask(mask)
+    softmax = Softmax.of(problem, *modified)
+    _check_backend(backend, problem)
+    plan, values = prepare(problem, bound, score, scale, extra, schedule, validate, softmax)
+    found = plan(values)
+    if known.key is not None and not validate and serves(values, known.tensors):
+        plans.put(known.key, plan)
+    return found
+
+
+def prepare(
     problem: Problem,
     mask: Mask,
     score: ScoreMod | None,
@@ -179,18 +228,24 @@ def run(
     schedule: Any = None,
     validate: bool = False,
     softmax: Softmax = PLAIN,
-) -> tuple[torch.Tensor, ...]:
-    """(out, *extra) of a checked problem, compiling its kernel first if it is new.
+) -> tuple[Plan, dict[str, Any]]:
+    """A plan that gives (out, *extra) for a checked problem, and what to call it with.
 
-    extra: further results, in this order: "lse", "max" (beside "lse" only), "column_sums"."""
+    Compiles the kernel if it is new."""
     if schedule is not None:
-        _check_schedule(schedule)
+        schedule = given(schedule)
     if validate or problem.device.type == "cpu":
         check_reads(problem, mask, score, softmax.prob)
     values = call_values(problem, mask, score, scale, softmax)
     positive = is_positive(values["scale"], target_of(problem.device))
-    executable = executable_for(problem, mask, score, extra, schedule, positive, softmax)
-    return launch(executable, values, problem, extra)
+    compiled = partial(executable_for, problem, mask, score, extra, positive=positive, softmax=softmax)
+
+    def planned(executable: Executable) -> Plan:
+        return plan_of(executable, values, problem, extra)
+
+    if isinstance(schedule, Request):
+        schedule = settled(schedule, problem, compiled, lambda ready: partial(planned(ready), values))
+    return planned(compiled(schedule)), values
 
 
 def is_positive(scale: float, target: str) -> bool:
@@ -207,9 +262,9 @@ def call_values(
 ) -> dict[str, Any]:
     """What kernels are called with, by name, outputs aside."""
     values: dict[str, Any] = {
-        "q": problem.query.detach(),
-        "k": problem.key.detach(),
-        "v": problem.value.detach(),
+        "q": _detached(problem.query),
+        "k": _detached(problem.key),
+        "v": _detached(problem.value),
         "scale": 1 / math.sqrt(problem.qk_size) if scale is None else _number(scale),
     }
     if softmax.sinks is not None:
@@ -240,31 +295,23 @@ def _number(scale: Any) -> float:
         raise InputError("attention.scale", "a number", got) from None
 
 
-def _check_schedule(schedule: Any) -> None:
-    from ..ir.plan import Schedule
-
-    for one in schedule if isinstance(schedule, tuple) else (schedule,):
-        if not isinstance(one, Schedule):
-            raise InputError("attention.schedule", "a gossamer.Schedule, or a tuple of them", repr(one))
-
-
-def launch(
-    executable: Executable, values: dict[str, Any], problem: Problem, extra: tuple[str, ...]
-) -> tuple[torch.Tensor, ...]:
-    """Allocate the outputs and run."""
+def plan_of(executable: Executable, values: dict[str, Any], problem: Problem, extra: tuple[str, ...]) -> Plan:
+    """A plan that gives (out, *extra), for calls like the one with these values."""
     import torch
+
+    from ..runtime.executable import Contiguous
 
     heads = (problem.batch, problem.heads)
     wide = torch.float64 if problem.dtype == "f64" else torch.float32
-    place = problem.device
-    outputs = {
-        "o": torch.empty((*heads, problem.q_len, problem.v_size), dtype=problem.query.dtype, device=place)
-    }
+    outputs: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+        ("o", (*heads, problem.q_len, problem.v_size), problem.query.dtype)
+    ]
     for name in extra:
         length = problem.kv_len if name == "column_sums" else problem.q_len
-        outputs[name] = torch.empty((*heads, length), dtype=wide, device=place)
-    executable(values | outputs, allocate=partial(allocate, device=place))
-    return tuple(outputs.values())
+        outputs.append((name, (*heads, length), wide))
+    waiting = {name: Contiguous(shape) for name, shape, _ in outputs}
+    bound = executable.bind(values | waiting, allocate=partial(allocate, device=problem.device))
+    return Plan(bound, tuple(outputs), problem.device)
 
 
 def captured(tensor: Any, problem: Problem) -> Any:
@@ -285,7 +332,11 @@ def captured(tensor: Any, problem: Problem) -> Any:
             "attention: a captured tensor requires a gradient, and gradients are not built yet. "
             "Call under torch.no_grad(), or capture tensor.detach()"
         )
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else _detached(tensor)
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def allocate(shape: tuple[int, ...], dtype: str, device: Any = "cpu") -> torch.Tensor:
@@ -305,8 +356,6 @@ def executable_for(
     softmax: Softmax = PLAIN,
 ) -> Executable:
     """The compiled kernel of a problem's structure: from memory, from disk, or compiled now."""
-    from ..runtime.driver import get_or_compile
-
     target = target_of(problem.device)
     sizes = (
         problem.dtype,

@@ -209,6 +209,7 @@ def _listed(block_mask: BlockMask, mask: Mask) -> Mask:
     some, every = map(torch.from_numpy, found)
     if not (full & ~every).any() and not (some & ~(partial | full)).any():
         return mask
+    partial, full = (table.to(block_mask.kv_indices.device) for table in (partial, full))
     pairs = _table_mask(partial, size) & mask
     return pairs | _table_mask(full, size) if full.any() else pairs
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,27 +69,28 @@ def _shuffled(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **given: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    results: Any = attention(query, key, value, return_lse=True, **given)
+    check_results(results, query, key, value, **given)
+    return results[0], results[1]
+
+
+def check_results(
+    results: Sequence[torch.Tensor],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     *,
-    mask: Any,
-    score_mod: Any,
-    scale: float | None,
-    enable_gqa: bool,
+    mask: Any = None,
+    score_mod: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
     **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, *sums = attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        score_mod=score_mod,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        return_lse=True,
-        **options,
-    )
+) -> None:
+    """Assert the rule for the output, the LSE and, if given, the column sums of these inputs.
+
+    Raises as `check_attention`."""
     bound, score = Mask.of(mask), None if score_mod is None else ScoreMod.of(score_mod)
     floats = np.longdouble if query.dtype == torch.float64 else np.float64
     problem = Problem(query, key, value, enable_gqa)
@@ -97,9 +99,8 @@ def _check(
     exact = exact_attention(problem, bound, score, scale, floats, softmax)
     plain = _plain(query, key, value, bound, score_mod, scale, softmax)
     names = ("output", "LSE", "column sums")
-    for name, ours, wanted, peer in zip(names, (out, lse, *sums), exact, plain, strict=False):
+    for name, ours, wanted, peer in zip(names, results, exact, plain, strict=False):
         assert_close(name, ours, wanted, peer)
-    return out, lse
 
 
 def assert_close(name: str, ours: torch.Tensor, exact: np.ndarray, plain: torch.Tensor) -> None:
@@ -139,7 +140,8 @@ def _plain(
     attends = torch.empty(scores.shape, dtype=torch.bool)
     for b, h in itertools.product(range(batch), range(heads)):
         attends[b, h] = torch.from_numpy(mask.to_dense(q_len, kv_len, b, h))
-    scores = scores.masked_fill(~attends.to(q.device), -math.inf)
+    attends = attends.to(q.device)
+    scores = scores.masked_fill(~attends, -math.inf)
     lse = (
         torch.logsumexp(scores.float() if q.dtype != torch.float64 else scores, -1)
         if kv_len
@@ -154,7 +156,7 @@ def _plain(
     sums = weights.to(lse.dtype).sum(2)
     if softmax.prob is not None:
         prob, tensors = softmax.prob, [as_numpy(t) for t in softmax.prob.tensors]
-        b, h, q_at, k_at = (x.numpy() for x in grid)
-        mapped = prob.ir.evaluate(weights.double().numpy(), b, h, q_at, k_at, prob.values, tensors)
-        weights = torch.from_numpy(mapped.copy()).to(q.dtype).masked_fill(~attends, 0)
+        b, h, q_at, k_at = (x.cpu().numpy() for x in grid)
+        mapped = prob.ir.evaluate(weights.double().cpu().numpy(), b, h, q_at, k_at, prob.values, tensors)
+        weights = torch.from_numpy(mapped.copy()).to(q.device, q.dtype).masked_fill(~attends, 0)
     return weights @ v, lse, sums

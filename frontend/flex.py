@@ -27,8 +27,6 @@ from . import block_mask as blocks
 from .attention import run
 from .block_mask import BlockMask, MaskMod
 from .mask import Mask
-from .problem import Problem
-from .score import ScoreMod
 
 __all__ = [
     "AuxOutput",
@@ -82,9 +80,8 @@ def flex_attention(
         raise InputError("flex_attention", "return_lse or return_aux", "both", "Ask for AuxRequest(lse=True)")
     want = return_aux or AuxRequest(lse=return_lse)
     rows = ("lse", "max")[: 2 if want.max_scores else int(want.lse)]
-    problem = Problem(query, key, value, enable_gqa)
-    mask = problem.mask_of(_mask_of(block_mask, query, key))
-    out, *found = run(problem, mask, ScoreMod.of(score_mod), scale, rows)
+    mask = _mask_of(block_mask, query, key)
+    out, *found = run(query, key, value, mask, score_mod, scale, enable_gqa, rows)
     if return_aux is None:
         return (out, found[0]) if return_lse else out
     lse, peak = (*found, None, None)[:2]
@@ -93,7 +90,7 @@ def flex_attention(
 
 def _mask_of(block_mask: Any, query: Tensor, key: Tensor) -> Any:
     """The mask of a block mask that fits these tensors; anything else as it is."""
-    if not isinstance(block_mask, PyTorchBlockMask):
+    if not isinstance(block_mask, PyTorchBlockMask) or not isinstance(query, torch.Tensor):
         return block_mask
     block_mask = blocks.of(block_mask)
     *batch, q_len, kv_len = block_mask.shape

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError
 from .mask import Mask
+from .schedules import TUNE, Request, given
 from .score import ProbMod, ScoreMod
 from .softmax import PLAIN, Softmax
 
@@ -172,7 +173,7 @@ class Kernel:
 
         mask, score_mod, prob_mod: of the structure that was compiled; they bring the runtime integers and
         the captured tensors. Raises InputError when something is not what the kernel was compiled for."""
-        from .attention import call_values, is_positive, launch
+        from .attention import call_values, is_positive, plan_of
         from .problem import Problem
 
         problem = Problem(query, key, value, enable_gqa)
@@ -181,7 +182,8 @@ class Kernel:
             raise InputError(
                 "kernel: query", f"a tensor on a {kind} device, for {self.target}", problem.device
             )
-        bound, score = problem.mask_of(mask), ScoreMod.of(score_mod)
+        problem.check_mask(mask)
+        bound, score = Mask.of(mask), ScoreMod.of(score_mod)
         made = self._executable.artifact.manifest.extra
         sizes = (problem.dtype, problem.qk_size, problem.v_size)
         for name, wanted, got in zip(("dtype", "qk_size", "v_size"), made["sizes"], sizes, strict=True):
@@ -208,7 +210,7 @@ class Kernel:
             raise InputError(
                 "kernel: scale", "a number above 0", values["scale"], "Compile with positive=False"
             )
-        found = launch(self._executable, values, problem, extra)
+        found = plan_of(self._executable, values, problem, extra)(values)
         return found if extra else found[0]
 
     def __repr__(self) -> str:
@@ -220,7 +222,8 @@ def compile(spec: AttentionSpec, target: str = "cpu", schedule: Any = None) -> K
     """Compile an attention ahead of time; the result also answers `gossamer.attention` once loaded.
 
     target: "cpu" (this machine), "cpu:znver4", "cuda:sm_90", "hip:gfx942", ... schedule: one Schedule, or
-    one a group, in place of the default. Raises InputError for an unknown target, BackendError."""
+    one a group, or their text, in place of the default. Raises InputError for an unknown target,
+    BackendError."""
     if not isinstance(spec, AttentionSpec):
         raise InputError(
             "compile.spec", "an AttentionSpec", type(spec).__name__, "Write AttentionSpec(mask, qk_size=64)"
@@ -231,6 +234,10 @@ def compile(spec: AttentionSpec, target: str = "cpu", schedule: Any = None) -> K
     from ..runtime.driver import Target, driver
 
     Target.parse(target)  # before the passes spend time on it
+    schedule = given(schedule)
+    if isinstance(schedule, Request):
+        expected, fix = "a Schedule: nothing can be timed ahead of time", "Pass what gossamer.tune returns"
+        raise InputError("compile.schedule", expected, repr(TUNE), fix)
     mask, score, softmax = Mask.of(spec.mask), ScoreMod.of(spec.score_mod), spec.softmax
     program = compile_spec(replace(spec.ir, target=target), schedule)
     results = {"lse": spec.return_lse, "max": spec.return_max, "column_sums": spec.return_column_sums}

@@ -166,6 +166,11 @@ class Mask:
         return ("mask", self._term, self._signature)
 
     @property
+    def captures(self) -> int:
+        """How many tensors it captured."""
+        return len(self._tensors)
+
+    @property
     def tensors(self) -> tuple[Any, ...]:
         return tuple(map(readable, self._tensors))
 

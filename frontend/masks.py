@@ -35,6 +35,7 @@ __all__ = [
     "neighborhood",
     "prefix_lm",
     "random_blocks",
+    "selected",
     "sliding_window",
     "strided",
 ]
@@ -296,6 +297,67 @@ def _hash(row: Any, seed: Any, draw: int) -> Any:
     x = ((row % 65521) * 22987 + (low * 3 + 15823 * draw) % 65521) % 65521
     x = ((x ^ ((high + 24593 * draw) % 65536)) * 29787 + 17389) % 65519
     return ((x ^ 43690) * 31337 + 12289) % 65497 * 28411
+
+
+def selected(indices: Any, kv_len: int, *, rows: int = 1, keys: int = 64, group: int = 1) -> Mask:
+    """Each block of `rows` queries sees the blocks of `keys` keys that a tensor lists for it.
+
+    indices: integers (B or 1, H or 1, ceil(q_len / rows), n), in any order, repeats allowed; -1: none. Read
+    at each call. The query head h has row h // group, so that heads that share a key head can share it.
+    kv_len: the number of keys at most. rows, keys, group: numbers.
+
+    The selection of NSA (arXiv:2502.11089), MoBA (arXiv:2502.13189) and the like; causal by `& causal()`.
+    It is kept as one byte a block, from which kernels list tiles: queries of one tile share the keys that
+    any of them sees, so selections that differ from query to query cost more than those of 16 and more.
+    Raises InputError for a selection so fine that its table would be no smaller than the scores, and, on
+    the CPU, for a block behind the last one; elsewhere such a block selects nothing.
+    """
+    kv_len, rows, keys, group = (
+        _whole("selected", name, value, least=1)
+        for name, value in (("kv_len", kv_len), ("rows", rows), ("keys", keys), ("group", group))
+    )
+    indices = _integers("selected", "indices", indices, ranks=(4,))
+    if rows * keys < MIN_SELECTED:
+        raise InputError(
+            "masks.selected", f"blocks of {MIN_SELECTED} pairs at least, rows * keys", rows * keys,
+            "Select blocks of keys; single keys are gathered before the call",
+        )  # fmt: skip
+    batches, heads = indices.shape[:2]
+    blocks = -(-kv_len // keys)
+    kept = [d for d, n in enumerate((batches, heads)) if n > 1]
+    table = Derived(indices, lambda i: _selection(i, blocks, [i.shape[d] for d in (*kept, 2)]))
+    places = ("b", ("floordiv", "h", group) if group > 1 else "h")
+    block = [places[d] for d in kept]
+    for index, size in (("q", rows), ("k", keys)):
+        block.append(("floordiv", index, size) if size > 1 else index)
+    return Mask(("ne", ("read", "c0", *block), 0), (), (table,), (("bool", len(block)),))
+
+
+MIN_SELECTED = 16  # pairs for each byte of a table of selected blocks
+
+
+def _selection(indices: Any, blocks: int, shape: list[int]) -> Any:
+    """bool [*shape, blocks]: whether a block is listed in the row of indices."""
+    if not hasattr(indices, "detach"):
+        import numpy as np
+
+        _check_selection(indices, blocks)
+        table = np.zeros((*indices.shape[:-1], blocks + 1), bool)
+        np.put_along_axis(table, np.where(indices < 0, blocks, indices).astype(np.int64), True, -1)
+        return np.ascontiguousarray(table[..., :blocks].reshape(*shape, blocks))
+    import torch
+
+    if indices.device.type == "cpu":
+        _check_selection(indices, blocks)
+    listed = torch.where((indices < 0) | (indices >= blocks), blocks, indices).long()
+    table = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
+    return table.scatter_(-1, listed, True)[..., :blocks].reshape(*shape, blocks).contiguous()
+
+
+def _check_selection(indices: Any, blocks: int) -> None:
+    most = int(indices.max()) if 0 not in indices.shape else -1
+    if most >= blocks:
+        raise InputError("masks.selected.indices", f"numbers of blocks below {blocks}, or -1", most)
 
 
 def from_block_mask(block_mask: Any) -> Mask:

@@ -144,14 +144,13 @@ class Problem:
                 setattr(self, name, tensor.resolve_neg())
         self.dtype = names[query.dtype]
 
-    def mask_of(self, value: Any) -> Mask:
-        """The Mask of an argument; a boolean tensor has to broadcast to this problem."""
+    def check_mask(self, value: Any) -> None:
+        """Raise InputError unless a mask that is a boolean tensor broadcasts to this problem."""
         if is_array(value) and not isinstance(value, Mask):
             wanted = (self.batch, self.heads, self.q_len, self.kv_len)
             got = tuple(value.shape)
             if any(n not in (1, m) for n, m in zip(reversed(got), reversed(wanted), strict=False)):
                 raise InputError("attention.mask", f"a tensor broadcastable to {wanted}", f"shape {got}")
-        return Mask.of(value)
 
     def _check_heads(self, kv_heads: int, enable_gqa: bool) -> None:
         if not enable_gqa:

@@ -63,6 +63,11 @@ class ScoreMod:
         return tuple("float" if isinstance(v, float) else "int" for v in self.values)
 
     @property
+    def captures(self) -> int:
+        """How many tensors it captured."""
+        return len(self._tensors)
+
+    @property
     def tensors(self) -> tuple[Any, ...]:
         return tuple(map(readable, self._tensors))
 

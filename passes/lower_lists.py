@@ -47,7 +47,7 @@ from ..ir.kernel import (
     Store,
     Tensor,
 )
-from ..ir.plan import Group, Loops, Schedule
+from ..ir.plan import Group, Loops, Schedule, Summary
 from ..ir.sequences import Sequences
 from .lists import ListTensors, hull
 from .reads import clamp
@@ -77,8 +77,11 @@ class _Builder:
         self.order, self.schedule = group.order, schedule
         self.over = Scaffold(group, schedule, replace(loops, programs="rows"), sequences=sequences)
         (self.spans,) = loops.spans
-        bind = self.over.bind if self.lists.by_row else self._bound
-        self.touched, self.full = bind(loops.touched), bind(loops.full)
+        late = frozenset({N0, *map(_symbol, self.lists.summaries)})
+        self.touched, self.full = (
+            self.over.bind(e, late=late) if self.lists.by_row else self._bound(e)
+            for e in (loops.touched, loops.full)
+        )
         whole = hull(self.spans)
         lets = [s for s in self.over.make_rows if isinstance(s, Let)]
         self.bounds: list[Stmt] = [*lets, Let("first", whole.lo), Let("last", whole.hi)]
@@ -233,6 +236,10 @@ class _Builder:
         return any_of([all_of([s.lo <= n, n < s.hi]) for s in self.spans])
 
 
+def _symbol(summary: Summary) -> Expr:
+    return sympy.Symbol(summary.name) if summary.op in ("any", "all") else integer(summary.name)
+
+
 def _walk(body: Iterable[Stmt]) -> Iterator[Stmt]:
     for s in body:
         yield s
@@ -276,4 +283,4 @@ def _used(
         if more and names & more and argument.name not in {t.name for t in own}:
             taken.append(argument)
             known |= more
-    return (*taken, *own)
+    return (*(a for a in arguments if a in taken), *own)

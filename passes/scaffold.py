@@ -201,12 +201,13 @@ class Scaffold:
 
         return predicate.replace(lambda e: isinstance(e, Relational), settle)
 
-    def bind(self, expr: Expr, *, attending: bool = False) -> Expr:
+    def bind(self, expr: Expr, *, attending: bool = False, late: frozenset[Expr] = frozenset()) -> Expr:
         """An expression of q and k over the tiles that hold them; captured tensors are read in range.
 
         attending: only the values at pairs of the mask are used, as those of a score.
         Costly parts (reads, divisions, bit operations) of rows alone move to tiles made once a row tile,
-        parts of keys alone to tiles made once a key tile, random bits of neither to scalars."""
+        parts of keys alone to tiles made once a key tile, random bits of neither to scalars; nothing moves
+        that depends on `late`."""
         row, col = ROW, COL
         if expr.has(read, readf):
             clamped = clamp(expr, attending=attending or self.sequences.uneven)
@@ -222,22 +223,29 @@ class Scaffold:
         index = {integer("q"): row, integer("k"): col}
         if self.heads > 1:
             index[H] = self.query_head
-        expr = self._hoist(expr, rows, cols, index)
+        expr = self._hoist(expr, rows, cols, late, index)
         return expr.xreplace(_wide(index) if needs_64_bits(expr) else index)
 
-    def _hoist(self, expr: Expr, rows: frozenset, cols: frozenset, index: dict[Expr, Expr]) -> Expr:  # type: ignore[type-arg]
+    def _hoist(
+        self,
+        expr: Expr,
+        rows: frozenset[Expr],
+        cols: frozenset[Expr],
+        late: frozenset[Expr],
+        index: dict[Expr, Expr],
+    ) -> Expr:
         by_row, by_col = bool(expr.free_symbols & rows), bool(expr.free_symbols & cols)
         if isinstance(expr, random_bits) and not by_row and not by_col:
-            args = (self._hoist(a, rows, cols, index) for a in expr.args)
+            args = (self._hoist(a, rows, cols, late, index) for a in expr.args)
             return self._made(expr, expr.func(*args), "once", "i32", (), self.make_rows)
-        if by_row != by_col and isinstance(expr, _COSTLY):
+        if by_row != by_col and isinstance(expr, _COSTLY) and not expr.free_symbols & late:
             fits = expr in self._compared and str(expr.args[0]) in self._narrow
             dtype = self.floats if kind(expr) != "int" else "i32" if fits else "i64"
             name, axis, made = ("row", "i", self.make_rows) if by_row else ("col", "j", self.make_cols)
             return self._made(expr, expr.xreplace(_wide(index)), name, dtype, (axis,), made)
         if not expr.args or not (by_row or by_col):
             return expr
-        return expr.func(*(self._hoist(a, rows, cols, index) for a in expr.args))
+        return expr.func(*(self._hoist(a, rows, cols, late, index) for a in expr.args))
 
     def _made(
         self, key: Expr, value: Expr, stem: str, dtype: str, axes: tuple[str, ...], made: list[Stmt]

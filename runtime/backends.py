@@ -19,7 +19,8 @@ from .target import Target
 if TYPE_CHECKING:  # ir.kernel brings sympy, which running a compiled kernel does not need
     from ..ir.kernel import Kernel
 
-Runner = Callable[[Sequence[Any], int], None]  # (tensors in the kernel's order, threads) -> None
+# (tensors in the kernel's order, threads or None for GOSSAMER_NUM_THREADS) -> None
+Runner = Callable[[Sequence[Any], int | None], None]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import BackendError, MissingDependencyError
 from ..ir.syntax import PARSER
+from .knobs import NUM_THREADS
 from .manifest import Launch
 from .workers import POOL
 
@@ -116,9 +117,9 @@ class CpuKernel:
         function, workspace, order = self._function, self._workspace, self._order
         scalars = [values[name] for name in self._scalars]
 
-        def run(tensors: Sequence[Any], threads: int) -> None:
+        def run(tensors: Sequence[Any], threads: int | None) -> None:
             given = [*tensors, *scalars]
-            launch(function, [given[place] for place in order], threads, workspace)
+            launch(function, [given[place] for place in order], threads or NUM_THREADS.get(), workspace)
 
         return run
 

@@ -138,7 +138,7 @@ class Call:
         self._function, self._device = function, device
         self._shape = grid, threads, shared
         self._arguments, self._maps = arguments, arguments.maps
-        self._pack = struct.Struct(f"{arguments.addresses}Q").pack_into
+        self._pack = struct.Struct(arguments.changing).pack_into
         self._free: list[tuple[Any, Any, Any, Any]] = []
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
@@ -147,9 +147,7 @@ class Call:
         except IndexError:
             block = self._block()
         memory, pointers, config, reference = block
-        self._pack(memory, 0, *addresses)
-        for number, place, tensor_map in self._maps:
-            memory[place : place + MAP_SIZE] = tensor_map.at(addresses[number])
+        self._pack(memory, 0, *addresses, *[each.at(addresses[number]) for number, each in self._maps])
         config.stream = stream
         code = self._launch(reference, self._function, pointers, None)
         if code == _INVALID_CONTEXT:
@@ -172,27 +170,27 @@ class Call:
 
 
 class Arguments:
-    """Arguments of a kernel in memory: addresses first, to be filled in, then everything else.
+    """Arguments of a kernel in memory: addresses and what is made of them, then everything else.
 
     types: the parameters' types in order, '*' for an address, 'M' for a tensor map, which is made of one,
     else a format of `struct`. constants: values of the others, in order: numbers, and `TensorMap`s. places:
-    where each parameter lies; addresses: how many there are; maps: of each, the address it is made of,
-    where it lies, and the map."""
+    where each parameter lies. changing: the format of what each launch writes, all addresses and then all
+    maps. maps: of each, the number of its address, and the map."""
 
     def __init__(self, types: Sequence[str], constants: Sequence[Any]) -> None:
-        self.addresses = sum(kind in "*M" for kind in types)
+        addresses = sum(kind in "*M" for kind in types)
+        self.changing = f"{addresses}Q" + f"{MAP_SIZE}s" * types.count("M")
         self.places: list[int] = []
-        self.maps: list[tuple[int, int, TensorMap]] = []
-        memory = bytearray(8 * self.addresses)
+        self.maps: list[tuple[int, TensorMap]] = []
+        memory = bytearray(struct.calcsize(self.changing))
         address, rest = 0, iter(constants)
         for kind in types:
             if kind == "*":
                 self.places.append(8 * address)
                 address += 1
             elif kind == "M":
-                self.maps.append((address, len(memory), next(rest)))
-                self.places.append(len(memory))
-                memory += bytes(MAP_SIZE)
+                self.places.append(8 * addresses + MAP_SIZE * len(self.maps))
+                self.maps.append((address, next(rest)))
                 address += 1
             else:
                 memory += bytes(-len(memory) % struct.calcsize(kind))

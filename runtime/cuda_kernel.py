@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ctypes import c_void_p
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import ArtifactError, BackendError, InputError
 from .cuda_driver import Arguments, Call, driver
@@ -17,6 +17,9 @@ from .gpu import SMALLER
 from .manifest import Argument, Launch
 from .tensor_map import TensorMap
 
+if TYPE_CHECKING:
+    from .backends import Runner
+
 _WARP = 32
 _STRUCT = {"i1": "?", "i8": "b", "u8": "B", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 _BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
@@ -24,8 +27,6 @@ _SOURCE = re.compile(r"(\w+)(?:\.(stride)\((\d+)\)|\.(shape)\[(\d+)\])?")
 _DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[[\d, ]+\]>")
 _DTYPES = {"fp64": "f64", "fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _LIMIT = 1 << 31
-
-Runner = Callable[[Sequence[Any], int], None]
 
 
 class CudaKernel:
@@ -55,7 +56,7 @@ class CudaKernel:
 
         sizes: dimensions and integer arguments by name. Raises InputError for what the kernel cannot
         address, BackendError where it does not fit the device."""
-        device = values[self._tensors[0].source].device.index
+        device = next(value.device.index for value in values.values() if hasattr(value, "device"))
         for argument in self._tensors:
             _check_alignment(self._launch.kernel, argument, values[argument.source])
         self._check_spans(values)
@@ -71,9 +72,9 @@ class CudaKernel:
 
     def _read(self, values: Mapping[str, Any]) -> list[Any]:
         """Everything but addresses, in the order of the parameters."""
-        found = []
+        found: list[Any] = []
         for kind, name, what, dimension in self._constants:
-            value = values[name]
+            value: Any = values[name]
             if isinstance(what, _Box):
                 value = TensorMap(
                     driver(), what.dtype, value.shape, value.stride(), what.extents, what.swizzle
@@ -121,7 +122,7 @@ def _runner(call: Call, device: int, grid: int, scratch: int) -> Runner:
     stream = torch._C._cuda_getCurrentRawStream
     current = torch._C._cuda_getDevice
 
-    def run(tensors: Sequence[Any], threads: int) -> None:
+    def run(tensors: Sequence[Any], threads: int | None) -> None:
         addresses = [t.data_ptr() for t in tensors]
         if scratch:
             memory = torch.empty(grid * scratch, dtype=torch.uint8, device=f"cuda:{device}")

@@ -20,6 +20,7 @@ from .compile import artifact_key, compile_kernels, host_digest, quick_digest
 from .counting import COMPILATIONS, LOADS
 from .executable import Executable
 from .flight import SingleFlight
+from .recent import Recent
 from .target import Target
 
 if TYPE_CHECKING:  # the IR brings sympy, which running a compiled kernel does not need
@@ -39,6 +40,9 @@ __all__ = [
 ]
 
 
+_PLANS = 512
+
+
 class Driver:
     """Compiled programs of this process over one cache. Safe to use from any thread."""
 
@@ -48,6 +52,7 @@ class Driver:
         self._by_artifact: dict[str, Executable] = {}
         self._installed: dict[str, Executable] = {}
         self._flights: SingleFlight[Executable] = SingleFlight()
+        self.plans: Recent[Any] = Recent(_PLANS)  # the frontend's, which end with these executables
 
     def get_or_compile(
         self, quick_key: Hashable, make_program: Callable[[], Program], target: str = "cpu"

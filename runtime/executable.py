@@ -18,7 +18,7 @@ from .artifact import Artifact, check_host
 from .backends import BACKENDS, Loaded, Runner
 from .counting import LOADS
 from .formula import Formula, parse_formula
-from .knobs import LOG_TIMINGS, NUM_THREADS, log
+from .knobs import LOG_TIMINGS, log
 from .manifest import Argument
 from .target import Target
 
@@ -30,16 +30,16 @@ Pick = Callable[[Mapping[str, Any]], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Bound:
-    """A program whose sizes, strides and scalars are settled: only memory differs from call to call.
-
-    `bound(tensors)` runs it on tensors by name; see `Executable.bind`."""
+    """A program whose sizes, strides and scalars are settled: only memory differs from call to call."""
 
     steps: tuple[tuple[Runner, Pick], ...]
     intermediates: tuple[tuple[str, tuple[int, ...], str], ...]
     allocate: Allocate | None
 
-    def __call__(self, tensors: Mapping[str, Any], threads: int) -> None:
-        """Run every kernel. tensors: inputs and outputs, of the sizes and strides that were bound."""
+    def __call__(self, tensors: Mapping[str, Any], threads: int | None = None) -> None:
+        """Run every kernel. tensors: inputs and outputs by name, of the sizes and strides that were bound.
+
+        threads: of a CPU kernel, else GOSSAMER_NUM_THREADS."""
         if self.intermediates:
             assert self.allocate is not None
             made = {name: self.allocate(shape, dtype) for name, shape, dtype in self.intermediates}
@@ -49,8 +49,8 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class _Contiguous:
-    """Stands for a contiguous tensor that is yet to be allocated."""
+class Contiguous:
+    """Stands in `Executable.bind` for a contiguous tensor that is yet to be allocated."""
 
     shape: tuple[int, ...]
 
@@ -87,17 +87,17 @@ class Executable:
         allocate: makes the intermediates, where there are any. threads: of a CPU kernel, else
         GOSSAMER_NUM_THREADS. Raises InputError when a value is missing or a check of the program fails.
         """
-        self.bind(values, allocate=allocate)(values, threads or NUM_THREADS.get())
+        self.bind(values, allocate=allocate)(values, threads)
 
     def bind(self, values: Mapping[str, Any], *, allocate: Allocate | None = None) -> Bound:
         """The program for calls whose tensors have the sizes and strides of these, with these scalars.
 
-        Arguments and errors are those of a call; nothing runs."""
+        Arguments and errors are those of a call; nothing runs. Outputs may be given as `Contiguous`."""
         kernels = self._kernels or self._load()
         sizes = self._sizes(values)
         self._check(sizes)
         intermediates = self._intermediates(sizes, allocate)
-        values = {**values, **{name: _Contiguous(shape) for name, shape, _ in intermediates}}
+        values = {**values, **{name: Contiguous(shape) for name, shape, _ in intermediates}}
         steps = tuple((kernel.bind(values, sizes), pick) for kernel, pick in kernels)
         return Bound(steps, intermediates, allocate)
 

@@ -48,6 +48,12 @@ def calls(device: str) -> dict[str, Call]:
         "score_mod": lambda: gossamer.attention(
             *short, mask=masks.causal(), score_mod=lambda s, b, h, q, k: s + bias[h, q - k]
         ),
+        "sinks": lambda: gossamer.attention(*short, mask=masks.causal(), sinks=bias[:, 0]),
+        "dropout": lambda: gossamer.attention(*short, dropout_p=0.2, dropout_seed=3),
+        "prob_mod of its own pass": lambda: gossamer.attention(
+            *short, mask=masks.causal(), prob_mod=lambda p, b, h, q, k: p * p
+        ),
+        "column sums": lambda: gossamer.attention(*short, mask=masks.causal(), return_column_sums=True),
         "views": lambda: gossamer.attention(*(t[:, :, ::2, 1::2] for t in long), mask=masks.causal()),
     }
 

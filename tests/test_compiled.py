@@ -11,7 +11,7 @@ import torch
 from gossamer.ir.errors import ArtifactError, InputError
 from gossamer.ir.expr import ceildiv, integer, real
 from gossamer.ir.kernel import Axis, Dot, GridDim, Kernel, Load, Reduce, Scalar, Store, Tensor
-from gossamer.runtime import host
+from gossamer.runtime import cpu, host
 from gossamer.runtime.artifact import Artifact
 from gossamer.runtime.driver import compilations, compile_kernels
 from gossamer.runtime.executable import Executable
@@ -111,6 +111,17 @@ def test_unknown_cpu_is_refused_with_its_neighbours() -> None:
         InputError, match=r"expected an LLVM CPU name after 'cpu:'; got 'znver44'. Did you mean znver4"
     ):
         compile_kernels([scale_kernel()], "cpu:znver44")
+
+
+def test_threads_default_to_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(cpu, "launch", lambda function, arguments, threads, workspace: seen.append(threads))
+    executable = Executable(compile_kernels([scale_kernel()], "cpu"))
+    values = {"x": torch.ones(3), "y": torch.empty(3), "by": 2.0}
+    monkeypatch.setenv("GOSSAMER_NUM_THREADS", "7")
+    executable(values)
+    executable(values, threads=3)
+    assert seen == [7, 3]
 
 
 def test_gpu_kernel_is_compiled_and_saved_without_a_gpu(tmp_path: Path) -> None:

@@ -238,14 +238,6 @@ def test_kernels_run_in_order_with_their_arguments(driver: Driver, backend: Reco
     assert list(executable.inputs) == ["window", "x", "y"]
 
 
-def test_threads_default_to_the_environment(
-    driver: Driver, backend: RecordingBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GOSSAMER_NUM_THREADS", "7")
-    driver.get_or_compile(("one",), lambda: alone("one", Scalar("s", "f32")))({"s": 1.5})
-    assert backend.launched == [("one", (1.5,), 7)]
-
-
 def test_binaries_load_once_and_only_when_called(driver: Driver, backend: RecordingBackend) -> None:
     executable = driver.get_or_compile(("one",), lambda: alone("one"))
     before = driver_module.loads()

@@ -99,6 +99,12 @@ CASES = {
         lambda r, n: [table(r, HQ, 8, 16)],
         False,
     ),
+    "blocks of a row": (
+        "mask(; c0: u8[2]) { c0[q, k // 16] != 0 and k <= q }",
+        (),
+        lambda r, n: [table(r, n, n // 16 + 1)],
+        False,
+    ),
     "hashed blocks": (
         "mask() { k // 8 == (q // 8 * 22987 + 17) % 65521 % ((kv_len + 7) // 8) or abs(q - k) <= 4 }",
         (),
@@ -273,11 +279,26 @@ def torch_masks():
         "bigbird": masks.bigbird(5, 3, 2, 16, 7),
         "bits of a head": lambda b, h, q, k: ((q ^ (k + h)) & 37) == 0,
         "random blocks": blocks,
+        "selected blocks": masks.selected(
+            torch.randint(-1, 10, (2, 1, 19, 3), generator=rng), 300, rows=16, keys=32
+        ),
+        "selected by row": masks.selected(torch.randint(-1, 5, (1, 3, 300, 2), generator=rng), 300)
+        & masks.causal(),
     }
 
 
 @pytest.mark.parametrize(
-    "name", ["documents", "flashmask", "flashmask, both sides", "bigbird", "bits of a head", "random blocks"]
+    "name",
+    [
+        "documents",
+        "flashmask",
+        "flashmask, both sides",
+        "bigbird",
+        "bits of a head",
+        "random blocks",
+        "selected blocks",
+        "selected by row",
+    ],
 )
 def test_cpu(name):
     torch = pytest.importorskip("torch")
@@ -290,3 +311,28 @@ def test_cpu(name):
         q = torch.randn(2, 3, q_len, 32)
         k, v = torch.randn(2, 2, 3, kv_len, 32)
         check_attention(q, k, v, mask=mask, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    "name", ["documents in any order", "bits of heads", "blocks across tiles", "residues of documents"]
+)
+def test_column_sums_have_lists_of_their_own(name):
+    """Rows of their tiles are keys: the lists are of the mask with queries and keys exchanged."""
+    text, params, make, _ = CASES[name]
+    mask, rng = Mask.parse(text), np.random.default_rng()
+    schedule = Schedule((ROWS,), (COLS,), lists="all")
+    program = compile_spec(
+        AttentionSpec(mask, qk_size=QK, v_size=V, return_lse=True, return_column_sums=True), schedule
+    )
+    assert any(k.name.startswith("column_sums") and k.name.endswith("_tiles") for k in program.kernels)
+    q_len, kv_len = 61, 83
+    tensors = make(rng, kv_len)
+    given = arguments(mask, params, tensors, q_len, kv_len, rng)
+    given["column_sums"] = np.full((B, HQ, kv_len), np.nan, np.float32)
+    found = interpret(program, given)["column_sums"]
+    attends = mask.evaluate(*np.ogrid[:B, :HQ, :q_len, :kv_len], params, tensors, q_len, kv_len)
+    scores = np.einsum("bhqd,bhkd->bhqk", given["q"].astype(float), given["k"].repeat(HQ // HK, 1)) / 4
+    weights = np.where(attends, np.exp(scores), 0)
+    total = weights.sum(-1, keepdims=True)
+    expected = (weights / np.where(total == 0, 1, total)).sum(2)
+    np.testing.assert_allclose(found, expected, atol=2e-5)

@@ -137,6 +137,45 @@ def test_random_blocks_are_uniform():
     assert abs(rows.mean(0) - rows.mean()).max() < 0.015
 
 
+def selection(indices, b, h, q_len, kv_len, rows, keys):
+    """What `masks.selected` means, pair by pair."""
+    indices = np.asarray(indices)
+    listed = indices[b % indices.shape[0], h % indices.shape[1], np.arange(q_len) // rows]
+    return (listed[:, None, :] == (np.arange(kv_len) // keys)[None, :, None]).any(-1)
+
+
+@pytest.mark.parametrize("rows, keys", [(1, 16), (4, 5), (16, 1), (32, 64)])
+@pytest.mark.parametrize("batches, heads", [(1, 1), (2, 3)])
+def test_selected_blocks(rows, keys, batches, heads):
+    rng = np.random.default_rng()
+    blocks = -(-100 // keys)
+    indices = rng.integers(-1, blocks, (batches, heads, -(-70 // rows), 3))
+    for tensor in (indices, torch.from_numpy(indices).int()):
+        mask = masks.selected(tensor, 100, rows=rows, keys=keys)
+        for b, h in ((0, 0), (batches - 1, heads - 1)):
+            expected = selection(indices, b, h, 70, 100, rows, keys)
+            np.testing.assert_array_equal(mask.to_dense(70, 100, b, h), expected)
+
+
+def test_selected_blocks_are_read_at_each_call_and_shared_by_a_group_of_heads():
+    indices = torch.tensor([[[[0], [1]], [[1], [-1]]]])
+    mask = masks.selected(indices, 8, rows=4, keys=4, group=2)
+    np.testing.assert_array_equal(mask.to_dense(8, 8, h=1), mask.to_dense(8, 8, h=0))
+    assert mask.to_dense(8, 8, h=2)[:4, 4:].all() and mask.to_dense(8, 8, h=3).sum() == 16
+    indices[:] = 1
+    assert mask.to_dense(8, 8)[:, 4:].all() and not mask.to_dense(8, 8)[:, :4].any()
+
+
+def test_selections_that_are_wrong():
+    indices = torch.zeros(1, 1, 4, 2, dtype=torch.int32)
+    with pytest.raises(InputError, match=r"blocks of 16 pairs at least, rows \* keys; got 1"):
+        masks.selected(indices, 8, keys=1)
+    with pytest.raises(InputError, match="rank 4"):
+        masks.selected(indices[0], 8)
+    with pytest.raises(InputError, match=r"below 2, or -1; got 2"):
+        masks.selected(indices + 2, 128).to_dense(4, 8)
+
+
 def test_bigbird_is_its_parts():
     whole = masks.bigbird(2, 3, 2, block=4, seed=1).to_dense(30, 30)
     parts = masks.longformer(2, 3) | masks.random_blocks(2, 4, 1)
