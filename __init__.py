@@ -17,12 +17,12 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
     from .frontend.mask import Mask as Mask
+    from .frontend.schedules import tune as tune
     from .frontend.score import ProbMod as ProbMod
     from .frontend.score import ScoreMod as ScoreMod
     from .frontend.splat import ACSRTensor as ACSRTensor
     from .frontend.splat import sddmm as sddmm
     from .frontend.splat import sparse_softmax as sparse_softmax
-    from .frontend.schedules import tune as tune
     from .frontend.splat import spmm as spmm
     from .ir.plan import Schedule as Schedule
 

@@ -152,6 +152,7 @@ class _Builder:
         row, attends, ij = self.over.valid_row, self.over.attends, ("i", "j")
         some, full, flag = sympy.Symbol("some"), sympy.Symbol("whole_tile"), integer("flag")
         looked_at: tuple[Stmt, ...] = (
+            *self.over.mask_cols,
             Compute("ok", "bool", ij, attends),
             Reduce("hit", "bool", (), "any", all_of([row, sympy.Symbol("ok")]), ij),
             Reduce("hole", "bool", (), "any", all_of([row, sympy.Not(sympy.Symbol("ok"))]), ij),

@@ -185,6 +185,7 @@ def _sddmm(spec: AttentionSpec, plan: TermPlan) -> Kernel:
         Load("Q", acc, ("i", "d"), "q", (B, H, over.safe_row, D)),
         *over.loop(
             [
+                *over.mask_cols,
                 Load("K", acc, ("j", "d"), "k", (B, integer("hk"), COL, D), over.valid_col),
                 Dot("S", acc, ("i", "j"), "Q", "K", "d"),
                 Store(
@@ -223,6 +224,7 @@ def _spmm(spec: AttentionSpec, plan: TermPlan) -> Kernel:
         Load("O", acc, ("i", "e"), "acc", at),
         *over.loop(
             [
+                *over.mask_cols,
                 Load(
                     "P", acc, ("i", "j"), "values", (B, H, ROW, slot), all_of([over.valid_row, over.attends])
                 ),
