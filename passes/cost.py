@@ -68,21 +68,23 @@ def estimate(device: Device, size: Size, plans: Sequence[Plan]) -> Estimate:
     """Predicted time of an attention that runs as these kernels."""
     counted = [count_tiles(plan, size) for plan in plans]
     schedules = [schedule for _, schedule, _ in plans]
-    return estimate_tiles(device, size, schedules, counted)
+    return estimate_tiles(
+        device, size, schedules, counted, sum(loops.lists is not None for *_, loops in plans)
+    )
 
 
 def estimate_tiles(
-    device: Device, size: Size, schedules: Sequence[Schedule], counted: Sequence[Tiles]
+    device: Device, size: Size, schedules: Sequence[Schedule], counted: Sequence[Tiles], lists: int = 0
 ) -> Estimate:
-    """`estimate`, for kernels of which the tiles are known."""
+    """`estimate`, for kernels of which the tiles are known. lists: kernels before them that list tiles."""
     cells = [math.prod(s.rows) * math.prod(s.cols) for s in schedules]
     pairs = sum(n * tiles.visited for n, tiles in zip(cells, counted, strict=True))
     moved = [size.io_bytes + size.state_bytes * (i > 0) for i in range(len(schedules))]
-    launches = len(schedules) * device.launch
+    launches = (len(schedules) + lists) * device.launch
     if device.chip is not None:
         kernels = [kernel_time(device, size, *each) for each in zip(schedules, counted, moved, strict=True)]
         compute, memory = sum(k.arithmetic for k in kernels), sum(k.memory for k in kernels)
-        rest = sum(k.seconds for k in kernels) - launches - max(compute, memory)
+        rest = sum(k.seconds - k.launch for k in kernels) - max(compute, memory)
         return Estimate(compute, memory, rest, launches, pairs, sum(moved))
     tiles = sum(t.visited + t.rows for t in counted)
     waves = max(1.0, *(_idle(t.rows, device.workers) for t in counted))

@@ -60,12 +60,12 @@ def kernel_time(device: Device, size: Size, schedule: Schedule, tiles: Tiles, mo
     assert chip is not None, "kernel_time is asked of GPUs with a chip only"
     rows, cols = math.prod(schedule.rows), math.prod(schedule.cols)
     taken = footprint(chip, schedule, size.dtype, size.qk_size, size.v_size)
-    each = -(-tiles.rows // device.workers)
-    resident = min(taken.resident(chip), max(1, each))
+    programs = tiles.visited if schedule.split else tiles.rows
+    resident = min(taken.resident(chip), max(1, -(-programs // device.workers)))
     if resident == 0:
         return KernelTime(math.inf, math.inf, device.launch)
     qk, v, width = padded(size.qk_size), padded(size.v_size), BYTES[size.dtype]
-    share = device.workers  # rates of the device, of one multiprocessor
+    share = device.workers  # from rates of the device to those of one multiprocessor
     how = products(chip, rows, size.dtype)
     unaligned = UNALIGNED if schedule.anchor(-1) is not None else 1.0
     reuse = rows if how == "warps" else rows * cols / taken.threads
@@ -85,6 +85,8 @@ def kernel_time(device: Device, size: Size, schedule: Schedule, tiles: Tiles, mo
 
     start = START + FILL * (stages - 1)
     heaviest = max(tiles.heaviest, tiles.visited / max(1, tiles.rows))
+    if schedule.split:  # programs share the key tiles of a row tile, as evenly as they can
+        heaviest = tiles.visited / (resident * share)
     longest = heaviest * tile(1) + start
     busy = (tiles.visited * tile(resident) + tiles.rows * start / resident) / share
     arithmetic = (1 + SPILL * taken.short) * max(busy + TAIL * longest, longest)

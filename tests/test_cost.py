@@ -1,14 +1,16 @@
 """The cost model: tiles are counted as the loops run them, predictions order as they must."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from gossamer.ir.errors import InputError
+from gossamer.ir.expr import integer
 from gossamer.ir.mask import Mask
 from gossamer.ir.order import Order, OrderDim
-from gossamer.ir.plan import Group, Schedule
+from gossamer.ir.plan import Group, Lists, Schedule
 from gossamer.passes import tile_count
 from gossamer.passes.cost import Device, Estimate, Size, Tiles, count_tiles, estimate, floor
 from gossamer.passes.devices import GPUS, cpu, device, device_of
@@ -125,6 +127,13 @@ def test_prediction_is_above_the_floor_and_grows():
     assert predicted.pairs >= nnz
     assert estimate(TOY, size, [full]).seconds > predicted.seconds
     assert estimate(TOY, size, [causal, full]).launches == 2 * TOY.launch
+
+
+def test_listing_tiles_is_a_launch():
+    group, schedule, loops = plan("mask() { k <= q }")
+    listed = replace(loops, lists=Lists(integer("kv_len")))
+    plain, more = (estimate(TOY, Size(64, 64), [(group, schedule, found)]) for found in (loops, listed))
+    assert more.seconds == pytest.approx(plain.seconds + TOY.launch)
 
 
 def test_second_kernel_moves_the_state():

@@ -37,6 +37,7 @@ MASKS = {
     "dilated16_full": ("mask() { (q - k) % 16 == 0 }", {}),
     "longformer": ("mask() { abs(q - k) <= 128 or k < 64 or q < 64 }", {}),
 }
+OTHERS = {"grid": (GRID, {})}
 TARGETS = ["cuda:sm_80", "cuda:sm_86", "cuda:sm_89", "cuda:sm_90", "cuda:sm_120"]
 
 
@@ -201,12 +202,14 @@ def test_defaults_fit_every_gpu(target, dtype, size):
 
 # ---- the model against an H100 ----
 
-SWEEP = json.loads((Path(__file__).parent / "data" / "h100_tiles.json").read_text())["rows"]
+DATA = Path(__file__).parent / "data"
+SWEEP = json.loads((DATA / "h100_tiles.json").read_text())["rows"]
+BOXES = json.loads((DATA / "h100_boxes.json").read_text())["rows"]
 
 
 @cache
 def surveyed(name):
-    text, params = MASKS[name]
+    text, params = (MASKS | OTHERS)[name]
     spec, group = only_group(text)
     return Survey(spec.mask, group, params.get("p0", 0))
 
@@ -237,6 +240,24 @@ def test_the_model_picks_near_the_best_of_a_sweep():
         regret.append(min(rows, key=predicted)[-2] / min(row[-2] for row in rows) - 1)
     assert len(regret) >= 16
     assert np.median(regret) <= 0.05 and max(regret) <= 0.15
+
+
+def box_predicted(row):
+    size, rows, keys, anchored, stages, _ = row
+    survey = surveyed("grid")
+    anchors = tuple(form if a else None for form, a in zip(survey.anchors, anchored, strict=True))
+    schedule = tiles(tuple(rows), tuple(keys), 4, stages, anchors if any(anchored) else ())
+    problem = survey.size("bf16", size, size)
+    counted = survey.tiles(schedule, problem)
+    return 1e3 * kernel_time(H100, problem, schedule, counted, problem.io_bytes).seconds
+
+
+def test_boxes_are_predicted_and_picked():
+    errors = np.array([math.log(box_predicted(row) / row[-1]) for row in BOXES])
+    assert len(errors) > 60 and np.sqrt(np.mean(errors**2)) < 0.12
+    for size in (64, 128):
+        rows = [row for row in BOXES if row[0] == size]
+        assert min(rows, key=box_predicted)[-1] <= 1.05 * min(row[-1] for row in rows)
 
 
 def test_time_grows_with_what_there_is_to_do():
