@@ -255,7 +255,8 @@ def check(text, params=(), *, dtype="f32", heads=(2, 2), lengths=(S, S), size=16
     """Against float64, within what f32 and f16 leave of it. Rows without a key: zeros, and -inf."""
     rng = torch.Generator().manual_seed(0)
     torch_dtype = {"f32": torch.float32, "f16": torch.float16, "f64": torch.float64}[dtype]
-    spec, program = attention(text, dtype, size, v_size)
+    aligned = all(n * torch_dtype.itemsize % 16 == 0 for n in (size, v_size or size))
+    spec, program = attention(text, dtype, size, v_size, aligned=aligned)
     (hq, hk), (n, m), v_size = heads, lengths, v_size or size
 
     def make(h, length, last):
