@@ -17,6 +17,8 @@ from .captured import is_array, is_monotone
 from .device import precision_of, target_of
 from .kernel import quick_key
 from .mask import Mask
+from .placement import NOWHERE, Placement, tensors_of
+from .placement import PLAIN as EVEN
 from .plan import Plan, Recalled, recall, serves
 from .problem import Problem
 from .reads import check_reads
@@ -49,14 +51,6 @@ TORCH_NAMES = {
 
 # Keywords that have a meaning and no kernel yet: what they ask for, and what to write until then.
 NOT_BUILT = {
-    "q_offset": ("an offset of the query's positions", "Write it in the mask_mod: q_idx + offset >= kv_idx"),
-    "cu_seqlens_q": ("packed sequences", "Pass (1, H, total, D) and mask=masks.document(offsets=cu_seqlens)"),
-    "cu_seqlens_kv": (
-        "packed sequences",
-        "Pass (1, H, total, D) and mask=masks.document(offsets=cu_seqlens)",
-    ),
-    "block_table": ("a paged cache", "Gather its pages into contiguous tensors"),
-    "kv_lens": ("lengths by batch", "Capture them in the mask_mod: kv_idx < kv_lens[b]"),
     "deterministic": ("a choice of deterministic kernels", "Leave it out: no kernel uses atomics"),
 }
 
@@ -110,14 +104,23 @@ def attention(
             and the tiles; default: drawn from the default generator of the query's device.
         return_column_sums: also return what each key gets from all queries: the sum of its probabilities,
             before prob_mod and dropout.
-        q_offset, cu_seqlens_q, cu_seqlens_kv, block_table, kv_lens, deterministic: not
-            built yet; an UnsupportedError says what to write in their place.
+        q_offset: the position of the first query row of each sequence, an integer or an integer tensor (B,):
+            mask and maps see q_idx + q_offset.
+        kv_lens: (B,) integers: the keys of each sequence; what lies behind them is never read.
+        cu_seqlens_q, cu_seqlens_kv: (B + 1,) integers, the bounds of sequences packed one after the other:
+            query is (1, Hq, total_q, D), key and value are (1, Hk, total_kv, D), and so are the results.
+            Indices count from the start of a sequence; b is its number. Queries behind the last sequence
+            have no keys.
+        block_table: (B, max_pages) integers: key and value are caches of pages (pages, Hk, page_size, D), and
+            key k of sequence b is row k % page_size of page block_table[b, k // page_size]. Needs kv_lens;
+            entries behind them may be anything. Another order of dimensions is passed transposed.
+        deterministic: not built yet; an UnsupportedError says what to write in its place.
         backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (dense, float64, slow).
         schedule: a Schedule, or one a group, in place of the default, or their text as `gossamer explain`
             prints it; "tune" for the fastest of a few on this device, timed once (see `gossamer.tune`).
-        validate: on a GPU, also check what only the contents of captured tensors tell (an index out of
-            range), which waits for the device. Without it such reads are clamped into the tensor. On a
-            CPU the checks are always made.
+        validate: on a GPU, also check what only the contents of tensors tell (an index of a captured tensor,
+            lengths, bounds and pages out of range), which waits for the device. Without it what is read is
+            clamped into the tensor. On a CPU the checks are always made.
 
     Returns:
         (B, Hq, q_len, Dv) in the query's dtype, on its device; with return_lse also (B, Hq, q_len), of the
@@ -129,21 +132,18 @@ def attention(
         else that is not built yet, is asked for. TraceError: a mask_mod, score_mod or prob_mod cannot be
         captured.
     """
-    _check_built(
-        q_offset=q_offset,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_kv=cu_seqlens_kv,
-        block_table=block_table,
-        kv_lens=kv_lens,
-        deterministic=deterministic,
-    )
+    _check_built(deterministic=deterministic)
+    where = (q_offset, cu_seqlens_q, cu_seqlens_kv, block_table, kv_lens)
     if backend == "reference":
         from .reference import reference_attention
 
-        problem = Problem(query, key, value, enable_gqa)
+        problem = Problem(query, key, value, enable_gqa, paged=block_table is not None)
+        placed = Placement.of(problem, *where, sums=return_column_sums)
+        placed.check_values(problem)
         problem.check_mask(mask)
         softmax = Softmax.of(problem, sinks, prob_mod, dropout_p, dropout_seed)
-        out, lse, sums = reference_attention(problem, Mask.of(mask), ScoreMod.of(score_mod), scale, softmax)
+        bound, score = Mask.of(mask), ScoreMod.of(score_mod)
+        out, lse, sums = reference_attention(problem, bound, score, scale, softmax, placed)
         asked = ((out, True), (lse, return_lse), (sums, return_column_sums))
         found = tuple(result for result, wanted in asked if wanted)
     else:
@@ -151,7 +151,7 @@ def attention(
         extra += ("column_sums",) if return_column_sums else ()
         modified = (sinks, prob_mod, dropout_p, dropout_seed)
         options = (backend, schedule, validate)
-        found = run(query, key, value, mask, score_mod, scale, enable_gqa, extra, modified, *options)
+        found = run(query, key, value, mask, score_mod, scale, enable_gqa, extra, modified, where, *options)
     return found[0] if len(found) == 1 else found
 
 
@@ -187,6 +187,7 @@ def run(
     enable_gqa: bool,
     extra: tuple[str, ...] = (),
     modified: tuple[Any, Any, Any, Any] = (None, None, 0.0, None),
+    where: tuple[Any, Any, Any, Any, Any] = NOWHERE,
     backend: str = "auto",
     schedule: Any = None,
     validate: bool = False,
@@ -194,25 +195,28 @@ def run(
     """(out, *extra) by a compiled kernel; arguments as `attention` takes them.
 
     extra: further results, in this order: "lse", "max" (beside "lse" only), "column_sums". modified: sinks,
-    prob_mod, dropout_p and dropout_seed; the last three have no plans."""
+    prob_mod, dropout_p and dropout_seed; the last three have no plans. where: q_offset, cu_seqlens_q,
+    cu_seqlens_kv, block_table and kv_lens."""
     bound = EVERY_PAIR if mask is None else Mask.of(mask)
     score = ScoreMod.of(score_mod)
     sinks, prob_mod, dropout_p, _ = modified
-    tensors = {"q": query, "k": key, "v": value}
+    held, offset = tensors_of(where)
+    tensors = {"q": query, "k": key, "v": value, **held}
     if sinks is not None:
         tensors["sinks"] = sinks
     known = Recalled(tensors)
     plans = driver().plans
     if prob_mod is None and not dropout_p:
-        options = (enable_gqa, extra, backend, schedule, validate)
+        options = (enable_gqa, extra, backend, schedule, validate, offset)
         known = recall(plans, tensors, bound, score, scale, *options)
     if known.plan is not None:
         return known.plan(known.tensors)
-    problem = Problem(query, key, value, enable_gqa)
+    problem = Problem(query, key, value, enable_gqa, paged="block_table" in held)
+    placed = Placement.of(problem, *where, sums="column_sums" in extra)
     problem.check_mask(mask)
     softmax = Softmax.of(problem, *modified)
     _check_backend(backend, problem)
-    plan, values = prepare(problem, bound, score, scale, extra, schedule, validate, softmax)
+    plan, values = prepare(problem, bound, score, scale, extra, schedule, validate, softmax, placed)
     found = plan(values)
     if known.key is not None and not validate and serves(values, known.tensors):
         plans.put(known.key, plan)
@@ -228,6 +232,7 @@ def prepare(
     schedule: Any = None,
     validate: bool = False,
     softmax: Softmax = PLAIN,
+    placed: Placement = EVEN,
 ) -> tuple[Plan, dict[str, Any]]:
     """A plan that gives (out, *extra) for a checked problem, and what to call it with.
 
@@ -235,10 +240,13 @@ def prepare(
     if schedule is not None:
         schedule = given(schedule)
     if validate or problem.device.type == "cpu":
-        check_reads(problem, mask, score, softmax.prob)
-    values = call_values(problem, mask, score, scale, softmax)
+        placed.check_values(problem)
+        check_reads(problem, placed, mask, score, softmax.prob)
+    values = call_values(problem, mask, score, scale, softmax) | placed.values
     positive = is_positive(values["scale"], target_of(problem.device))
-    compiled = partial(executable_for, problem, mask, score, extra, positive=positive, softmax=softmax)
+    compiled = partial(
+        executable_for, problem, mask, score, extra, positive=positive, softmax=softmax, placed=placed
+    )
 
     def planned(executable: Executable) -> Plan:
         return plan_of(executable, values, problem, extra)
@@ -354,6 +362,7 @@ def executable_for(
     schedule: Any = None,
     positive: bool = True,
     softmax: Softmax = PLAIN,
+    placed: Placement = EVEN,
 ) -> Executable:
     """The compiled kernel of a problem's structure: from memory, from disk, or compiled now."""
     target = target_of(problem.device)
@@ -376,7 +385,13 @@ def executable_for(
         from ..passes.spec import AttentionSpec
 
         maps = None if score is None else score.ir
-        more = softmax.spec_fields | {"monotone": frozenset(ids), "return_column_sums": sums}
+        more = (
+            softmax.spec_fields
+            | placed.spec_fields
+            | {"monotone": frozenset(ids), "return_column_sums": sums}
+        )
         return compile_spec(AttentionSpec(mask.ir, maps, *sizes, target=target, **more), schedule)
 
-    return get_or_compile(quick_key(mask, score, (*sizes, sums), ids, schedule, softmax), make, target)
+    return get_or_compile(
+        quick_key(mask, score, (*sizes, sums), ids, schedule, softmax, placed.key), make, target
+    )

@@ -116,6 +116,7 @@ def quick_key(
     ids: tuple[str, ...] = (),
     schedule: Any = None,
     softmax: Softmax = PLAIN,
+    placed: tuple[Any, ...] | None = None,
 ) -> tuple[Any, ...]:
     """The structural key of an attention kernel: primitives only, the same in every process."""
     return (
@@ -126,6 +127,7 @@ def quick_key(
         ids,
         None if schedule is None else repr(schedule),
         softmax.key,
+        placed,
     )
 
 

@@ -71,12 +71,14 @@ def recall(
     """What is known of a call. options: what else decides the result.
 
     No plan may serve where numbers or memory are hidden from us (a scale in a tensor, transforms of
-    functions), nor, on a CPU, for captured tensors, whose contents are checked at each call."""
+    functions), nor, on a CPU, for captured tensors and those that say where sequences are, whose contents are
+    checked at each call."""
     if torch.compiler.is_compiling():
         return Recalled(tensors)
     try:
         device = tensors["q"].device
-        checked = device.type == "cpu" and bool(mask.captures or (score is not None and score.captures))
+        captured = mask.captures or (score is not None and score.captures)
+        checked = device.type == "cpu" and bool(captured or tensors.keys() - {"q", "k", "v", "sinks"})
         if mask.captures:
             tensors |= {f"c{i}": tensor for i, tensor in enumerate(mask.tensors_on(device))}
         if score is not None and score.captures:

@@ -32,8 +32,10 @@ def is_aligned(tensor: Any) -> bool:
 class Problem:
     """Checked inputs of one attention: its sizes, dtype name and device, and the three tensors.
 
-    contiguous: for each tensor, whether its last dimension has stride 1. aligned: whether every address
-    and row lies on a multiple of 16 bytes, which GPU kernels are compiled for or not."""
+    paged: key and value are pages, whose length is kv_len. pairs: the extents of b, h, q and k that a mask
+    sees, None where sequences differ. contiguous: for each tensor, whether its last dimension has stride 1.
+    aligned: whether every address and row lies on a multiple of 16 bytes, which GPU kernels are compiled for
+    or not."""
 
     __slots__ = (
         "aligned",
@@ -44,6 +46,7 @@ class Problem:
         "heads",
         "key",
         "kv_len",
+        "pairs",
         "q_len",
         "qk_size",
         "query",
@@ -51,7 +54,7 @@ class Problem:
         "value",
     )
 
-    def __init__(self, query: Any, key: Any, value: Any, enable_gqa: bool) -> None:
+    def __init__(self, query: Any, key: Any, value: Any, enable_gqa: bool, *, paged: bool = False) -> None:
         self.query, self.key, self.value = query, key, value
         self._check_tensors()
         (self.batch, self.heads, self.q_len, self.qk_size) = query.shape
@@ -67,7 +70,7 @@ class Problem:
             raise InputError(
                 "attention.key", f"the query's head size {self.qk_size} in the last dimension", size
             )
-        if kv_batch != self.batch:
+        if kv_batch != self.batch and not paged:
             if kv_batch != 1:
                 raise InputError("attention.key", f"batch {self.batch} (the query's) or 1", kv_batch)
             self.key, self.value = (t.expand(self.batch, -1, -1, -1) for t in (self.key, self.value))
@@ -76,6 +79,7 @@ class Problem:
         tensors = (self.query, self.key, self.value)
         self.contiguous = tuple(t.stride(3) == 1 or t.shape[3] == 1 for t in tensors)
         self.device = query.device
+        self.pairs: tuple[int | None, ...] = (self.batch, self.heads, self.q_len, self.kv_len)
         self.aligned = query.device.type == "cpu" or all(map(is_aligned, tensors))
 
     def _check_tensors(self) -> None:
@@ -147,9 +151,9 @@ class Problem:
     def check_mask(self, value: Any) -> None:
         """Raise InputError unless a mask that is a boolean tensor broadcasts to this problem."""
         if is_array(value) and not isinstance(value, Mask):
-            wanted = (self.batch, self.heads, self.q_len, self.kv_len)
-            got = tuple(value.shape)
-            if any(n not in (1, m) for n, m in zip(reversed(got), reversed(wanted), strict=False)):
+            wanted, got = self.pairs, tuple(value.shape)
+            fits = (m is None or n in (1, m) for n, m in zip(reversed(got), reversed(wanted), strict=False))
+            if not all(fits):
                 raise InputError("attention.mask", f"a tensor broadcastable to {wanted}", f"shape {got}")
 
     def _check_heads(self, kv_heads: int, enable_gqa: bool) -> None:

@@ -8,6 +8,7 @@ without this check a wrong index would be a silent wrong result.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from .term import children
 
 if TYPE_CHECKING:
     from .mask import Mask
+    from .placement import Placement
     from .problem import Problem
     from .score import ScoreMod
 
@@ -25,13 +27,35 @@ CHUNK = 1 << 22  # pairs evaluated at once
 _PLAIN = ("add", "sub", "neg", "abs", "min", "max", "where")  # keep an affine index affine
 
 
-def check_reads(problem: Problem, mask: Mask, *maps: ScoreMod | None) -> None:
-    """Raise InputError when an index without a closed-form check leaves its tensor."""
-    if mask.tensors and _suspicious(mask.key[1]):
-        _check(problem, mask, None, mask.ir.predicate, mask)
-    for mapped in maps:
-        if mapped is not None and mapped.tensors and _suspicious(mapped.key[1]):
-            _check(problem, mapped, mask, mapped.ir.expr, mask)
+def check_reads(problem: Problem, placed: Placement, mask: Mask, *maps: ScoreMod | None) -> None:
+    """Raise InputError when an index without a closed-form check leaves its tensor.
+
+    None has one where sequences differ in lengths or positions: all are then checked for each sequence."""
+    for source, attending in ((mask, None), *((mapped, mask) for mapped in maps)):
+        if source is None or not source.tensors or not (placed.uneven or _suspicious(source.key[1])):
+            continue
+        from ..passes.reads import every_index, unchecked
+
+        expr = source.ir.predicate if source is mask else source.ir.expr
+        if not placed.uneven:
+            lengths = (problem.q_len, problem.kv_len)
+            points = Points(range(problem.batch), problem.heads, *lengths, placed.values.get("q_offset", 0))
+            _check(points, source, attending, unchecked(expr))
+            continue
+        for piece in placed.pieces(problem):
+            points = Points(range(piece.b, piece.b + 1), problem.heads, *piece.lengths, piece.offset)
+            _check(points, source, attending, every_index(expr))
+
+
+@dataclass(frozen=True)
+class Points:
+    """The pairs of one sequence, or of several alike: their numbers, heads, lengths and first position."""
+
+    b: range
+    heads: int
+    q_len: int
+    kv_len: int
+    offset: int
 
 
 def _suspicious(term: Any) -> bool:
@@ -52,26 +76,25 @@ def _plain(index: Any) -> bool:
     return operation in _PLAIN and all(map(_plain, parts))
 
 
-def _check(problem: Problem, source: Any, attending: Mask | None, expr: Any, mask: Mask) -> None:
+def _check(points: Points, source: Any, attending: Mask | None, indices: list[Any]) -> None:
     from ..ir.expr import symbols, to_text
-    from ..passes.reads import unchecked
 
-    lengths = {"b": problem.batch, "h": problem.heads, "q": problem.q_len, "k": problem.kv_len}
-    values: dict[str, Any] = {"q_len": problem.q_len, "kv_len": problem.kv_len}
-    stem, tensor = ("p", "c") if source is mask else source.letters
+    values: dict[str, Any] = {"q_len": points.q_len, "kv_len": points.kv_len}
+    stem, tensor = ("p", "c") if attending is None else source.letters
     values |= {f"{stem}{i}": v for i, v in enumerate(source.values)}
     values |= {f"{tensor}{i}": as_numpy(t) for i, t in enumerate(source.tensors)}
-    for read, index, dimension in unchecked(expr):
-        used = {s.name for s in symbols(index)} & set(lengths)
-        if attending is not None:
-            used = set(lengths)
+    for read, index, dimension in indices:
+        used = {"b", "h", "q", "k"}
+        if attending is None:
+            used &= {s.name for s in symbols(index)}
         size = values[str(read.args[0])].shape[dimension]
-        for grid in _grids(lengths, used):
-            _check_grid(to_text(read), index, size, values | grid, attending, problem)
+        for grid in _grids(points, used):
+            _check_grid(to_text(read), index, size, values | grid, attending)
 
 
-def _grids(lengths: dict[str, int], used: set[str]) -> Any:
-    """Broadcastable arrays of the used indices (zero elsewhere), a bounded number of points at a time."""
+def _grids(points: Points, used: set[str]) -> Any:
+    """Broadcastable arrays of the used indices (the first of others), so many points at a time."""
+    lengths = {"b": len(points.b), "h": points.heads, "q": points.q_len, "k": points.kv_len}
     extents = {name: n if name in used else 1 for name, n in lengths.items()}
     others = extents["b"] * extents["h"] * extents["k"]
     step = max(1, CHUNK // max(1, others))
@@ -79,16 +102,14 @@ def _grids(lengths: dict[str, int], used: set[str]) -> Any:
         rows = np.arange(first, min(first + step, extents["q"]))
         b, h, k = (np.arange(extents[name]) for name in ("b", "h", "k"))
         yield {
-            "b": b[:, None, None, None],
+            "b": points.b.start + b[:, None, None, None],
             "h": h[:, None, None],
-            "q": rows[:, None],
+            "q": points.offset + rows[:, None],
             "k": k,
         }
 
 
-def _check_grid(
-    text: str, index: Any, size: int, values: dict[str, Any], attending: Mask | None, problem: Problem
-) -> None:
+def _check_grid(text: str, index: Any, size: int, values: dict[str, Any], attending: Mask | None) -> None:
     from ..ir.errors import InterpretError
     from ..ir.evaluate import evaluate
 
@@ -99,8 +120,8 @@ def _check_grid(
         raise InputError("attention", expected, error) from None
     bad = (found < 0) | (found >= size)
     if bad.any() and attending is not None:
-        tensors, lengths = [as_numpy(t) for t in attending.tensors], (problem.q_len, problem.kv_len)
-        b, h, q, k = (values[name] for name in ("b", "h", "q", "k"))
+        tensors = [as_numpy(t) for t in attending.tensors]
+        b, h, q, k, *lengths = (values[name] for name in ("b", "h", "q", "k", "q_len", "kv_len"))
         bad = bad & attending.ir.evaluate(b, h, q, k, attending.values, tensors, *lengths)
     if bad.any():
         worst = int(np.broadcast_to(found, bad.shape)[bad].flat[0])

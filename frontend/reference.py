@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .placement import PLAIN as EVEN
+from .placement import Placement
 from .softmax import PLAIN, Softmax
 
 if TYPE_CHECKING:
@@ -23,12 +25,19 @@ Array = np.ndarray
 
 
 def reference_attention(
-    problem: Problem, mask: Mask, score: ScoreMod | None, scale: float | None, softmax: Softmax = PLAIN
+    problem: Problem,
+    mask: Mask,
+    score: ScoreMod | None,
+    scale: float | None,
+    softmax: Softmax = PLAIN,
+    placed: Placement = EVEN,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, lse, column sums) of a checked problem, computed in float64 and rounded to the result dtypes."""
+    """(out, lse, column sums) of a checked problem, computed in float64 and rounded to the result dtypes.
+
+    Column sums are those of sequences of one length; of others, zeros."""
     import torch
 
-    out, *rows = exact_attention(problem, mask, score, scale, np.float64, softmax)
+    out, *rows = exact_attention(problem, mask, score, scale, np.float64, softmax, placed)
     wide = torch.float64 if problem.dtype == "f64" else torch.float32
     lse, sums = (torch.from_numpy(row).to(problem.device, wide) for row in rows)
     return torch.from_numpy(out).to(problem.device, problem.query.dtype), lse, sums
@@ -41,8 +50,32 @@ def exact_attention(
     scale: float | None,
     floats: type,
     softmax: Softmax = PLAIN,
+    placed: Placement = EVEN,
 ) -> tuple[Array, Array, Array]:
     """(out, lse, column sums) in the NumPy dtype `floats`: float64, or longdouble to judge its kernels by."""
+    if not placed.uneven:
+        b = np.arange(problem.batch)
+        return _dense(problem, mask, score, scale, floats, softmax, b, placed.values.get("q_offset", 0))
+    rows = (problem.batch, problem.heads, problem.q_len)
+    out, lse = np.zeros((*rows, problem.v_size), floats), np.full(rows, -np.inf, floats)
+    for piece in placed.pieces(problem):
+        b, at = np.array([piece.b]), (piece.batch, slice(None), piece.rows)
+        own = piece.problem(problem)
+        (out[at],), (lse[at],), _ = _dense(own, mask, score, scale, floats, softmax, b, piece.offset)
+    return out, lse, np.zeros(0, floats)
+
+
+def _dense(
+    problem: Problem,
+    mask: Mask,
+    score: ScoreMod | None,
+    scale: float | None,
+    floats: type,
+    softmax: Softmax,
+    batch: Array,
+    offset: int,
+) -> tuple[Array, Array, Array]:
+    """batch: the number of every sequence. offset: the position of their first queries."""
     import torch
 
     q, k, v = (
@@ -54,12 +87,13 @@ def exact_attention(
     with np.errstate(all="ignore"):
         factor = 1 / np.sqrt(floats(problem.qk_size)) if scale is None else floats(scale)
         scores = (q @ k.swapaxes(-1, -2)) * factor
-        b, h, q_at, k_at = np.ogrid[: problem.batch, : problem.heads, : problem.q_len, : problem.kv_len]
+        _, h, q_at, k_at = np.ogrid[: problem.batch, : problem.heads, : problem.q_len, : problem.kv_len]
+        b, q_at = batch[:, None, None, None], q_at + offset
         lengths = {"q_len": problem.q_len, "kv_len": problem.kv_len}
         attends = mask.ir.evaluate(b, h, q_at, k_at, mask.values, _arrays(mask.tensors), **lengths)
         attends = np.broadcast_to(attends, scores.shape)
         if score is not None:
-            scores = _mapped(score, scores, attends, floats)
+            scores = _mapped(score, scores, attends, floats, batch, offset)
         scores = np.where(attends, scores, -np.inf)
         peak = scores.max(-1, keepdims=True, initial=-np.inf)
         weights = np.exp(scores - np.where(np.isneginf(peak), 0, peak))
@@ -73,15 +107,19 @@ def exact_attention(
             weights[empty[..., 0]] = 0
         sums = weights.sum(2)
         if softmax.prob is not None:
-            weights = np.where(attends, _mapped(softmax.prob, weights, attends, floats), 0)
+            weights = np.where(attends, _mapped(softmax.prob, weights, attends, floats, batch, offset), 0)
         return weights @ v, lse, sums
 
 
-def _mapped(mapped: ScoreMod, values: Array, attends: Array, floats: type) -> Array:
+def _mapped(
+    mapped: ScoreMod, values: Array, attends: Array, floats: type, batch: Array, offset: int
+) -> Array:
     """Scores or probabilities by a map, which is defined on pairs that attend only."""
     points = b, h, q, k = np.nonzero(attends)
     out, tensors = values.copy(), _arrays(mapped.tensors)
-    out[points] = mapped.ir.evaluate(values[points], b, h, q, k, mapped.values, tensors, floats=floats)
+    out[points] = mapped.ir.evaluate(
+        values[points], batch[b], h, q + offset, k, mapped.values, tensors, floats=floats
+    )
     return out
 
 

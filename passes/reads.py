@@ -80,9 +80,14 @@ def is_affine(index: Expr) -> bool:
     return not index.has(read, readf) and to_pw_aff(index) is not None
 
 
+def every_index(expr: Expr) -> list[tuple[Expr, Expr, int]]:
+    """(read, index, dimension) of every index of every read."""
+    return [(r, index, d) for r in _reads(expr) for d, index in enumerate(r.args[1:])]
+
+
 def unchecked(expr: Expr) -> list[tuple[Expr, Expr, int]]:
-    """(read, index, dimension) of every index that `checks` has no closed form for."""
-    return [(r, index, d) for r in _reads(expr) for d, index in enumerate(r.args[1:]) if not is_affine(index)]
+    """Those that `checks` has no closed form for."""
+    return [found for found in every_index(expr) if not is_affine(found[1])]
 
 
 def _reads(expr: Expr) -> list[Expr]:

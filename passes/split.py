@@ -22,7 +22,6 @@ from ..ir.kernel import (
     GridDim,
     If,
     Kernel,
-    Let,
     Load,
     Reduce,
     Span,
@@ -42,25 +41,33 @@ ZERO = sympy.Integer(0)
 
 
 def share(loops: Loops) -> tuple[list[Stmt], Loops]:
-    """(statements, loops): the loops over this program's share of the outermost key tiles."""
-    lets: list[Stmt] = []
+    """(statements, loops): the loops over this program's share of the outermost key tiles.
+
+    The numbers are tiles without axes, not lets: they build on each other, and TVM would write each out
+    in the next."""
+    made: list[Stmt] = []
+
+    def number(name: str, expr: Expr) -> Expr:
+        made.append(Compute(name, "i32", (), expr))
+        return integer(name)
+
     before: list[Expr] = [ZERO]
+    starts = []
     for n, span in enumerate(loops.spans[0]):
-        lets.append(Let(f"start{n}", span.lo))
-        lets.append(Let(f"tiles{n}", maximum(span.hi - integer(f"start{n}"), ZERO)))
-        before.append(before[-1] + integer(f"tiles{n}"))
-    lets.append(Let("each", ceildiv(before[-1], SPLITS)))
-    lets.append(Let("first", minimum(SPLIT * integer("each"), before[-1])))
-    lets.append(Let("last", minimum(integer("first") + integer("each"), before[-1])))
+        starts.append(number(f"start{n}", span.lo))
+        before.append(before[-1] + number(f"tiles{n}", maximum(span.hi - starts[-1], ZERO)))
+    total = number("visited", before[-1])
+    each = number("each", ceildiv(total, SPLITS))
+    first = number("first", minimum(SPLIT * each, total))
+    last = number("last", minimum(first + each, total))
 
-    def within(name: str, n: int) -> Expr:
+    def within(at: Expr, n: int) -> Expr:
         """How many of the tiles of span n come before a tile of all of them."""
-        at = integer(name) - before[n]
-        return at if len(loops.spans[0]) == 1 else minimum(maximum(at, ZERO), integer(f"tiles{n}"))
+        rest = at - before[n]
+        return rest if len(starts) == 1 else minimum(maximum(rest, ZERO), integer(f"tiles{n}"))
 
-    starts = [integer(f"start{n}") for n in range(len(loops.spans[0]))]
-    spans = tuple(Span(at + within("first", n), at + within("last", n)) for n, at in enumerate(starts))
-    return lets, replace(loops, spans=(spans, *loops.spans[1:]))
+    spans = tuple(Span(at + within(first, n), at + within(last, n)) for n, at in enumerate(starts))
+    return made, replace(loops, spans=(spans, *loops.spans[1:]))
 
 
 def partials(fold: Fold, role: str) -> list[Tensor]:

@@ -17,7 +17,6 @@ from typing import Any
 from ..ir.errors import BackendError
 from .gpu import Limits
 from .tensor_map import SIZE as MAP_SIZE
-from .tensor_map import TensorMap
 
 _NAMES = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -30,8 +29,7 @@ class _Config(ctypes.Structure):
     """CUlaunchConfig."""
 
     _fields_ = (
-        ("grid", c_uint * 3),
-        ("block", c_uint * 3),
+        *((f"{name}_{axis}", c_uint) for name in ("grid", "block") for axis in "xyz"),
         ("shared", c_uint),
         ("stream", c_void_p),
         ("attributes", c_void_p),
@@ -123,77 +121,75 @@ def driver() -> Driver:
     raise BackendError(f"cannot load the CUDA driver ({', '.join(_NAMES)}): {problem}. Install it")
 
 
-class Call:
-    """A function with its grid and every argument but the addresses: `call(addresses, stream)` launches it.
+class Layout:
+    """Where the parameters of a kernel lie in memory: addresses, what is made of them, then constants.
+
+    types: of the parameters in order: '*' for an address, 'M' for a tensor map, which is made of one, else
+    a format of `struct`. places: where each lies. maps: the numbers of the addresses that maps are made of.
+    constants: packs everything else. size: of all."""
+
+    def __init__(self, types: Sequence[str]) -> None:
+        changing = [kind for kind in types if kind in "*M"]
+        self.maps = [number for number, kind in enumerate(changing) if kind == "M"]
+        self.addresses = len(changing)
+        start = 8 * self.addresses + MAP_SIZE * len(self.maps)
+        self.places: list[int] = []
+        address, tensor_map, format = 0, 8 * self.addresses, "@"
+        for kind in types:
+            if kind == "*":
+                self.places.append(8 * address)
+            elif kind == "M":
+                self.places.append(tensor_map)
+                tensor_map += MAP_SIZE
+            else:
+                format += kind
+                self.places.append(start + struct.calcsize(format) - struct.calcsize(kind))
+            address += kind in "*M"
+        self.constants = struct.Struct(format).pack
+        self.size = start + struct.calcsize(format)
+        whole = f"{self.addresses}Q" + f"{MAP_SIZE}s" * len(self.maps) + f"{self.size - start}s"
+        self.fill = struct.Struct(whole).pack_into
+
+
+class Function:
+    """A loaded kernel: `call(grid, addresses, maps, constants, stream)` launches it.
 
     Safe from several threads at once: each launch writes to a block of memory of its own, and blocks
     are used again. The driver copies arguments before a launch returns, so nothing waits for the GPU.
     """
 
-    def __init__(
-        self, function: c_void_p, device: int, grid: int, threads: int, shared: int, arguments: Arguments
-    ) -> None:
+    def __init__(self, handle: c_void_p, device: int, threads: int, shared: int, layout: Layout) -> None:
         self._driver = driver()
         self._launch = self._driver.launch
-        self._function, self._device = function, device
-        self._shape = grid, threads, shared
-        self._arguments, self._maps = arguments, arguments.maps
-        self._pack = struct.Struct(arguments.changing).pack_into
+        self._handle, self._device = handle, device
+        self._shape = threads, shared
+        self._layout = layout
+        self._fill = layout.fill
         self._free: list[tuple[Any, Any, Any, Any]] = []
 
-    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+    def __call__(
+        self, grid: int, addresses: Sequence[int], maps: Sequence[bytes], constants: bytes, stream: int
+    ) -> None:
         try:
             block = self._free.pop()
         except IndexError:
             block = self._block()
         memory, pointers, config, reference = block
-        self._pack(memory, 0, *addresses, *[each.at(addresses[number]) for number, each in self._maps])
-        config.stream = stream
-        code = self._launch(reference, self._function, pointers, None)
+        self._fill(memory, 0, *addresses, *maps, constants)
+        config.grid_x, config.stream = grid, stream
+        code = self._launch(reference, self._handle, pointers, None)
         if code == _INVALID_CONTEXT:
             self._driver.enter(self._device)
-            code = self._launch(reference, self._function, pointers, None)
+            code = self._launch(reference, self._handle, pointers, None)
         self._free.append(block)
         if code:
             self._driver.check(code)
 
     def _block(self) -> tuple[Any, Any, Any, Any]:
-        """Memory with the arguments, pointers to each of them, the configuration, and its address."""
-        memory = ctypes.create_string_buffer(self._arguments.memory, len(self._arguments.memory))
-        start = ctypes.addressof(memory)
-        places = self._arguments.places
+        """Memory for the arguments, pointers to each of them, the configuration, and its address."""
+        memory = ctypes.create_string_buffer(self._layout.size)
+        start, places = ctypes.addressof(memory), self._layout.places
         pointers = (c_void_p * len(places))(*(start + place for place in places))
-        grid, threads, shared = self._shape
-        one = c_uint * 3
-        config = _Config(grid=one(grid, 1, 1), block=one(threads, 1, 1), shared=shared)
+        threads, shared = self._shape
+        config = _Config(1, 1, 1, threads, 1, 1, shared)
         return memory, pointers, config, byref(config)
-
-
-class Arguments:
-    """Arguments of a kernel in memory: addresses and what is made of them, then everything else.
-
-    types: the parameters' types in order, '*' for an address, 'M' for a tensor map, which is made of one,
-    else a format of `struct`. constants: values of the others, in order: numbers, and `TensorMap`s. places:
-    where each parameter lies. changing: the format of what each launch writes, all addresses and then all
-    maps. maps: of each, the number of its address, and the map."""
-
-    def __init__(self, types: Sequence[str], constants: Sequence[Any]) -> None:
-        addresses = sum(kind in "*M" for kind in types)
-        self.changing = f"{addresses}Q" + f"{MAP_SIZE}s" * types.count("M")
-        self.places: list[int] = []
-        self.maps: list[tuple[int, TensorMap]] = []
-        memory = bytearray(struct.calcsize(self.changing))
-        address, rest = 0, iter(constants)
-        for kind in types:
-            if kind == "*":
-                self.places.append(8 * address)
-                address += 1
-            elif kind == "M":
-                self.places.append(8 * addresses + MAP_SIZE * len(self.maps))
-                self.maps.append((address, next(rest)))
-                address += 1
-            else:
-                memory += bytes(-len(memory) % struct.calcsize(kind))
-                self.places.append(len(memory))
-                memory += struct.pack(kind, next(rest))
-        self.memory = bytes(memory)

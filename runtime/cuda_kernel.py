@@ -6,12 +6,11 @@ import math
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from ctypes import c_void_p
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import ArtifactError, BackendError, InputError
-from .cuda_driver import Arguments, Call, driver
+from .cuda_driver import Function, Layout, driver
 from .formula import parse_formula
 from .gpu import SMALLER
 from .manifest import Argument, Launch
@@ -39,16 +38,17 @@ class CudaKernel:
         details = launch.details
         boxes = iter(details["boxes"])
         parameters = [p for kind, source in details["parameters"] for p in _parsed(kind, source, boxes)]
-        self._constants = [p for p in parameters if p[0] != "*"]
+        self._constants = [p for p in parameters if p[0] not in "*M"]
+        self._boxes = [(name, what) for _, name, what, _ in parameters if isinstance(what, _Box)]
         self._scratch: int = details["scratch"]
         # Triton's own parameters come last: scratch memory of the kernel, and of a profiler.
         own = ["*" if self._scratch else "Q", "Q"]
-        self._types = [*(kind for kind, *_ in parameters), *own]
         self._own = (0,) * own.count("Q")
+        self._layout = Layout([*(kind for kind, *_ in parameters), *own])
         self._threads, self._shared = details["warps"] * _WARP, details["shared"]
         self._grid = [parse_formula(extent) for extent in launch.grid]
         self._tensors = [a for a in launch.arguments if a.kind == "tensor"]
-        self._functions: dict[int, c_void_p] = {}
+        self._functions: dict[int, Function] = {}
         self._loading = threading.Lock()
 
     def bind(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Runner:
@@ -66,20 +66,22 @@ class CudaKernel:
             raise InputError(
                 self._launch.kernel, "fewer than 2**31 tiles", f"{grid} for {shape}", "Split the batch"
             )
-        arguments = Arguments(self._types, (*self._read(values), *self._own))
-        call = Call(self._function(device), device, grid, self._threads, self._shared, arguments)
-        return _runner(call, device, grid, self._scratch)
+        constants = self._layout.constants(*self._read(values), *self._own)
+        maps = [
+            TensorMap(
+                driver(), box.dtype, values[name].shape, values[name].stride(), box.extents, box.swizzle
+            )
+            for name, box in self._boxes
+        ]
+        numbered = list(zip(self._layout.maps, maps, strict=True))
+        return _runner(self._function(device), device, grid, self._scratch, numbered, constants)
 
     def _read(self, values: Mapping[str, Any]) -> list[Any]:
-        """Everything but addresses, in the order of the parameters."""
-        found: list[Any] = []
+        """Everything but addresses and what is made of them, in the order of the parameters."""
+        found = []
         for kind, name, what, dimension in self._constants:
-            value: Any = values[name]
-            if isinstance(what, _Box):
-                value = TensorMap(
-                    driver(), what.dtype, value.shape, value.stride(), what.extents, what.swizzle
-                )
-            elif what:
+            value = values[name]
+            if what:
                 value = value.stride(dimension) if what == "stride" else value.shape[dimension]
             if kind == "i" and not -_LIMIT <= value < _LIMIT:
                 where = f"{name}.shape[{dimension}]" if what else name
@@ -96,7 +98,7 @@ class CudaKernel:
                 where = f"{self._launch.kernel}: {name}.stride({dimension})"
                 raise InputError(where, f"at most {most} elements", stride, f"Pass {name}.contiguous()")
 
-    def _function(self, device: int) -> c_void_p:
+    def _function(self, device: int) -> Function:
         function = self._functions.get(device)
         if function is None:
             with self._loading:
@@ -105,17 +107,25 @@ class CudaKernel:
                 function = self._functions[device]
         return function
 
-    def _load(self, device: int) -> c_void_p:
+    def _load(self, device: int) -> Function:
         registers = self._launch.details["registers"]
         lacks = driver().limits(device).lacks(self._shared, registers, self._threads)
         if lacks:
             raise BackendError(
                 f"{self._launch.kernel} does not fit cuda:{device}: it needs {lacks}. {SMALLER}"
             )
-        return driver().function(self._binary, self._launch.entry, device, self._shared)
+        handle = driver().function(self._binary, self._launch.entry, device, self._shared)
+        return Function(handle, device, self._threads, self._shared, self._layout)
 
 
-def _runner(call: Call, device: int, grid: int, scratch: int) -> Runner:
+def _runner(
+    function: Function,
+    device: int,
+    grid: int,
+    scratch: int,
+    maps: Sequence[tuple[int, TensorMap]],
+    constants: bytes,
+) -> Runner:
     """What launches on torch's current stream of the device; an empty grid launches nothing."""
     import torch
 
@@ -127,11 +137,12 @@ def _runner(call: Call, device: int, grid: int, scratch: int) -> Runner:
         if scratch:
             memory = torch.empty(grid * scratch, dtype=torch.uint8, device=f"cuda:{device}")
             addresses.append(memory.data_ptr())
+        made = [tensor_map.at(addresses[number]) for number, tensor_map in maps]
         if current() == device:
-            call(addresses, stream(device))
+            function(grid, addresses, made, constants, stream(device))
         else:
             with torch.cuda.device(device):
-                call(addresses, stream(device))
+                function(grid, addresses, made, constants, stream(device))
 
     return run if grid else lambda tensors, threads: None
 

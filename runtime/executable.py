@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from time import perf_counter
@@ -55,8 +56,11 @@ class Contiguous:
     shape: tuple[int, ...]
 
     def stride(self, dimension: int | None = None) -> Any:
-        strides = tuple(math.prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
-        return strides if dimension is None else strides[dimension]
+        return self._strides if dimension is None else self._strides[dimension]
+
+    @cached_property
+    def _strides(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
 
     def data_ptr(self) -> int:
         return 0

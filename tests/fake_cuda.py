@@ -111,7 +111,8 @@ class FakeCuda:
         if self.failing:
             return self.failing.pop(0)
         c = _at(config)
-        assert list(c.grid)[1:] == list(c.block)[1:] == [1, 1] and not c.attribute_count and extra is None
+        assert c.grid_y == c.grid_z == c.block_y == c.block_z == 1
+        assert not c.attribute_count and extra is None
         assert c.shared <= max(cuda_driver.STATIC_SHARED, self.optins.get(function.value, 0))
         name = self.loaded[function.value - 1]
         places = list(parameters)
@@ -121,7 +122,7 @@ class FakeCuda:
             for place, f in zip(places, self.formats[name], strict=True)
         ]
         with self.lock:
-            shape = c.grid[0], c.block[0], c.shared, c.stream or 0
+            shape = c.grid_x, c.block_x, c.shared, c.stream or 0
             self.launched.append(Launched(name, *shape, tuple(values)))
         return 0
 

@@ -106,11 +106,6 @@ def test_options(options: dict[str, Any], words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"q_offset": 3}, ("attention.q_offset", "q_idx + offset")),
-        ({"cu_seqlens_q": torch.tensor([0, 20])}, ("attention.cu_seqlens_q", "masks.document(offsets=")),
-        ({"cu_seqlens_kv": torch.tensor([0, 20])}, ("attention.cu_seqlens_kv", "masks.document(offsets=")),
-        ({"block_table": torch.zeros(1, 2)}, ("attention.block_table: a paged cache",)),
-        ({"kv_lens": torch.tensor([20])}, ("attention.kv_lens", "kv_idx < kv_lens[b]")),
         ({"deterministic": True}, ("attention.deterministic", "Leave it out")),
     ],
 )
