@@ -45,6 +45,7 @@ class Survey:
         self._values: dict[str, Any] = {"q_len": LENGTH, "kv_len": LENGTH, "b": 0, "h": 0, "B": 1, "Hq": 1}
         self._values |= {s.name: number for s in symbols(self._predicate) if s.name not in self._values}
         self._seen: dict[tuple[int, bool], Cells] = {}
+        self._counted: dict[tuple[Any, ...], Tiles] = {}
 
     @cached_property
     def anchors(self) -> tuple[Expr | None, ...]:
@@ -65,19 +66,26 @@ class Survey:
 
     def tiles(self, schedule: Schedule, size: Size) -> Tiles:
         """The tiles of one kernel with this schedule on the reference problem."""
-        heads, dims = size.batch * size.heads, self.group.order.dims
-        if len(dims) > 1:
-            anchored = tuple(form is not None for form in schedule.anchors) or (False,) * len(dims)
-            seen = self.boxes.visits((schedule.rows, schedule.cols), anchored)
-            extents = zip(self.boxes.dims, schedule.rows, dims, strict=True)
-            row_tiles = heads * math.prod(-(-int(b.extent) // t) * x.row_stride for b, t, x in extents)
-            full = round(row_tiles * seen.full)
-            return Tiles(row_tiles, round(row_tiles * seen.mean) - full, full, False, seen.most)
-        [rows], [cols] = schedule.rows, schedule.cols
-        weights, touched, full = self._cells(rows, bool(schedule.anchors))
-        touched, full = _merged(touched, cols, any), _merged(full, cols, all)
+        key = schedule.rows, schedule.cols, schedule.anchors, size.batch * size.heads
+        if key not in self._counted:
+            count = self._boxes if len(self.group.order.dims) > 1 else self._line
+            self._counted[key] = count(schedule, size.batch * size.heads)
+        return self._counted[key]
+
+    def _boxes(self, schedule: Schedule, heads: int) -> Tiles:
+        dims = self.group.order.dims
+        anchored = tuple(form is not None for form in schedule.anchors) or (False,) * len(dims)
+        seen = self.boxes.visits((schedule.rows, schedule.cols), anchored)
+        extents = zip(self.boxes.dims, schedule.rows, dims, strict=True)
+        row_tiles = heads * math.prod(-(-int(b.extent) // t) * x.row_stride for b, t, x in extents)
+        full = round(row_tiles * seen.full)
+        return Tiles(row_tiles, round(row_tiles * seen.mean) - full, full, False, seen.most)
+
+    def _line(self, schedule: Schedule, heads: int) -> Tiles:
+        weights, touched, full = self._cells(schedule.rows[0], bool(schedule.anchors))
+        touched, full = _merged(touched, schedule.cols[0], any), _merged(full, schedule.cols[0], all)
         visits, whole = touched.sum(axis=1), (full & touched).sum(axis=1)
-        row_tiles = int(weights.sum()) * dims[0].row_stride * heads
+        row_tiles = int(weights.sum()) * self.group.order.dims[0].row_stride * heads
         visited, full_tiles = (float(weights @ n) / weights.sum() * row_tiles for n in (visits, whole))
         return Tiles(row_tiles, round(visited - full_tiles), round(full_tiles), False, int(visits.max()))
 
