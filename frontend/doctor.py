@@ -161,15 +161,19 @@ def _tvm(name: str) -> Finding:
 
 
 def _gpu(name: str) -> Finding:
-    what = "GPU kernels are compiled ahead of time and not launched yet"
     try:
         import torch
     except ImportError:
         return Finding(name, MISSING, "cannot tell without torch", "pip install 'gossamer[torch]'")
     if not torch.cuda.is_available():
-        return Finding(name, MISSING, f"no GPU that torch {torch.__version__} can use; {what}")
-    major, minor = torch.cuda.get_device_capability()
-    return Finding(name, OK, f"{torch.cuda.get_device_name()}, sm_{major}{minor}; {what}")
+        return Finding(name, MISSING, f"no GPU that torch {torch.__version__} can use")
+    from .device import target_of
+
+    try:
+        found = f"{torch.cuda.get_device_name()}, {target_of(torch.device('cuda', 0))}"
+    except GossamerError as error:
+        return Finding(name, BROKEN, str(error))
+    return Finding(name, OK, found)
 
 
 # ---- kernels ----
