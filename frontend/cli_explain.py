@@ -201,6 +201,9 @@ def _print_schedule(plans: tuple[Plan, ...], size: Size) -> None:
     notes = [f"{len(plans)} kernel{'s' * (len(plans) > 1)}"]
     if len(plans) > 1:
         notes.append("the online softmax is carried from each to the next")
+    listed = [str(i) for i, (_, _, loops) in enumerate(plans) if loops.lists is not None]
+    if listed:
+        notes.append(f"key tiles of {', '.join(listed)} are listed ahead, by kernels of their own")
     show.text("; ".join(notes))
 
 

@@ -99,6 +99,7 @@ CASES = {
         lambda r, n: [table(r, HQ, 8, 16)],
         False,
     ),
+    "holes in closed form": ("mask() { (q // 16 + k // 8) % 5 < 2 and k <= q }", (), lambda r, n: [], False),
     "blocks of a row": (
         "mask(; c0: u8[2]) { c0[q, k // 16] != 0 and k <= q }",
         (),

@@ -18,6 +18,7 @@ from gossamer.ir.graph_interpret import interpret as interpret_graph
 from gossamer.ir.kernel import Program
 from gossamer.ir.kernel_interpret import interpret
 from gossamer.ir.mask import Mask
+from gossamer.ir.plan import Schedule
 from gossamer.ir.score import ScoreMap
 from gossamer.ir.sequences import Sequences
 from gossamer.passes.build import build
@@ -90,6 +91,27 @@ def test_every_mask_in_every_way_of_storing(name, stored):
     mask, of = Mask.parse(text), batch(STORED[stored], hash((name, stored)) % 1000)
     found = run(compile_spec(of.spec(mask)), of.arguments() | values)
     of.check(found, mask=mask, values=values)
+
+
+LISTED = {
+    "ids": MASKS["ids"],
+    "bits": ("mask() { bitand(q, k) % 4 == 0 and k <= q }", {}),
+    "rows of a key of a batch": (
+        "mask(; c0: i32[2]) { q < c0[b, k] }",
+        {"c0": np.random.default_rng(1).integers(0, 60, (8, 200)).astype(np.int32)},
+    ),
+}
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("name", LISTED)
+def test_lists_of_key_tiles(name, stored):
+    text, values = LISTED[name]
+    mask, of = Mask.parse(text), batch(STORED[stored], 5)
+    schedule = Schedule((16,), (16,), lazy_rescale=False)
+    program = compile_spec(of.spec(mask, target="cuda:sm_90"), schedule)
+    assert any(kernel.name.endswith("_tiles") for kernel in program.kernels)
+    of.check(run(program, of.arguments() | values), mask=mask, values=values)
 
 
 @pytest.mark.parametrize("stored", STORED)
