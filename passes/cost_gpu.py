@@ -8,9 +8,9 @@
 `longest` is the longest of tensor cores, softmax (elementwise work and exponentials) and the tile's bytes
 from the last cache. Programs that share a multiprocessor overlap each other's phases, one alone runs its
 phases one after the other: `overlap` says how much of the shorter phases still shows. The tail is what
-multiprocessors idle at the end: part of the longest program, which is long where rows differ (causal
-masks, global rows). It is a roofline per tile. The constants are fitted to sweeps of tile shapes on one
-H100, to 10 % of the measured time on average, and carry over to other GPUs by those GPUs' rates.
+multiprocessors idle at the end, about a program's time. It is a roofline per tile. The constants are fitted
+to sweeps of tile shapes on one H100, to 10 % of the measured time on average, and carry over to other GPUs by
+those GPUs' rates.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SOFTMAX, MASK, RESCALE = 1.0, 11.0, 1.0  # instructions: a score, more in partia
 START, FILL = 1.5e-6, 0.05e-6  # seconds until the first key tile runs: without stages, and more for each
 FETCH = 0.55e-6  # seconds from asking for a key tile to having it
 MIXED = 0.39  # of the shorter of arithmetic and memory, what the longer does not hide
-TAIL = 1.24  # of the longest program
+TAIL = 1.24  # of a program that starts last
 SPILL = 0.013  # of the time more, for each register short
 
 
@@ -52,9 +52,12 @@ class KernelTime:
         return longer + MIXED * shorter + self.launch
 
 
-def kernel_time(device: Device, size: Size, schedule: Schedule, tiles: Tiles, moved: int) -> KernelTime:
+def kernel_time(
+    device: Device, size: Size, schedule: Schedule, tiles: Tiles, moved: int, *, heavy_first: bool = True
+) -> KernelTime:
     """The time of one kernel that visits these tiles and moves these bytes; inf where it does not fit.
 
+    heavy_first: row tiles with many key tiles start before others (`Loops.programs` sees to that).
     The device needs a chip."""
     chip = device.chip
     assert chip is not None, "kernel_time is asked of GPUs with a chip only"
@@ -84,12 +87,14 @@ def kernel_time(device: Device, size: Size, schedule: Schedule, tiles: Tiles, mo
         return unaligned * _waiting(work * programs, stages) / programs
 
     start = START + FILL * (stages - 1)
-    heaviest = max(tiles.heaviest, tiles.visited / max(1, tiles.rows))
+    mean = tiles.visited / max(1, tiles.rows)
+    heaviest = max(tiles.heaviest, mean)
     if schedule.split:  # programs share the key tiles of a row tile, as evenly as they can
-        heaviest = tiles.visited / (resident * share)
+        mean = heaviest = tiles.visited / (resident * share)
     longest = heaviest * tile(1) + start
+    last = mean * tile(1) + start if heavy_first else longest
     busy = (tiles.visited * tile(resident) + tiles.rows * start / resident) / share
-    arithmetic = (1 + SPILL * taken.short) * max(busy + TAIL * longest, longest)
+    arithmetic = (1 + SPILL * taken.short) * max(busy + TAIL * last, longest)
     return KernelTime(arithmetic, moved / device.bandwidth, device.launch)
 
 
