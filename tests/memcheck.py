@@ -28,6 +28,11 @@ def calls(device: str) -> dict[str, Call]:
     ids = (torch.arange(407) // 61).to(device)
     table = (torch.rand(2, 201, 203) < 0.2).to(device)
     bias = torch.randn(2, 300).to(device)
+    cache = tensors(3, 1301)
+    lens = torch.tensor([1207], dtype=torch.int32, device=device)
+    pages = torch.randn(90, 2, 16, 64).to(device, torch.float16)
+    table_of_pages = torch.randperm(90)[None, :80].int().to(device)
+    bounds = torch.tensor([0, 33, 33, 170, 201], dtype=torch.int32, device=device)
     return {
         "dense": lambda: gossamer.attention(*short),
         "causal": lambda: gossamer.attention(*short, mask=masks.causal(), return_lse=True),
@@ -54,6 +59,16 @@ def calls(device: str) -> dict[str, Call]:
             *short, mask=masks.causal(), prob_mod=lambda p, b, h, q, k: p * p
         ),
         "column sums": lambda: gossamer.attention(*short, mask=masks.causal(), return_column_sums=True),
+        "few rows, many keys": lambda: gossamer.attention(
+            *cache, q_offset=1300, mask=masks.sliding_window(900, 0)
+        ),
+        "lengths": lambda: gossamer.attention(*cache, kv_lens=lens),
+        "pages": lambda: gossamer.attention(
+            cache[0], pages, pages, block_table=table_of_pages, kv_lens=lens, enable_gqa=True
+        ),
+        "packed": lambda: gossamer.attention(
+            *short, cu_seqlens_q=bounds, cu_seqlens_kv=bounds, mask=masks.causal()
+        ),
         "views": lambda: gossamer.attention(*(t[:, :, ::2, 1::2] for t in long), mask=masks.causal()),
     }
 

@@ -186,3 +186,13 @@ def test_pages_hold_the_cache(benchmark):
     for pages, whole in ((keys, k), (values, v)):
         gathered = pages[table.long()].transpose(1, 2).flatten(2, 3)
         assert torch.equal(gathered, whole)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("page", [0, 64])
+def test_decoding_is_what_the_dense_mask_says(benchmark, window, page):
+    decode, accuracy = benchmark("gpu_decode"), benchmark("gpu_check").accuracy
+    case = decode.Decode("tiny", 2, 192, window, page)
+    q, k, v = decode.inputs(case, "cpu")
+    out = decode.ours(case, q, k, v)()
+    assert accuracy(out, (q, k, v), lambda rows: decode.dense(case, "cpu")).passes
