@@ -182,13 +182,14 @@ class Piece:
         """Its rows, gathered, as a problem of their own."""
         import torch
 
-        keys = [t[self.batch : self.batch + 1, :, self.keys] for t in (whole.key, whole.value)]
+        only = slice(self.batch, self.batch + 1)
+        key, value = whole.key[only], whole.value[only]
         if self.table is not None:
             used = self.table[: -(-self.keys.stop // whole.kv_len)]
             pages = torch.tensor(used, dtype=torch.long, device=whole.device)
-            gathered = (t[pages].transpose(0, 1).flatten(1, 2)[None] for t in (whole.key, whole.value))
-            keys = [t[:, :, self.keys] for t in gathered]
-        return Problem(whole.query[self.batch : self.batch + 1, :, self.rows], *keys, True)
+            key, value = (t[pages].transpose(0, 1).flatten(1, 2)[None] for t in (whole.key, whole.value))
+        query = whole.query[only, :, self.rows]
+        return Problem(query, key[:, :, self.keys], value[:, :, self.keys], True)
 
 
 PLAIN = Placement()

@@ -102,25 +102,32 @@ def _variations(default: Schedule) -> tuple[Schedule, ...]:
     )
 
 
-FEW_BYTES, FEW_KEYS = 32768, (16, 128)  # of the keys and values in a tile; how many keys that may be
+FEW_KEYS = (16, 128)  # the least and most keys of a tile for few rows
+TILE_BYTES = 32768  # of the keys and values in it: two tiles on their way keep the memory of an H100 busy
 
 
 def _choose_few(spec: AttentionSpec, group: Group) -> Schedule:
     """Row tiles of 16 and more that hold all rows of a key head if they can; programs share the keys.
 
-    Time goes to reading keys and values, so a tile is as many of them as keep memory busy."""
+    Time goes to reading keys and values, so a tile is as many of them as keep memory busy. Where their
+    pages have to be looked up first, loads start two stages earlier."""
     rows = max(1, max(spec.few, 16) // spec.group)
-    if spec.target_kind == "cpu":
+    cpu = spec.target_kind == "cpu"
+    if cpu:
         keys, meta = CPU_KEYS // 2 if spec.dtype == "f64" else CPU_KEYS, ()
     else:
+        device = devices.device_of(spec.target)
+        large = device is None or device.chip is None or device.chip.shared_program >= 4 * TILE_BYTES
+        room = TILE_BYTES if large and spec.target_kind == "cuda" else TILE_BYTES // 2
         size = BYTES[spec.dtype] * (spec.qk_size + spec.v_size)
-        most = 1 << (FEW_BYTES // size).bit_length() - 1
-        keys, meta = min(max(most, FEW_KEYS[0]), FEW_KEYS[1]), (("stages", 3), ("warps", 4))
+        most = 1 << max(room // size, 1).bit_length() - 1
+        keys = min(max(most, FEW_KEYS[0]), FEW_KEYS[1])
+        meta = (("stages", 5 if spec.sequences.page else 3), ("warps", 4))
     if len(group.order.dims) == 1:
         shape = (rows,), (keys,)
     else:
         shape = Boxes.of(group).shape(1 << rows.bit_length() - 1, keys, aligned=True)
-    return Schedule(*shape, lazy_rescale=spec.target_kind == "cpu", lists="none", meta=meta, split=True)
+    return Schedule(*shape, lazy_rescale=cpu, lists="none", meta=meta, split=True)
 
 
 # Rows, keys, warps, stages by kind of number and padded head size, for GPUs that the cost model does not

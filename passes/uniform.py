@@ -48,7 +48,8 @@ def _predicate(expr: Expr, names: dict[Expr, Expr]) -> Expr:
     if any(kind(a) == "float" for a in expr.args):
         chosen = where(expr, sympy.Integer(1), sympy.Integer(0))
         return expr if _varies(expr) else _named(chosen, names) > 0
-    known, sides = len(names), expr.args
+    known = len(names)
+    sides: tuple[Expr, ...] = expr.args
     difference = _integer(sides[0] - sides[1], names)
     return expr if len(names) == known else expr.func(difference, 0)
 
