@@ -235,14 +235,15 @@ class Scaffold:
         index: dict[Expr, Expr],
     ) -> Expr:
         by_row, by_col = bool(expr.free_symbols & rows), bool(expr.free_symbols & cols)
-        if isinstance(expr, random_bits) and not by_row and not by_col:
+        name, axes, made = ("col", ("j",), self.make_cols) if by_col else ("row", ("i",), self.make_rows)
+        if isinstance(expr, random_bits) and not (by_row and by_col):
             args = (self._hoist(a, rows, cols, late, index) for a in expr.args)
-            return self._made(expr, expr.func(*args), "once", "i32", (), self.make_rows)
+            axes = axes if by_row or by_col else ()
+            return self._made(expr, expr.func(*args).xreplace(index), name, "i32", axes, made)
         if by_row != by_col and isinstance(expr, _COSTLY) and not expr.free_symbols & late:
             fits = expr in self._compared and str(expr.args[0]) in self._narrow
             dtype = self.floats if kind(expr) != "int" else "i32" if fits else "i64"
-            name, axis, made = ("row", "i", self.make_rows) if by_row else ("col", "j", self.make_cols)
-            return self._made(expr, expr.xreplace(_wide(index)), name, dtype, (axis,), made)
+            return self._made(expr, expr.xreplace(_wide(index)), name, dtype, axes, made)
         if not expr.args or not (by_row or by_col):
             return expr
         return expr.func(*(self._hoist(a, rows, cols, late, index) for a in expr.args))

@@ -181,7 +181,7 @@ class Executable:
 
 def _extents(text: str) -> str:
     """Extents of captured tensors as people write them: c0_1 is c0.shape[1]."""
-    return re.sub(r"\b([ct]\d+)_(\d+)\b", r"\1.shape[\2]", text)
+    return re.sub(r"\b([ctw]\d+)_(\d+)\b", r"\1.shape[\2]", text)
 
 
 def _inputs(artifact: Artifact) -> dict[str, Argument]:
