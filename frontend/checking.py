@@ -17,10 +17,9 @@ import numpy as np
 import torch
 
 from .attention import attention
-from .captured import as_numpy
 from .mask import Mask
 from .problem import Problem
-from .reference import exact_attention
+from .reference import exact_attention, map_pairs
 from .score import ScoreMod
 from .softmax import Softmax
 
@@ -155,8 +154,6 @@ def _plain(
     weights = torch.nan_to_num(weights, 0.0)
     sums = weights.to(lse.dtype).sum(2)
     if softmax.prob is not None:
-        prob, tensors = softmax.prob, [as_numpy(t) for t in softmax.prob.tensors]
-        b, h, q_at, k_at = (x.cpu().numpy() for x in grid)
-        mapped = prob.ir.evaluate(weights.double().cpu().numpy(), b, h, q_at, k_at, prob.values, tensors)
-        weights = torch.from_numpy(mapped.copy()).to(q.device, q.dtype).masked_fill(~attends, 0)
+        mapped = map_pairs(softmax.prob, weights.double().cpu().numpy(), attends.cpu().numpy(), np.float64)
+        weights = torch.from_numpy(mapped).to(q.device, q.dtype).masked_fill(~attends, 0)
     return weights @ v, lse, sums

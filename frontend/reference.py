@@ -93,7 +93,7 @@ def _dense(
         attends = mask.ir.evaluate(b, h, q_at, k_at, mask.values, _arrays(mask.tensors), **lengths)
         attends = np.broadcast_to(attends, scores.shape)
         if score is not None:
-            scores = _mapped(score, scores, attends, floats, batch, offset)
+            scores = map_pairs(score, scores, attends, floats, batch, offset)
         scores = np.where(attends, scores, -np.inf)
         peak = scores.max(-1, keepdims=True, initial=-np.inf)
         weights = np.exp(scores - np.where(np.isneginf(peak), 0, peak))
@@ -107,11 +107,11 @@ def _dense(
             weights[empty[..., 0]] = 0
         sums = weights.sum(2)
         if softmax.prob is not None:
-            weights = np.where(attends, _mapped(softmax.prob, weights, attends, floats, batch, offset), 0)
+            weights = np.where(attends, map_pairs(softmax.prob, weights, attends, floats, batch, offset), 0)
         return weights @ v, lse, sums
 
 
-def _mapped(
+def map_pairs(
     mapped: ScoreMod, values: Array, attends: Array, floats: type, batch: Array, offset: int
 ) -> Array:
     """Scores or probabilities by a map, which is defined on pairs that attend only."""
