@@ -150,6 +150,16 @@ def test_every_kernel_compiles_for_a_gpu(wish, dtype):
         assert built.code, kernel.name
 
 
+@pytest.mark.parametrize("target", ["cpu", "cuda:sm_90"])
+@pytest.mark.parametrize("wish", WISHES)
+def test_few_rows_of_several_heads_in_a_tile(wish, target):
+    spec, given = problem(MASKS["causal"], 3, 90, target=target, **WISHES[wish])
+    expected = testing.interpret(build(spec), given)
+    found = run(compile_spec(replace(spec, few=16, group=2)), given | {"splits": 3})
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
 def test_without_wishes_nothing_changes():
     plain = compile_spec(AttentionSpec(masks.causal().ir))
     assert [k.name for k in plain.kernels] == ["attention_acsr_fwd"]
