@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,6 +45,11 @@ def explain(
     batch: Batch = 1,
     target: Target = "cpu",
     device: DeviceName = None,
+    sinks: Annotated[bool, typer.Option("--sinks", help="With attention sinks.")] = False,
+    dropout: Annotated[bool, typer.Option("--dropout", help="With dropout.")] = False,
+    column_sums: Annotated[
+        bool, typer.Option("--column-sums", help="With column sums of the probabilities.")
+    ] = False,
     ir: Annotated[
         bool, typer.Option("--ir/--no-ir", help="What each pass changes, and the kernel IR.")
     ] = True,
@@ -69,12 +75,14 @@ def explain(
       gossamer explain "strided(64, 64) & causal" --q-len 4096 --no-ir
       gossamer explain "longformer(128, 16)" --target cuda:sm_90 --source
       gossamer explain causal --target cuda:sm_80 --dtype bf16 --no-ir
+      gossamer explain causal --sinks --dropout --column-sums
     """
     from ..passes.cost import Size
     from ..passes.pipeline import compile_spec
     from ..passes.spec import AttentionSpec
     from ..runtime.target import Target as ParsedTarget
     from . import cli_output as show
+    from .kernel import AttentionSpec as AskedSpec
     from .pattern_text import parse_mask
 
     dtype = dtype_of(dtype)
@@ -87,8 +95,17 @@ def explain(
         values = _values(bound)
         size = Size(q_len, kv_len or q_len, batch, heads, kv_heads or heads, dim, v_dim or dim, dtype, values)
         say("running the passes")
+        softmax = AskedSpec(sinks="f32" if sinks else None, dropout=dropout).softmax
         spec = AttentionSpec(
-            bound.ir, None, dtype, dim, v_dim or dim, target=target, monotone=_sorted_ids(bound)
+            bound.ir,
+            None,
+            dtype,
+            dim,
+            v_dim or dim,
+            target=target,
+            monotone=_sorted_ids(bound),
+            return_column_sums=column_sums,
+            **softmax.spec_fields,
         )
         program = compile_spec(spec, watch=lambda name, graph: graphs.append((name, graph)))
         plans = _plans(graphs[-1][1])
@@ -104,7 +121,12 @@ def explain(
     show.heading("geometry")
     show.text(findings)
     show.heading("schedule")
-    _print_schedule(plans, size)
+    for op in graphs[-1][1].ops:
+        if op.kind == "column_sums":
+            show.text("column_sums: rows are keys, and key tiles hold queries")
+            _print_schedule(_plans_of(op), replace(size, q_len=size.kv_len, kv_len=size.q_len))
+        else:
+            _print_schedule(_plans_of(op), size)
     if ir:
         from ..ir.kernel_text import to_text
 
@@ -123,6 +145,8 @@ def explain(
             show.code(emit(kernel), "python")
     show.heading("time")
     _print_time(machine, size, plans, nnz, target)
+    if column_sums:
+        show.text("attention alone; column sums come on top")
 
 
 # ---- what is needed ----
@@ -144,6 +168,10 @@ def _sorted_ids(mask: Mask) -> frozenset[str]:
 
 def _plans(graph: Graph) -> tuple[Plan, ...]:
     [op] = graph.of_kind("attention")
+    return _plans_of(op)
+
+
+def _plans_of(op: Op) -> tuple[Plan, ...]:
     return tuple(zip(op.attr("groups"), op.attr("schedules"), op.attr("loops"), strict=True))
 
 

@@ -57,6 +57,8 @@ PLAIN = Softmax()
 
 
 def _probability(p: Any) -> float:
+    if p is None:
+        return 0.0
     if not isinstance(p, (int, float)) or not 0 <= p < 1:
         raise InputError("attention.dropout_p", "a number p with 0 <= p < 1", repr(p))
     return float(p)
@@ -103,4 +105,4 @@ def _checked_sinks(problem: Problem, sinks: Any) -> tuple[torch.Tensor | None, s
             f"{where} requires a gradient, and gradients are not built yet. "
             "Call under torch.no_grad(), or pass sinks.detach()"
         )
-    return sinks.detach(), DTYPE_NAMES[sinks.dtype]
+    return sinks.detach() if sinks.requires_grad else sinks, DTYPE_NAMES[sinks.dtype]

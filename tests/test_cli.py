@@ -216,6 +216,12 @@ def test_explain_goes_from_mask_to_time():
     assert "A100" in text and "predicted" in text and "floor" in text
 
 
+def test_explain_shows_what_happens_around_the_softmax():
+    text = run("explain", "causal", *TINY, "--sinks", "--dropout", "--column-sums")
+    for expected in ("%p = softmax %t, %sinks", "random_bits(", "rows are keys", "kernel @column_sums_acsr_fwd("):
+        assert expected in " ".join(text.split()), expected
+
+
 def test_explain_can_be_short():
     text = run("explain", "causal", *TINY, "--no-ir")
     assert "normalize" not in text and "kernel @" not in text
