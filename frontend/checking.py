@@ -154,6 +154,7 @@ def _plain(
     weights = torch.nan_to_num(weights, 0.0)
     sums = weights.to(lse.dtype).sum(2)
     if softmax.prob is not None:
-        mapped = map_pairs(softmax.prob, weights.double().cpu().numpy(), attends.cpu().numpy(), np.float64)
+        found = weights.double().cpu().numpy(), attends.cpu().numpy()
+        mapped = map_pairs(softmax.prob, *found, np.float64, np.arange(batch), 0)
         weights = torch.from_numpy(mapped).to(q.device, q.dtype).masked_fill(~attends, 0)
     return weights @ v, lse, sums

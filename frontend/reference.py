@@ -114,7 +114,9 @@ def _dense(
 def map_pairs(
     mapped: ScoreMod, values: Array, attends: Array, floats: type, batch: Array, offset: int
 ) -> Array:
-    """Scores or probabilities by a map, which is defined on pairs that attend only."""
+    """Scores or probabilities by a map, which is defined on pairs that attend only.
+
+    batch: the number of every sequence. offset: the position of their first queries."""
     points = b, h, q, k = np.nonzero(attends)
     out, tensors = values.copy(), _arrays(mapped.tensors)
     out[points] = mapped.ir.evaluate(

@@ -15,7 +15,7 @@ from ..ir import expr as E
 from ..ir import kernel as K
 from ..ir.errors import MissingDependencyError
 from ..ir.graph import Graph, Op, Value
-from ..ir.score import ScoreMap
+from ..ir.score import ProbMap, ScoreMap
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -201,7 +201,9 @@ def _attention_graphs(fused: SearchStrategy[bool]) -> SearchStrategy[Graph]:
         mask = draw(st.none() | masks(3, 32, captures=False).map(lambda m: m.ir))
         score = draw(st.sampled_from([None, *SCORES]))
         size, out = draw(st.sampled_from([(4, 4), (8, 6), (5, 3)]))
-        return _attention(mask, score, size, out, draw(fused), draw(st.booleans()))
+        lse, sinks, prob, sums = (draw(st.booleans()) for _ in range(4))
+        mapped = draw(st.sampled_from(PROBS)) if prob else None
+        return _attention(mask, score, size, out, draw(fused), lse, sinks, mapped, sums)
 
     return draw_graph()
 
@@ -212,15 +214,36 @@ SCORES = (
     "score() { where(q % 3 == 0, score, score / 2) }",
 )
 
+PROBS = (
+    "prob(x0: float) { where(k <= q, prob * x0, prob / 3) }",
+    "prob(x0: float) { max(prob - x0 / 20, 0) }",
+)
 
-def _attention(mask: Any, score: str | None, size: int, out: int, fused: bool, lse: bool) -> Graph:
+
+def _attention(
+    mask: Any,
+    score: str | None,
+    size: int,
+    out: int,
+    fused: bool,
+    lse: bool,
+    sinks: bool,
+    prob: str | None,
+    sums: bool,
+) -> Graph:
+    """fused: as one operation, which gives no column sums and takes linear maps of probabilities."""
     score_map = None if score is None else ScoreMap.parse(score)
+    prob_map = None if prob is None else ProbMap.parse(prob)
+    if fused and prob_map is not None and not prob_map.is_linear:
+        prob_map = None
     q = Value("q", "f32", ("B", "Hq", "q_len", size))
     k = Value("k", "f32", ("B", "Hk", "kv_len", size))
     v = Value("v", "f32", ("B", "Hk", "kv_len", out))
     masked = () if mask is None else tuple(Value(p, "i64", ()) for p in mask.params)
     scored = () if score_map is None else tuple(Value(p, "f32", ()) for p, _ in score_map.params)
-    inputs = (q, k, v, *masked, *scored)
+    sink = (Value("sinks", "f32", ("Hq",)),) if sinks else ()
+    weighed = () if prob_map is None else tuple(Value(p, "f32", ()) for p, _ in prob_map.params)
+    inputs = (q, k, v, *sink, *masked, *scored, *weighed)
     scores = Value("s", "f32", ("B", "Hq", "q_len", "kv_len"), "dense" if mask is None else "acsr")
     results = (Value("o", "f32", ("B", "Hq", "q_len", out)), Value("lse", "f32", ("B", "Hq", "q_len")))[
         : 1 + lse
@@ -229,6 +252,7 @@ def _attention(mask: Any, score: str | None, size: int, out: int, fused: bool, l
     extra = {} if score_map is None else {"score": score_map}
     names = tuple(x.name for x in results)
     if fused:
+        extra |= ({"sinks": True} if sinks else {}) | ({"prob": prob_map} if prob_map else {})
         op = Op("attention", tuple(x.name for x in inputs), results, tuple((attrs | extra).items()))
         return Graph("attention", inputs, (op,), names)
     ops = [Op("sddmm", ("q", "k", *(x.name for x in masked)), (scores,), tuple(attrs.items()))]
@@ -236,8 +260,17 @@ def _attention(mask: Any, score: str | None, size: int, out: int, fused: bool, l
         mapped = Value("t", "f32", scores.shape, scores.format)
         ops.append(Op("score_map", ("s", *(x.name for x in scored)), (mapped,), tuple(extra.items())))
     weights = Value("p", "f32", scores.shape, scores.format)
-    ops.append(Op("softmax", (ops[-1].output.name,), (weights, *results[1:])))
-    ops.append(Op("spmm", ("p", "v"), results[:1]))
+    last = ops[-1].output.name
+    ops.append(Op("softmax", (last, *(x.name for x in sink)), (weights, *results[1:])))
+    if prob_map is not None:
+        weighted = Value("w", "f32", scores.shape, scores.format)
+        operands = ("p", last, *(x.name for x in weighed))
+        ops.append(Op("prob_map", operands, (weighted,), (("prob", prob_map),)))
+    ops.append(Op("spmm", (ops[-1].output.name, "v"), results[:1]))
+    if sums:
+        total = Value("sums", "f32", ("B", "Hq", "kv_len"))
+        ops.append(Op("reduce", ("p",), (total,), (("axis", 2), ("op", "sum"))))
+        names = (*names, "sums")
     return Graph("attention", inputs, tuple(ops), names)
 
 

@@ -218,7 +218,12 @@ def test_explain_goes_from_mask_to_time():
 
 def test_explain_shows_what_happens_around_the_softmax():
     text = run("explain", "causal", *TINY, "--sinks", "--dropout", "--column-sums")
-    for expected in ("%p = softmax %t, %sinks", "random_bits(", "rows are keys", "kernel @column_sums_acsr_fwd("):
+    for expected in (
+        "%p = softmax %t, %sinks",
+        "random_bits(",
+        "rows are keys",
+        "kernel @column_sums_acsr_fwd(",
+    ):
         assert expected in " ".join(text.split()), expected
 
 
