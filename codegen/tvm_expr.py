@@ -290,8 +290,8 @@ class Printer(Typing):
 
     def _random_bits(self, expr: Expr) -> Text:
         words = [self._print(a) for a in expr.args]
-        text = random_bits(*(self._to(w, "uint32").text for w in words), self.let)
-        return Text(text, "int32", any(w.varying for w in words))
+        key, x, y = (self._to(w, "uint32").text for w in words)
+        return Text(random_bits(key, x, y, self.let), "int32", any(w.varying for w in words))
 
     # choice ---------------------------------------------------------------------------------------
 
