@@ -3,7 +3,8 @@
     max |ours - exact| <= 2 * max |plain - exact| + one ulp of the output's scale
 
 `exact` is the reference backend in float64 on the same inputs, `plain` the same formula written with
-torch operators in the inputs' dtype.
+torch operators in the inputs' dtype. Where products of float32 may round to tf32, `plain` reads its operands
+as tensor cores do, without the last 13 bits (PTX ISA, "wgmma"): libraries round them beforehand.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 
 from .attention import attention
+from .device import precision_of
 from .mask import Mask
-from .problem import Problem
+from .problem import DTYPE_NAMES, Problem
 from .reference import exact_attention, map_pairs
 from .score import ScoreMod
 from .softmax import Softmax
@@ -131,7 +133,8 @@ def _plain(
     kv_len = k.shape[2]
     repeat = heads // max(1, k.shape[1])
     k, v = (t.repeat_interleave(repeat, 1) for t in (k, v))
-    scores = (q @ k.transpose(-1, -2)) * (1 / math.sqrt(size) if scale is None else scale)
+    read = _as_tf32 if precision_of(q.device, DTYPE_NAMES[q.dtype]) == "tf32" else lambda x: x
+    scores = (read(q) @ read(k).transpose(-1, -2)) * (1 / math.sqrt(size) if scale is None else scale)
     points = (torch.arange(n, device=q.device) for n in (batch, heads, q_len, kv_len))
     grid = torch.meshgrid(*points, indexing="ij")
     if score_mod is not None:
@@ -157,4 +160,8 @@ def _plain(
         found = weights.double().cpu().numpy(), attends.cpu().numpy()
         mapped = map_pairs(softmax.prob, *found, np.float64, np.arange(batch), 0)
         weights = torch.from_numpy(mapped).to(q.device, q.dtype).masked_fill(~attends, 0)
-    return weights @ v, lse, sums
+    return read(weights) @ read(v), lse, sums
+
+
+def _as_tf32(x: torch.Tensor) -> torch.Tensor:
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)

@@ -321,7 +321,7 @@ def _unflatten(rest: Expr, sizes: tuple[int, ...]) -> list[Expr]:
 
 
 def _delinearised(expr: Expr, dims: tuple, index: str, names: list[Expr]) -> Expr:  # type: ignore[type-arg]
-    """index // W and index % W spelled by the coordinates that are already at hand.
+    """index // W, index % W and index - W * (index // W) spelled by the coordinates that are at hand.
 
     Not inside reads: coordinates beyond their width are none of the index that reads are clamped to."""
     symbol = integer(index)
@@ -337,12 +337,22 @@ def _delinearised(expr: Expr, dims: tuple, index: str, names: list[Expr]) -> Exp
         known[floordiv(symbol, inner)] = names[0]
         known[floordiv(floormod(symbol, inner), sympy.Integer(dims[2].width))] = names[1]
 
+    whole = names[0]
+    for dim, name in zip(dims[1:], names[1:], strict=True):
+        whole = whole * dim.width + name
+
     def spell(part: Expr) -> Expr:
         if part in known:
             return known[part]
         if isinstance(part, (read, readf)) or not part.args:
             return part
         args = [spell(a) for a in part.args]
-        return part if tuple(args) == part.args else part.func(*args)
+        made = part if tuple(args) == part.args else part.func(*args)
+        if not isinstance(made, Relational) or not made.has(symbol) or kind(made.args[0]) != "int":
+            return made
+        before = sympy.expand(made.args[0] - made.args[1])
+        after = sympy.expand(before.xreplace({symbol: whole}))
+        fewer = len(sympy.Add.make_args(after)) < len(sympy.Add.make_args(before))
+        return made.func(after, 0) if fewer else made
 
     return spell(expr)

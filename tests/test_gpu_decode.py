@@ -192,7 +192,7 @@ def test_a_cache_grows_in_a_graph(form):
             q_offset=length - 1,
         )
         torch.testing.assert_close(out, wanted, atol=2e-2, rtol=2e-2)
-    assert compilations() <= before + 2
+    assert compilations() <= before + 4, "caches of few keys and of many, and rows of one key"
 
 
 def test_other_lengths_compile_nothing():
