@@ -150,6 +150,16 @@ def test_splits_are_even_shares_of_the_tiles_that_a_mask_visits():
     assert weights.tolist() == [6 * 32, 6 * 32, 6 * 32, 645 - 18 * 32]
 
 
+@pytest.mark.parametrize("lists", ["none", "all"])
+@pytest.mark.parametrize("name", ["ids", "sink and window"])
+def test_a_given_schedule_may_leave_keys_unsplit(name, lists):
+    text, values = MASKS[name]
+    of = batch(STORED["pages"], 5, heads=(6, 2))
+    schedule = Schedule((8,), (16,), lists=lists)
+    program = compile_spec(of.spec(Mask.parse(text), few=16, group=3), schedule)
+    of.check(run(program, of.arguments() | values), mask=Mask.parse(text), values=values)
+
+
 @pytest.mark.parametrize("splits", [1, 17])
 def test_sinks_and_scores_by_head_in_a_shared_tile(splits):
     score = ScoreMap.parse("score(; t0: f32[1]) { score + 0.1 * t0[h] * (q - k) }")
@@ -193,6 +203,21 @@ def test_triton(name, stored, few):
     program = compile_spec(of.spec(mask, target="cuda:sm_90", **few))
     given = of.arguments() | values | ({"splits": 3} if few else {})
     of.check(run_triton(program, given), mask=mask, values=values)
+
+
+@pytest.mark.parametrize("stored", ["scalar offset", "pages", "large pages", "packed"])
+def test_kernels_of_few_rows_load_ahead_in_vectors(stored):
+    """Compiled for an H100: loads of 16 bytes that do not wait, for pages too; registers suffice."""
+    from gossamer.runtime.gpu import compile_ahead
+
+    how = dict(dtype="bf16", target="cuda:sm_90", few=16, group=4, aligned=True, positive=True)
+    of = batch(STORED[stored], sizes=(128, 128), heads=(4, 1))
+    mask = Mask.parse("mask(p0) { q >= k and q - k <= p0 }")
+    for kernel in compile_spec(of.spec(mask, **how)).kernels:
+        binary = compile_ahead(triton.emit(kernel), "cuda:sm_90")
+        assert binary.spills == 0 and binary.shared < 227 * 1024 // 2
+        if kernel.name == "attention_acsr_fwd":
+            assert binary.assembly.count("cp.async.cg.shared.global") >= 32
 
 
 def test_what_lies_outside_memory_is_never_read():
