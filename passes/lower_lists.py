@@ -50,8 +50,9 @@ from ..ir.kernel import (
 from ..ir.plan import Group, Loops, Schedule, Summary
 from ..ir.sequences import Sequences
 from .lists import ListTensors, hull
+from .magnitude import fits, widened
 from .reads import clamp
-from .scaffold import KV_LEN, Scaffold, needs_64_bits
+from .scaffold import KV_LEN, Scaffold
 from .tilesets import column_index, linear
 
 POINTS = 2048  # of a block of tiles: key tiles at once times rows or keys of one
@@ -79,7 +80,7 @@ class _Builder:
         (self.spans,) = loops.spans
         late = frozenset({N0, *map(_symbol, self.lists.summaries)})
         self.touched, self.full = (
-            self.over.bind(e, late=late) if self.lists.by_row else self._bound(e)
+            widened(self.over.bind(e, late=late)) if self.lists.by_row else self._bound(e)
             for e in (loops.touched, loops.full)
         )
         whole = hull(self.spans)
@@ -227,11 +228,10 @@ class _Builder:
 
     def _bound(self, expr: Expr, key: Expr | None = None) -> Expr:
         """An expression over key tiles, or over their keys; captured tensors are read in range."""
-        at = {} if key is None else {integer("k"): key}
-        if needs_64_bits(expr):
-            coordinates = [integer(name) for name in ("m0", "r0", "n0")]
-            at = at | {c: cast(sympy.Symbol("i64"), c) for c in coordinates}
-        return clamp(expr, attending=self.over.sequences.uneven).xreplace(at)
+        expr = clamp(expr, attending=self.over.sequences.uneven)
+        if key is None:
+            return widened(expr)
+        return expr.xreplace({integer("k"): key if fits(expr) else cast(sympy.Symbol("i64"), key)})
 
     def _member(self, n: Expr) -> Expr:
         return any_of([all_of([s.lo <= n, n < s.hi]) for s in self.spans])

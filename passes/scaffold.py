@@ -40,6 +40,7 @@ from ..ir.sequences import PLAIN, Sequences
 from . import sequences as sq
 from .compare import separated
 from .lists import ListTensors
+from .magnitude import fits, widened
 from .reads import clamp
 from .tilesets import column_index, linear, row_index
 from .truth import TileTruth
@@ -48,7 +49,6 @@ B, H, Q_LEN, KV_LEN = integer("b"), integer("h"), integer("q_len"), integer("kv_
 HK = integer("hk")  # the key head that a program's query heads read
 ROW, COL = integer("row"), integer("col")
 _COSTLY = (floordiv, floormod, read, readf, bitand, bitor, bitxor, shl, shr)
-_WIDE = (bitand, bitor, bitxor, shl, shr)  # hashes and products of indices need 64 bits
 
 
 class Scaffold:
@@ -97,7 +97,7 @@ class Scaffold:
         self.head += [self._reversal()] if loops.programs == "reversed" else []
         found = loops.lists
         self.lists = None if found is None else ListTensors(found, group.order, schedule, sequences, lists)
-        self.full = loops.full if self.lists is None else self.lists.full
+        self.full = widened(loops.full) if self.lists is None else self.lists.full
         self._narrow, self._compared = narrow, frozenset[Expr]()
         self._hoisted: dict[tuple[Expr, str], Expr] = {}
         self.mask_cols: list[Stmt] = []
@@ -161,7 +161,7 @@ class Scaffold:
         if self.lists is not None:
             return self.lists.loop(inner)
         if self.loops.touched != sympy.true:
-            inner = [If(self.loops.touched, tuple(inner))]
+            inner = [If(widened(self.loops.touched), tuple(inner))]
         if self.flat and self._rectangular():
             return self._flattened(inner)
         for d in reversed(range(len(self.loops.spans))):
@@ -197,7 +197,7 @@ class Scaffold:
 
         def settle(part: Expr) -> Expr:
             found = truth.uniform(part) if part.has(read, readf) else None
-            return part if found is None else found
+            return part if found is None else widened(found)
 
         return predicate.replace(lambda e: isinstance(e, Relational), settle)
 
@@ -224,7 +224,7 @@ class Scaffold:
         if self.heads > 1:
             index[H] = self.query_head
         expr = self._hoist(expr, rows, cols, late, index)
-        return expr.xreplace(_wide(index) if needs_64_bits(expr) else index)
+        return expr.xreplace(index if fits(expr) else _wide(index))
 
     def _hoist(
         self,
@@ -285,11 +285,6 @@ class Scaffold:
         stride = dim.row_stride if stem == "row" else dim.col_stride
         free = stem == "col" and self.schedule.anchor(d) is not None
         return free or dim.width is None or dim.width % (stride * sizes[d]) > 0
-
-
-def needs_64_bits(expr: Expr) -> bool:
-    """Whether an expression of indices may leave 32 bits."""
-    return expr.has(*_WIDE) or any(len(m.free_symbols) > 1 for m in expr.atoms(sympy.Mul))
 
 
 def _only_compared(expr: Expr) -> frozenset[Expr]:

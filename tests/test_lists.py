@@ -99,6 +99,18 @@ CASES = {
         lambda r, n: [table(r, HQ, 8, 16)],
         False,
     ),
+    "products beyond 32 bits": (
+        f"mask(; {IDS}) {{ k // 8 * 900000011 % 97 % 4 == c0[q] }}",
+        (),
+        lambda r, n: [np.sort(ids(r, n))],
+        False,
+    ),
+    "products of a key beyond 32 bits": (
+        f"mask(; {IDS}) {{ k * 900000011 % 97 % 40 == c0[q] }}",
+        (),
+        lambda r, n: [np.sort(ids(r, n, 2))],
+        False,
+    ),
     "holes in closed form": ("mask() { (q // 16 + k // 8) % 5 < 2 and k <= q }", (), lambda r, n: [], False),
     "blocks of a row": (
         "mask(; c0: u8[2]) { c0[q, k // 16] != 0 and k <= q }",
@@ -188,7 +200,9 @@ def test_attention_over_lists_is_attention(name):
 
 
 # Ranges of ids overlap without an id in common; what any key of a tile has says nothing of where the key is.
-LOOSE = {"documents in any order", "documents of a batch", "rows of a key", "floats of a key"}
+LOOSE = {"documents in any order", "documents of a batch", "rows of a key", "floats of a key"} | {
+    "products of a key beyond 32 bits"
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -235,7 +249,15 @@ def lists_of(program, given):
 
 @pytest.mark.parametrize(
     "name",
-    ["causal documents", "rows of a key", "blocks across tiles", "bits of heads", "residues of documents"],
+    [
+        "causal documents",
+        "rows of a key",
+        "blocks across tiles",
+        "bits of heads",
+        "residues of documents",
+        "products beyond 32 bits",
+        "products of a key beyond 32 bits",
+    ],
 )
 def test_triton(name):
     torch, pytest_triton = pytest.importorskip("torch"), pytest.importorskip("triton")
