@@ -56,7 +56,11 @@ PROB_MODS = {
 LINEAR = ProbMap.parse("prob(x0: float; w0: f32[1]) { where(k % 3 == 0, prob * x0, prob * w0[k]) }")
 THRESHOLD = ProbMap.parse("prob(x0: float) { max(prob - x0, 0) }")
 SOFT_CAP = ScoreMap.parse("score(s0: float) { s0 * tanh(score / s0) + 0.1 * (q - k) }")
+ALIBI = ScoreMap.parse("score(; t0: f32[1]) { score - t0[h] * (q - k) }")
+RELATIVE = ScoreMap.parse("score(; t0: f32[1]) { score + t0[q - k + 100] }")
 WISHES = {
+    "ALiBi": dict(score_map=ALIBI),
+    "relative bias": dict(score_map=RELATIVE, sinks="f32"),
     "sinks": dict(sinks="f16", return_lse=True),
     "linear": dict(prob_map=LINEAR),
     "threshold": dict(prob_map=THRESHOLD, sinks="f32"),
