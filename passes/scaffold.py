@@ -118,7 +118,7 @@ class Scaffold:
                 residues.append(GridDim(f"r{d}", sympy.Integer(dim.row_stride)))
         batch = () if self.sequences.q_bounds else (GridDim("b", integer("B")),)
         if self.loops.programs == "reversed":
-            tiles[0] = replace(tiles[0], name="t0")
+            tiles[0] = replace(tiles[0], name="back0")
         head = GridDim("h", integer("Hq")) if self.heads == 1 else GridDim("hk", integer("Hk"))
         rows = (*tiles, *residues)
         if self.loops.programs == "heads":
@@ -126,7 +126,7 @@ class Scaffold:
         return (head, *batch, *rows) if self.loops.programs == "spread" else (*rows, head, *batch)
 
     def _reversal(self) -> Let:
-        return Let("m0", self._row_tiles(0) - 1 - integer("t0"))
+        return Let("m0", self._row_tiles(0) - 1 - integer("back0"))
 
     def _row_tiles(self, d: int) -> Expr:
         """How many row tiles dimension d has."""
