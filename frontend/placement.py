@@ -71,6 +71,8 @@ class Placement:
             )
         capacity = problem.kv_len
         if "block_table" in given:
+            if problem.kv_len == 0:
+                raise InputError("attention.key", "pages of one key or more", tuple(problem.key.shape))
             _check_integers(problem, "block_table", block_table, (count, None))
             capacity = problem.kv_len * block_table.shape[1]
         if "kv_lens" in given:
@@ -90,7 +92,7 @@ class Placement:
             values["splits"] = _splits(problem, few, group, count, capacity, bool(given))
         if not where and not few:
             return PLAIN
-        if sums and (given or hasattr(q_offset, "shape")):
+        if sums and (given or "q_offsets" in values):
             raise UnsupportedError(
                 "attention.return_column_sums: not built for sequences of different lengths or positions. "
                 "Call once for each sequence"
@@ -210,7 +212,7 @@ def tensors_of(where: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
     """(tensors by the kernels' names, the integer offset) of a call's keywords, unchecked."""
     offset, *others = where
     held = {name: x for name, x in zip(NAMES.values(), others, strict=True) if x is not None}
-    if hasattr(offset, "shape"):
+    if hasattr(offset, "dim"):
         return held | {"q_offsets": offset}, None
     return held, offset
 
@@ -272,11 +274,12 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _offset(problem: Problem, q_offset: Any, count: int) -> tuple[str, dict[str, Any]]:
-    if not hasattr(q_offset, "shape"):
-        if type(q_offset) is not int or not 0 <= q_offset < MAX_POSITION:
+    if not hasattr(q_offset, "dim"):  # no tensor
+        whole = hasattr(q_offset, "__index__") and not isinstance(q_offset, bool)
+        if not whole or not 0 <= q_offset < MAX_POSITION:
             expected = f"an integer from 0 to {MAX_POSITION - 1}, or a tensor of one a sequence"
             raise InputError("attention.q_offset", expected, repr(q_offset))
-        return "scalar", {"q_offset": q_offset}
+        return "scalar", {"q_offset": int(q_offset)}
     _check_integers(problem, "q_offset", q_offset, (count,))
     return _dtype(q_offset), {"q_offsets": q_offset}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sympy
 
-from ..ir.expr import Expr, all_of, floordiv, floormod, integer, maximum, minimum, read, where
+from ..ir.expr import Expr, all_of, cast, floordiv, floormod, integer, maximum, minimum, read, where
 from ..ir.kernel import Axis, Compute, For, GridDim, Let, Load, Reduce, Scalar, Span, Stmt, Tensor
 from ..ir.sequences import Sequences
 
@@ -85,7 +85,7 @@ def head(sequences: Sequences, rows: int) -> list[Stmt]:
         behind = integer("sequence") >= BOUNDS - 1
         out.append(Let("kv_len", where(behind, 0, length) if sequences.q_bounds else length))
     if sequences.q_offset not in ("", "scalar"):
-        out.append(Let("q_offset", maximum(_read("q_offsets", B), ZERO)))
+        out.append(Let("q_offset", maximum(_read(sequences, "q_offsets", B), ZERO)))
     return out
 
 
@@ -94,12 +94,14 @@ def _find(sequences: Sequences, rows: int) -> list[Stmt]:
     at, unit = SEARCH * CHUNK + Z, sympy.Integer(rows)
     begins = floordiv(integer("bound"), unit) + at <= integer("slot")
     sequence, last = integer("sequence"), BOUNDS - 1
-    begin = _read("q_bounds", sequence)
-    following = _between(_read("q_bounds", minimum(sequence + 1, last)), Q_START, integer("q_total"))
+    begin = _read(sequences, "q_bounds", sequence)
+    following = _between(
+        _read(sequences, "q_bounds", minimum(sequence + 1, last)), Q_START, integer("q_total")
+    )
     end = where(sequence >= last, integer("q_total"), following)
     span = Span(ZERO, floordiv(BOUNDS + SEARCH - 1, sympy.Integer(SEARCH)))
     search: tuple[Stmt, ...] = (
-        Load("bound", sequences.q_bounds, ("z",), "q_bounds", (minimum(at, last),)),
+        Load("bound", "i32", ("z",), "q_bounds", (minimum(at, last),)),
         Reduce("more", "i32", (), "sum", where(all_of([at < BOUNDS, begins]), 1, 0), ("z",)),
         Compute("begun", "i32", (), integer("begun") + integer("more"), declares=False),
     )
@@ -121,11 +123,11 @@ def _kv_len(sequences: Sequences, out: list[Stmt]) -> Expr | None:
         size = sequences.page * integer("table_width")
     elif sequences.kv_bounds:
         total = integer("kv_total")
-        out.append(Let("kv_start", _between(_read("kv_bounds", B), ZERO, total)))
-        size = _between(_read("kv_bounds", B + 1), KV_START, total) - KV_START
+        out.append(Let("kv_start", _between(_read(sequences, "kv_bounds", B), ZERO, total)))
+        size = _between(_read(sequences, "kv_bounds", B + 1), KV_START, total) - KV_START
     elif not sequences.kv_lens:
         return None
-    return _between(_read("kv_lens", B), ZERO, size) if sequences.kv_lens else size
+    return _between(_read(sequences, "kv_lens", B), ZERO, size) if sequences.kv_lens else size
 
 
 def pages_of_tile(
@@ -138,7 +140,7 @@ def pages_of_tile(
     size, last = sympy.Integer(sequences.page), integer("pages") - 1
     page = integer("page")
     if first is not None:
-        found = _between(_read("block_table", B, floordiv(first, size)), ZERO, last)
+        found = _between(_read(sequences, "block_table", B, floordiv(first, size)), ZERO, last)
         return (
             [Let("page", found), Let("slot0", floormod(first, size))],
             page,
@@ -146,8 +148,8 @@ def pages_of_tile(
         )
     place = (B, floordiv(col, size))
     statements: list[Stmt] = [
-        Load("page", sequences.block_table, ("j",), "block_table", place, valid),
-        Compute("page", sequences.block_table, ("j",), _between(page, ZERO, last), declares=False),
+        Load("page", "i32", ("j",), "block_table", place, valid),
+        Compute("page", "i32", ("j",), _between(page, ZERO, last), declares=False),
     ]
     return statements, page, floormod(col, size)
 
@@ -156,5 +158,8 @@ def _between(value: Expr, low: Expr, high: Expr) -> Expr:
     return minimum(maximum(value, low), high)
 
 
-def _read(name: str, *index: Expr) -> Expr:
-    return read(integer(name), *index)
+def _read(sequences: Sequences, name: str, *index: Expr) -> Expr:
+    """An entry in 32 bits, in which kernels count."""
+    found = read(integer(name), *index)
+    dtype = sequences.q_offset if name == "q_offsets" else getattr(sequences, name)
+    return cast(sympy.Symbol("i32"), found) if dtype == "i64" else found

@@ -235,6 +235,20 @@ def test_bad_tables(table, lens, message):
         gossamer.attention(SMALL, CACHE, CACHE, block_table=torch.tensor(table), kv_lens=torch.tensor(lens))
 
 
+def test_pages_hold_a_key():
+    empty = torch.randn(6, 2, 0, 16)
+    with pytest.raises(InputError, match="key: expected pages of one key or more"):
+        gossamer.attention(SMALL, empty, empty, block_table=TABLE, kv_lens=LENS)
+
+
+@pytest.mark.parametrize("page, width", [(1, 40), (7, 5), (16, 0)])
+def test_odd_pages(page, width):
+    lens = torch.tensor([min(page * width, 31), 0])
+    cache = torch.randn(90, 2, page, 16)
+    table = torch.randperm(90)[: 2 * width].view(2, width)
+    compare(SMALL, cache, cache, block_table=table, kv_lens=lens)
+
+
 def test_reads_are_checked_at_the_positions_of_each_sequence():
     ids = torch.arange(10)
     given: dict[str, Any] = {"mask": lambda b, h, q, k: ids[q] >= k, "kv_lens": LENS}
