@@ -87,9 +87,11 @@ class Placement:
         uneven, paged = "cu_seqlens_q" in given, "block_table" in given
         lengths = (None if uneven else problem.q_len, None if uneven or paged else problem.kv_len)
         problem.pairs = (count, problem.heads, *lengths)
-        few, group = _few_rows(problem, count, capacity, packed="cu_seqlens_q" in given)
+        queries = -(-problem.q_len // count) if uneven else problem.q_len
+        keys = -(-capacity // count) if "cu_seqlens_kv" in given else capacity
+        few, group = _few_rows(problem, queries, keys)
         if few:
-            values["splits"] = _splits(problem, few, group, count, capacity, bool(given))
+            values["splits"] = _splits(problem, few, group, count, keys, bool(given))
         if not where and not few:
             return PLAIN
         if sums and (given or "q_offsets" in values):
@@ -301,11 +303,9 @@ def _check_bounds(keyword: str, bounds: list[int], total: int) -> None:
 # few rows -------------------------------------------------------------------------------------------
 
 
-def _few_rows(problem: Problem, count: int, capacity: int, *, packed: bool) -> tuple[int, int]:
-    """(few, group): the row tile for rows of few queries against many keys, (0, 1) for others."""
+def _few_rows(problem: Problem, queries: int, keys: int) -> tuple[int, int]:
+    """(few, group): the row tile for few queries against many keys of a sequence, (0, 1) for others."""
     heads = problem.key.shape[1]
-    queries = problem.q_len if not packed else -(-problem.q_len // count)
-    keys = capacity if not packed else -(-capacity // count)
     if queries > FEW_QUERIES or keys < MANY_KEYS or heads == 0:
         return 0, 1
     group = problem.heads // heads
@@ -313,11 +313,11 @@ def _few_rows(problem: Problem, count: int, capacity: int, *, packed: bool) -> t
     return min(max(rows, FEW_ROWS[0]), FEW_ROWS[1]), group
 
 
-def _splits(problem: Problem, few: int, group: int, count: int, capacity: int, uneven: bool) -> int:
+def _splits(problem: Problem, few: int, group: int, count: int, keys: int, uneven: bool) -> int:
     """How many programs share a row tile: the same for the same sizes and machine."""
     tiles = -(-problem.q_len // max(1, few // group)) + (count if problem.batch < count else 0)
     programs = tiles * max(1, problem.batch) * problem.key.shape[1]
-    return even_splits(programs, _slots(problem.device), -(-capacity // TILE_KEYS), uneven)
+    return even_splits(programs, _slots(problem.device), -(-keys // TILE_KEYS), uneven)
 
 
 @lru_cache(maxsize=1024)

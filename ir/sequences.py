@@ -29,8 +29,8 @@ INTEGERS = ("i32", "i64")
 class Sequences:
     """Each field but `page` is the dtype of the tensor of its name, '' where there is none.
 
-    q_offset: 'scalar' when one runtime integer holds for all sequences. page: keys a page, a power of
-    two from 16 to 256, with a block_table; else 0."""
+    q_offset: 'scalar' when one runtime integer holds for all sequences. page: keys a page, with a
+    block_table; else 0. Powers of two from 16 to 256 make the best loads."""
 
     q_offset: str = ""
     q_bounds: str = ""
