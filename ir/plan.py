@@ -91,8 +91,9 @@ class Schedule:
 
 # "rows": the row tiles of one head in order, head after head, so that neighbours share keys in the cache;
 # "reversed": from the last row tile to the first, for masks whose later rows see more keys; "heads": one row
-# tile of every head of a batch, then the next; "spread": one row tile of every head and batch, then the next,
-# for windows, whose keys stay cached for as long as they are needed, and for a few heavy row tiles.
+# tile of every head of a batch, then the next; "spread": likewise, with up to
+# 64 heads of several batches, for windows, whose keys stay cached as long as they are needed, and for masks
+# with a few heavy row tiles.
 PROGRAMS = ("rows", "reversed", "heads", "spread")
 
 

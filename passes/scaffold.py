@@ -95,6 +95,8 @@ class Scaffold:
         self.valid_col = all_of([inside, *anchored, COL < KV_LEN])
         self.head, self.axes = [*sq.head(sequences, self._rows_a_tile())], sq.axes(sequences)
         self.head += [self._reversal()] if loops.programs == "reversed" else []
+        if loops.programs == "spread":
+            self.head.append(Let("b", integer("outer") * _together() + integer("inner")))
         found = loops.lists
         self.lists = None if found is None else ListTensors(found, group.order, schedule, sequences, lists)
         self.full = widened(loops.full) if self.lists is None else self.lists.full
@@ -123,7 +125,10 @@ class Scaffold:
         rows = (*tiles, *residues)
         if self.loops.programs == "heads":
             return (head, *rows, *batch)
-        return (head, *batch, *rows) if self.loops.programs == "spread" else (*rows, head, *batch)
+        if self.loops.programs == "spread":
+            outer = GridDim("outer", floordiv(integer("B"), _together()))
+            return (head, GridDim("inner", _together()), *rows, outer)
+        return (*rows, head, *batch)
 
     def _reversal(self) -> Let:
         return Let("m0", self._row_tiles(0) - 1 - integer("back0"))
@@ -285,6 +290,18 @@ class Scaffold:
         stride = dim.row_stride if stem == "row" else dim.col_stride
         free = stem == "col" and self.schedule.anchor(d) is not None
         return free or dim.width is None or dim.width % (stride * sizes[d]) > 0
+
+
+def _together() -> Expr:
+    """Batches whose row tiles start side by side: 4 or 2, if that divides B and makes 64 heads at most."""
+    batch, heads = integer("B"), maximum(integer("Hq"), sympy.Integer(1))
+
+    def may(count: int) -> Expr:
+        """1 if so many batches divide B and have few enough heads, else 0."""
+        few = minimum(floordiv(sympy.Integer(64 // count), heads), sympy.Integer(1))
+        return few * (1 - minimum(floormod(batch, sympy.Integer(count)), sympy.Integer(1)))
+
+    return 1 + may(2) + 2 * may(4)
 
 
 def _only_compared(expr: Expr) -> frozenset[Expr]:

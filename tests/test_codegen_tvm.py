@@ -16,7 +16,7 @@ from gossamer.codegen.tvm_layout import pieces
 from gossamer.ir.errors import BackendError, UnsupportedError
 from gossamer.ir.evaluate import evaluate
 from gossamer.ir.kernel import Kernel, Tensor
-from gossamer.ir.kernel_interpret import interpret
+from gossamer.ir.kernel_interpret import intermediates, interpret
 from gossamer.ir.kernel_text import parse
 from gossamer.ir.mask import Mask
 from gossamer.passes.pipeline import compile_spec
@@ -408,9 +408,7 @@ def check(text, params=(), *, dtype="f32", heads=(2, 2), lengths=(S, S), size=16
     given |= {c.name: np.arange(S) // 20 + 2**33 for c in spec.mask.captures}
     arguments = {n: torch.as_tensor(x) if isinstance(x, np.ndarray) else x for n, x in given.items()}
     arguments |= {"q": q, "k": k, "v": v, "o": o, "lse": lse, "scale": 0.3}
-    for state in program.intermediates:
-        shape = [{"B": 1, "Hq": hq, "q_len": n}.get(x, x) for x in state.shape]
-        arguments[state.name] = torch.full(shape, math.nan, dtype=lse.dtype)
+    arguments |= {name: torch.from_numpy(x) for name, x in intermediates(program, arguments).items()}
     for kernel in program.kernels:
         call(kernel, arguments)
 

@@ -48,10 +48,13 @@ def test_kernel_is_called_saved_and_loaded(name, suffix, tmp_path):
     dtype = torch.float16 if spec.dtype == "f16" else torch.float32
     q, k, v = tensors(v_size=spec.v_size, dtype=dtype)
     expected = gossamer.attention(q, k, v, **options)
-    assert torch.equal(kernel(q, k, v, **options), expected)
+    out = kernel(q, k, v, **options)
+    # Key tiles of documents come in another order where ids are known to be sorted.
+    apart = 1e-6 if name == "document" else 0
+    torch.testing.assert_close(out, expected, rtol=apart, atol=apart)
     loaded = gossamer.load(kernel.save(tmp_path / f"kernel{suffix}"))
     before = compilations()
-    assert torch.equal(loaded(q, k, v, **options), expected)
+    assert torch.equal(loaded(q, k, v, **options), out)
     assert compilations() == before
     assert (loaded.source, loaded.ir, loaded.target) == (kernel.source, kernel.ir, kernel.target)
     assert "attention" in kernel.source and "kernel @attention" in kernel.ir

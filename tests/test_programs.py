@@ -1,5 +1,6 @@
 """The order in which row tiles start on a GPU, and the launch grids that spell it."""
 
+import itertools
 import math
 
 import pytest
@@ -38,9 +39,20 @@ def test_order(name):
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_grid_launches_every_program_once(name):
-    sizes = {"B": 3, "Hq": 5, "q_len": 333, "kv_len": 217}
-    for kernel in program(ORDERS[name][0])[0].kernels:
+    kernels = program(ORDERS[name][0])[0].kernels
+    for (batch, heads), kernel in itertools.product([(3, 5), (4, 2), (6, 20), (8, 40), (2, 0)], kernels):
+        sizes = {"B": batch, "Hq": heads, "q_len": 333, "kv_len": 217}
         module = {}
         source = codegen.emit(kernel)
         exec(source[source.index("def grid(") : source.index("def bind(")], module)
         assert module["grid"](**sizes) == (math.prod(int(evaluate(g.extent, sizes)) for g in kernel.grid),)
+
+
+@pytest.mark.parametrize(
+    "batch, heads, together", [(4, 16, 4), (6, 16, 2), (4, 17, 2), (3, 16, 1), (4, 40, 1)]
+)
+def test_as_many_batches_start_side_by_side_as_have_64_heads(batch, heads, together):
+    [kernel] = program(masks.sliding_window(128))[0].kernels
+    extents = {g.name: int(evaluate(g.extent, {"B": batch, "Hq": heads, "q_len": 640})) for g in kernel.grid}
+    assert list(extents) == ["h", "inner", "m0", "outer"]
+    assert (extents["inner"], extents["inner"] * extents["outer"]) == (together, batch)
