@@ -96,7 +96,7 @@ class Scaffold:
         self.head, self.axes = [*sq.head(sequences, self._rows_a_tile())], sq.axes(sequences)
         self.head += [self._reversal()] if loops.programs == "reversed" else []
         if loops.programs == "spread":
-            self.head.append(Let("b", integer("outer") * _together() + integer("inner")))
+            self.head.insert(0, Let("b", integer("outer") * _together() + integer("inner")))
         found = loops.lists
         self.lists = None if found is None else ListTensors(found, group.order, schedule, sequences, lists)
         self.full = widened(loops.full) if self.lists is None else self.lists.full
