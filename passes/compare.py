@@ -21,7 +21,7 @@ from ..ir.expr import Expr, kind, sum_of
 REVERSED = {sympy.Ge: sympy.Le, sympy.Gt: sympy.Lt, sympy.Le: sympy.Ge, sympy.Lt: sympy.Gt}
 
 
-def separated(predicate: Expr, is_column: Callable[[sympy.Symbol], bool]) -> Expr:
+def separated(predicate: Expr, is_column: Callable[[Expr], bool]) -> Expr:
     """A predicate over tiles whose comparisons are between columns and rows, where they can be."""
     bounded = predicate.replace(lambda e: isinstance(e, Relational), _without_abs)
     return bounded.replace(lambda e: isinstance(e, Relational), lambda e: _separate(e, is_column))
@@ -37,11 +37,13 @@ def _without_abs(comparison: Relational) -> Expr:
     return sympy.And(relation(small.args[0], large), relation(-small.args[0], large))
 
 
-def _separate(comparison: Relational, is_column: Callable[[sympy.Symbol], bool]) -> Expr:
-    left, right = comparison.args
+def _separate(comparison: Relational, is_column: Callable[[Expr], bool]) -> Expr:
+    left: Expr = comparison.args[0]
+    right: Expr = comparison.args[1]
     if kind(left) != "int" or kind(right) != "int":
         return comparison
-    columns, others = [], []
+    columns: list[Expr] = []
+    others: list[Expr] = []
     for term in sympy.Add.make_args(sympy.expand(left - right)):
         of_column = [is_column(s) for s in term.free_symbols]
         if any(of_column) and not _alone(term, is_column):
@@ -56,7 +58,7 @@ def _separate(comparison: Relational, is_column: Callable[[sympy.Symbol], bool])
     return relation(sum_of(columns), sum_of([-t for t in others]))
 
 
-def _alone(term: Expr, is_column: Callable[[sympy.Symbol], bool]) -> bool:
+def _alone(term: Expr, is_column: Callable[[Expr], bool]) -> bool:
     """Whether a term with a column has nothing else in it that differs within a tile."""
     return not any(
         s.name.startswith("row") or s.name == "head" for s in term.free_symbols if not is_column(s)

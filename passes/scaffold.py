@@ -299,7 +299,8 @@ def _together() -> Expr:
     def may(count: int) -> Expr:
         """1 if so many batches divide B and have few enough heads, else 0."""
         few = minimum(floordiv(sympy.Integer(64 // count), heads), sympy.Integer(1))
-        return few * (1 - minimum(floormod(batch, sympy.Integer(count)), sympy.Integer(1)))
+        odd: Expr = minimum(floormod(batch, sympy.Integer(count)), sympy.Integer(1))
+        return few * (1 - odd)
 
     return 1 + may(2) + 2 * may(4)
 
@@ -362,7 +363,8 @@ def _delinearised(expr: Expr, dims: tuple, index: str, names: list[Expr]) -> Exp
         made = part if tuple(args) == part.args else part.func(*args)
         if not isinstance(made, Relational) or not made.has(symbol) or kind(made.args[0]) != "int":
             return made
-        before = sympy.expand(made.args[0] - made.args[1])
+        left: Expr = made.args[0]
+        before = sympy.expand(left - made.args[1])
         after = sympy.expand(before.xreplace({symbol: whole}))
         fewer = len(sympy.Add.make_args(after)) < len(sympy.Add.make_args(before))
         return made.func(after, 0) if fewer else made
