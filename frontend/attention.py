@@ -24,7 +24,7 @@ from .problem import Problem
 from .reads import check_reads
 from .schedules import Request, given, settled
 from .score import ScoreMod
-from .softmax import PLAIN, Softmax
+from .softmax import PLAIN, Softmax, probability
 
 if TYPE_CHECKING:
     import torch
@@ -200,13 +200,14 @@ def run(
     bound = EVERY_PAIR if mask is None else Mask.of(mask)
     score = ScoreMod.of(score_mod)
     sinks, prob_mod, dropout_p, _ = modified
+    dropped = probability(dropout_p)
     held, offset = tensors_of(where)
     tensors = {"q": query, "k": key, "v": value, **held}
     if sinks is not None:
         tensors["sinks"] = sinks
     known = Recalled(tensors)
     plans = driver().plans
-    if prob_mod is None and not dropout_p:
+    if prob_mod is None and not dropped:
         options = (enable_gqa, extra, backend, schedule, validate, offset)
         known = recall(plans, tensors, bound, score, scale, *options)
     if known.plan is not None:
@@ -238,7 +239,7 @@ def prepare(
 
     Compiles the kernel if it is new."""
     if schedule is not None:
-        schedule = given(schedule)
+        schedule = given(schedule, few=placed.few > 0)
     if validate or problem.device.type == "cpu":
         placed.check_values(problem)
         check_reads(problem, placed, mask, score, softmax.prob)

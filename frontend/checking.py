@@ -40,11 +40,11 @@ def check_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `gossamer.attention` and assert the rule for output and LSE; returns both.
 
-    Takes what `gossamer.attention` takes (return_lse is implied; dropout needs its seed); column sums are
-    judged where they are asked for. shuffles: how often a narrow miss is judged again on the same numbers in
-    another order; largest errors of a few numbers scatter, and one small case in a thousand misses by chance.
-    Raises ErrorTooLarge, or AssertionError for another shape
-    or for infinities and NaN in other places."""
+    Takes what `gossamer.attention` takes of one sequence a batch (no offsets, lengths, bounds or tables);
+    return_lse is implied, dropout needs its seed, and column sums are judged where they are asked for.
+    shuffles: how often a narrow miss is judged again on the same numbers in another order; largest errors
+    of a few numbers scatter, and one small case in a thousand misses by chance. Raises ErrorTooLarge, or
+    AssertionError for another shape or for infinities and NaN in other places."""
     given = dict(mask=mask, score_mod=score_mod, scale=scale, enable_gqa=enable_gqa, **options)
     try:
         return _check(query, key, value, **given)

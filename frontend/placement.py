@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
-from .problem import Problem
+from .problem import Problem, as_integer
 
 if TYPE_CHECKING:
     import torch
@@ -266,9 +266,11 @@ def _check_integers(problem: Problem, name: str, tensor: Any, shape: tuple[int |
     )
     if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise InputError(where, f"shape ({wanted})", tuple(tensor.shape))
+        comma = "," if len(shape) == 1 else ""
+        raise InputError(where, f"shape ({wanted}{comma})", tuple(tensor.shape))
     if tensor.device != problem.device:
-        raise InputError(where, f"a tensor on {problem.device}, as the query is", tensor.device)
+        fix = f"Pass {name}.to({str(problem.device)!r})"
+        raise InputError(where, f"a tensor on {problem.device}, as the query is", tensor.device, fix)
 
 
 def _dtype(tensor: torch.Tensor) -> str:
@@ -277,11 +279,11 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 def _offset(problem: Problem, q_offset: Any, count: int) -> tuple[str, dict[str, Any]]:
     if not hasattr(q_offset, "dim"):  # no tensor
-        whole = hasattr(q_offset, "__index__") and not isinstance(q_offset, bool)
-        if not whole or not 0 <= q_offset < MAX_POSITION:
+        position = as_integer(q_offset)
+        if position is None or not 0 <= position < MAX_POSITION:
             expected = f"an integer from 0 to {MAX_POSITION - 1}, or a tensor of one a sequence"
             raise InputError("attention.q_offset", expected, repr(q_offset))
-        return "scalar", {"q_offset": int(q_offset)}
+        return "scalar", {"q_offset": position}
     _check_integers(problem, "q_offset", q_offset, (count,))
     return _dtype(q_offset), {"q_offsets": q_offset}
 

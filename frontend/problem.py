@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
@@ -27,6 +28,16 @@ def is_aligned(tensor: Any) -> bool:
     strides = [stride for size, stride in (*outer, *([last] if last[1] != 1 else [])) if size > 1]
     size = tensor.element_size()
     return tensor.data_ptr() % ALIGN == 0 and all(stride * size % ALIGN == 0 for stride in strides)
+
+
+def as_integer(value: Any) -> int | None:
+    """An integer of Python, NumPy or the like as an int; None for truth values and all else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 class Problem:

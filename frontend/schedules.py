@@ -51,24 +51,31 @@ def tune(
 
     if "schedule" in keywords:
         raise InputError("tune.schedule", "no schedule", repr(keywords["schedule"]), "Leave it out")
+    if timer is not None and not callable(timer):
+        raise InputError("tune.timer", "a function of a function, or None", repr(timer))
     request = Request(timer, again=True)
     attention(query, key, value, schedule=request, **keywords)
     driver().plans.clear()  # those of schedule="tune" may hold an older answer
     return request.found[0] if len(request.found) == 1 else request.found
 
 
-def given(schedule: Any) -> Any:
-    """A schedule argument as a tuple of Schedules, or None or a Request. Raises InputError."""
+def given(schedule: Any, few: bool = False) -> Any:
+    """A schedule argument as a tuple of Schedules, or None or a Request. Raises InputError.
+
+    few: whether it is for few queries against many keys, which programs may share."""
     from ..ir.plan import Schedule
 
     if schedule is None or isinstance(schedule, Request):
         return schedule
     if isinstance(schedule, str):
-        return Request() if schedule == TUNE else _parsed(schedule)
+        return Request() if schedule == TUNE else given(_parsed(schedule), few)
     items = schedule if isinstance(schedule, tuple) else (schedule,)
-    for one in items:
+    for one in items or [()]:
         if not isinstance(one, Schedule):
             raise InputError("attention.schedule", EXPECTED, repr(one))
+        if one.split and not few:
+            expected = "split=False but for calls of at most 16 queries against at least 1024 keys"
+            raise InputError("attention.schedule", expected, str(one))
     return items
 
 
@@ -76,9 +83,9 @@ def _parsed(text: str) -> Any:
     from ..ir.attributes import load
 
     try:
-        return given(load(text))
-    except (ParseError, InputError):
-        raise InputError("attention.schedule", EXPECTED, repr(text)) from None
+        return load(text)
+    except ParseError as error:
+        raise InputError("attention.schedule", EXPECTED, repr(text), str(error)) from None
 
 
 def settled(

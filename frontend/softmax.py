@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
+from .problem import as_integer
 from .score import ProbMod
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Softmax:
         """The checked arguments of a call; draws a seed where dropout has none.
 
         Raises InputError, UnsupportedError, TraceError."""
-        p = _probability(dropout_p)
+        p = probability(dropout_p)
         if sinks is None and prob_mod is None and not p:
             return PLAIN
         prob = ProbMod.of(prob_mod)
@@ -56,7 +57,8 @@ PLAIN = Softmax()
 """No sinks, probabilities as they are."""
 
 
-def _probability(p: Any) -> float:
+def probability(p: Any) -> float:
+    """The dropout probability of a call, 0 for None. Raises InputError."""
     if p is None:
         return 0.0
     if not isinstance(p, (int, float)) or not 0 <= p < 1:
@@ -76,11 +78,12 @@ def _seed(problem: Problem, seed: Any) -> torch.Tensor:
             got = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
             raise InputError("attention.dropout_seed", f"an int64 tensor of one element on {device}", got)
         return seed.reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+    number = as_integer(seed)
+    if number is None or not -(2**63) <= number < 2**63:
         raise InputError(
             "attention.dropout_seed", "an integer of 64 bits, or an int64 tensor of one", repr(seed)
         )
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
+    return torch.full((1,), number, dtype=torch.int64, device=device)
 
 
 def _checked_sinks(problem: Problem, sinks: Any) -> tuple[torch.Tensor | None, str | None]:
@@ -99,7 +102,8 @@ def _checked_sinks(problem: Problem, sinks: Any) -> tuple[torch.Tensor | None, s
         expected = f"shape ({problem.heads},): one number a query head"
         raise InputError(where, expected, tuple(sinks.shape))
     if sinks.device != query.device:
-        raise InputError(where, f"a tensor on {query.device}, as the query is", sinks.device)
+        fix = f"Pass sinks.to({str(query.device)!r})"
+        raise InputError(where, f"a tensor on {query.device}, as the query is", sinks.device, fix)
     if sinks.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError(
             f"{where} requires a gradient, and gradients are not built yet. "

@@ -35,7 +35,13 @@ from .tile_count import BYTES
 MAX_EXTENT = 1024
 CPU_ROWS, CPU_KEYS = 32, 32
 BOX_ROWS = 64
-HINTS = {"descriptors": (0, 1), "warps": (1, 2, 4, 8, 16), "stages": (1, 2, 3, 4, 5, 6, 7, 8)}
+HINTS = {
+    "descriptors": (0, 1),
+    "warps": (1, 2, 4, 8, 16),
+    "stages": (1, 2, 3, 4, 5, 6, 7, 8),
+    "block": tuple(range(1, 33)),
+}
+LISTS = ("none", "all", "open")
 
 
 def choose(spec: AttentionSpec, group: Group) -> Schedule:
@@ -153,20 +159,37 @@ def check(spec: AttentionSpec, group: Group, schedule: Schedule) -> None:
     """Whether a given schedule computes this group on the target. Raises InputError."""
     rank = len(group.order.dims)
     for name, extents in (("rows", schedule.rows), ("cols", schedule.cols)):
-        sizes = all(isinstance(n, int) and n >= 1 for n in extents)
-        if len(extents) != rank or not sizes or math.prod(extents) > MAX_EXTENT:
+        sizes = isinstance(extents, tuple) and all(isinstance(n, int) and n >= 1 for n in extents)
+        if not sizes or len(extents) != rank or math.prod(extents) > MAX_EXTENT:
             wanted = f"one extent a dimension ({rank}), at least 1 each, {MAX_EXTENT} together at most"
             raise InputError(f"schedule.{name}", wanted, extents)
-    if len(schedule.anchors) not in (0, rank):
+    if not isinstance(schedule.anchors, tuple) or len(schedule.anchors) not in (0, rank):
         raise InputError("schedule.anchors", f"none, or one anchor a dimension ({rank})", schedule.anchors)
     for d, form in enumerate(schedule.anchors):
         if form is not None and not (isinstance(form, sympy.Basic) and bounds(form, group, d)):
             expected = "an expression of the mask's integers that bounds k - q from below"
             raise InputError(f"schedule.anchors[{d}]", expected, form, "Leave it out, or pass None")
-    if schedule.split and schedule.lists != "none":
-        raise InputError("schedule.lists", "'none' where programs split the key tiles", repr(schedule.lists))
+    _check_options(schedule)
     if spec.target_kind != "cpu":
         _check_gpu(spec, schedule, devices.device_of(spec.target))
+
+
+def _check_options(schedule: Schedule) -> None:
+    for name in ("lazy_rescale", "split"):
+        value = getattr(schedule, name)
+        if not isinstance(value, bool):
+            raise InputError(f"schedule.{name}", "True or False", repr(value))
+    if schedule.lists not in LISTS:
+        raise InputError("schedule.lists", f"one of {', '.join(map(repr, LISTS))}", repr(schedule.lists))
+    if schedule.split and schedule.lists != "none":
+        raise InputError("schedule.lists", "'none' where programs split the key tiles", repr(schedule.lists))
+    meta = schedule.meta
+    pairs = isinstance(meta, tuple) and all(isinstance(hint, tuple) and len(hint) == 2 for hint in meta)
+    if not pairs or not all(name in HINTS for name, _ in meta):
+        raise InputError("schedule.meta", f"pairs of a name ({', '.join(HINTS)}) and a number", repr(meta))
+    for name, value in meta:
+        if value not in HINTS[name]:
+            raise InputError(f"schedule.meta: {name}", f"one of {', '.join(map(str, HINTS[name]))}", value)
 
 
 def _check_gpu(spec: AttentionSpec, schedule: Schedule, device: Device | None) -> None:
@@ -174,9 +197,6 @@ def _check_gpu(spec: AttentionSpec, schedule: Schedule, device: Device | None) -
         whole = math.prod(extents)
         if (whole & (whole - 1) or whole < 16) and not (name == "rows" and spec.group > 1):
             raise InputError(f"schedule.{name}", "a power of two from 16, all dimensions together", extents)
-    for name, value in schedule.meta:
-        if value not in HINTS.get(name, (value,)):
-            raise InputError(f"schedule.meta: {name}", f"one of {', '.join(map(str, HINTS[name]))}", value)
     if device is None or device.chip is None:
         return
     most = device.chip.shared_program

@@ -94,6 +94,7 @@ def test_heads_that_do_not_divide() -> None:
         ({"dropout_p": 1.0}, ("attention.dropout_p: expected a number p with 0 <= p < 1; got 1.0",)),
         ({"dropout_p": -0.1}, ("attention.dropout_p", "0 <= p < 1; got -0.1")),
         ({"dropout_p": math.nan}, ("attention.dropout_p", "got nan")),
+        ({"dropout_p": torch.zeros(2)}, ("attention.dropout_p", "got tensor([0., 0.])")),
         ({"dropout_p": 0.1, "dropout_seed": 2**64}, ("attention.dropout_seed: expected an integer",)),
         ({"dropout_p": 0.1, "dropout_seed": torch.zeros(2)}, ("attention.dropout_seed: expected an int64",)),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,7 +169,17 @@ TABLE = torch.tensor([[0, 1], [2, 3]])
             InputError,
             r"q_offset\[1\]: expected a position from 0.*; got -3",
         ),
-        ({"q_offset": torch.tensor([1, 2, 3])}, InputError, r"q_offset: expected shape \(2\); got \(3,\)"),
+        ({"q_offset": torch.tensor([1, 2, 3])}, InputError, r"q_offset: expected shape \(2,\); got \(3,\)"),
+        (
+            {"q_offset": np.array([1, 2])},
+            InputError,
+            r"q_offset: expected an integer.*; got array\(\[1, 2\]\)",
+        ),
+        (
+            {"kv_lens": torch.zeros(2, dtype=torch.int64, device="meta")},
+            InputError,
+            r"kv_lens: expected a tensor on cpu.*; got meta. Pass kv_lens.to\('cpu'\)",
+        ),
         ({"kv_lens": torch.tensor([4.0, 3.0])}, InputError, "kv_lens: expected int32 or int64"),
         ({"kv_lens": [4, 3]}, InputError, "kv_lens: expected a torch.Tensor of int32 or int64; got list"),
         (

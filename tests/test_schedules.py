@@ -302,6 +302,25 @@ def test_impossible_schedules_are_refused(schedule, message):
         compile_spec(attention(WINDOW, size=128), schedule)
 
 
+MALFORMED = [
+    ("rows=32, cols=(64,)", "schedule.rows: expected one extent a dimension .*; got 32"),
+    ("rows=(32,), cols=(64,), anchors=0", "schedule.anchors: expected none, or one anchor a dimension"),
+    ("rows=(32,), cols=(64,), meta=3", r"schedule.meta: expected pairs of a name .*; got 3"),
+    ("rows=(32,), cols=(64,), meta=(('wraps', 4),)", r"schedule.meta: .*descriptors, warps.*'wraps'"),
+    ("rows=(32,), cols=(64,), meta=(('warps', 3),)", "schedule.meta: warps: expected one of 1, 2, 4"),
+    ("rows=(32,), cols=(64,), lists='some'", "schedule.lists: expected one of 'none', 'all', 'open'"),
+    ("rows=(32,), cols=(64,), lazy_rescale=7", "schedule.lazy_rescale: expected True or False; got 7"),
+    ("rows=(32,), cols=(64,), lists='none', split=2", "schedule.split: expected True or False; got 2"),
+]
+
+
+@pytest.mark.parametrize("fields, message", MALFORMED, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize("target", ["cpu", "cuda:sm_90"])
+def test_malformed_schedules_are_refused(fields, message, target):
+    with pytest.raises(InputError, match=message):
+        compile_spec(attention(WINDOW, size=128, target=target), Schedule.parse(f"Schedule({fields})"))
+
+
 def test_schedules_print_and_parse():
     for target in ("cpu", "cuda:sm_90"):
         for text in (WINDOW, GRID):

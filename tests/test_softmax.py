@@ -416,6 +416,7 @@ def test_seeds_come_from_the_generator_and_advance_it():
     assert torch.equal(first, call()) and not torch.equal(first, second)
     before = torch.get_rng_state()
     assert torch.equal(call(dropout_seed=4), call(dropout_seed=torch.tensor([4])))
+    assert torch.equal(call(dropout_seed=4), call(dropout_seed=np.int64(4)))
     assert not torch.equal(call(dropout_seed=4), call(dropout_seed=4 + 2**32))
     gossamer.attention(*given, dropout_p=0.0)
     assert torch.equal(before, torch.get_rng_state())

@@ -212,6 +212,14 @@ def test_bad_requests():
         InputError, match=r"attention.schedule: expected a gossamer.Schedule, .* or \"tune\"; got"
     ):
         gossamer.attention(*inputs, schedule="Schedule(rows=1")
+    with pytest.raises(InputError, match=r"attention.schedule: .*; got '.*wide=1\)'\. .*wide"):
+        gossamer.attention(*inputs, schedule="Schedule(rows=(32,), cols=(64,), wide=1)")
+    with pytest.raises(InputError, match=r"attention.schedule: .*; got \(\)"):
+        gossamer.attention(*inputs, schedule=())
+    with pytest.raises(InputError, match=r"attention.schedule: expected split=False .*; got Schedule\("):
+        gossamer.attention(*inputs, schedule=Schedule((32,), (64,), lists="none", split=True))
+    with pytest.raises(InputError, match=r"tune.timer: expected a function .*; got 3"):
+        gossamer.tune(*inputs, timer=3)
     with pytest.raises(InputError, match=r"tune.schedule: expected no schedule"):
         gossamer.tune(*inputs, schedule="tune")
     with pytest.raises(InputError, match=r"compile.schedule: .* ahead of time"):
