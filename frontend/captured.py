@@ -62,9 +62,10 @@ class Constant:
 
 
 class Derived:
-    """A tensor computed from another: again whenever that one was written to.
+    """A tensor computed from another, on a CPU at every call.
 
-    torch counts writes to a tensor; for arrays that do not, it is computed at every call.
+    On a GPU, only after torch has counted a write to the source: what writes past torch (a kernel given its
+    address, a replayed CUDA graph) goes unnoticed there. Make a new mask then.
     """
 
     def __init__(self, source: Any, compute: Callable[[Any], Any]) -> None:
@@ -72,9 +73,11 @@ class Derived:
         self._last: tuple[int, Any] | None = None
 
     def current(self) -> Any:
+        if getattr(getattr(self.source, "device", None), "type", "cpu") == "cpu":
+            return self.compute(self.source)
         try:
             version = self.source._version
-        except (AttributeError, RuntimeError):  # NumPy; torch's inference tensors
+        except RuntimeError:  # torch's inference tensors
             return self.compute(self.source)
         last = self._last
         if last is None or last[0] != version:

@@ -164,6 +164,8 @@ def test_selected_blocks_are_read_at_each_call_and_shared_by_a_group_of_heads():
     assert mask.to_dense(8, 8, h=2)[:4, 4:].all() and mask.to_dense(8, 8, h=3).sum() == 16
     indices[:] = 1
     assert mask.to_dense(8, 8)[:, 4:].all() and not mask.to_dense(8, 8)[:, :4].any()
+    indices.numpy()[:] = 0  # a write that torch does not count
+    assert mask.to_dense(8, 8)[:, :4].all() and not mask.to_dense(8, 8)[:, 4:].any()
 
 
 def test_selections_that_are_wrong():
