@@ -7,8 +7,9 @@ launch. Building an IR, and importing what that needs, happens behind a miss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
@@ -217,7 +218,8 @@ def run(
     problem.check_mask(mask)
     softmax = Softmax.of(problem, *modified)
     _check_backend(backend, problem)
-    plan, values = prepare(problem, bound, score, scale, extra, schedule, validate, softmax, placed)
+    settings = (schedule, validate, softmax, placed, known.tensors)
+    plan, values = prepare(problem, bound, score, scale, extra, *settings)
     found = plan(values)
     if known.key is not None and not validate and serves(values, known.tensors):
         plans.put(known.key, plan)
@@ -234,16 +236,17 @@ def prepare(
     validate: bool = False,
     softmax: Softmax = PLAIN,
     placed: Placement = EVEN,
+    known: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Plan, dict[str, Any]]:
     """A plan that gives (out, *extra) for a checked problem, and what to call it with.
 
-    Compiles the kernel if it is new."""
+    known: captured tensors of this call that were computed already. Compiles the kernel if it is new."""
     if schedule is not None:
         schedule = given(schedule, few=placed.few > 0)
     if validate or problem.device.type == "cpu":
         placed.check_values(problem)
         check_reads(problem, placed, mask, score, softmax.prob)
-    values = call_values(problem, mask, score, scale, softmax) | placed.values
+    values = call_values(problem, mask, score, scale, softmax, known) | placed.values
     positive = is_positive(values["scale"], target_of(problem.device))
     compiled = partial(
         executable_for, problem, mask, score, extra, positive=positive, softmax=softmax, placed=placed
@@ -268,8 +271,9 @@ def call_values(
     score: ScoreMod | None,
     scale: float | None,
     softmax: Softmax = PLAIN,
+    known: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What kernels are called with, by name, outputs aside."""
+    """What kernels are called with, by name, outputs aside. known: captured tensors at hand, by name."""
     values: dict[str, Any] = {
         "q": _detached(problem.query),
         "k": _detached(problem.key),
@@ -281,7 +285,9 @@ def call_values(
     for stem, tensor, source in (("p", "c", mask), ("s", "t", score), ("x", "w", softmax.prob)):
         if source is not None:
             values |= {f"{stem}{i}": number for i, number in enumerate(source.values)}
-            tensors = source.tensors_on(problem.device)
+            names = [f"{tensor}{i}" for i in range(source.captures)]
+            here = all(name in known for name in names)
+            tensors = [known[n] for n in names] if here else source.tensors_on(problem.device)
             values |= {f"{tensor}{i}": captured(t, problem) for i, t in enumerate(tensors)}
     return values
 

@@ -62,18 +62,19 @@ class Constant:
 
 
 class Derived:
-    """A tensor computed from another, on a CPU at every call.
+    """A tensor computed from another, at every call.
 
-    On a GPU, only after torch has counted a write to the source: what writes past torch (a kernel given its
-    address, a replayed CUDA graph) goes unnoticed there. Make a new mask then.
+    waits: whether computing it waits for a GPU. Then it is computed there only after torch has counted a
+    write to the source: what writes past torch (a kernel given its address, a replayed CUDA graph) goes
+    unnoticed. Make a new mask then.
     """
 
-    def __init__(self, source: Any, compute: Callable[[Any], Any]) -> None:
-        self.source, self.compute = source, compute
+    def __init__(self, source: Any, compute: Callable[[Any], Any], *, waits: bool = False) -> None:
+        self.source, self.compute, self.waits = source, compute, waits
         self._last: tuple[int, Any] | None = None
 
     def current(self) -> Any:
-        if getattr(getattr(self.source, "device", None), "type", "cpu") == "cpu":
+        if not self.waits or getattr(getattr(self.source, "device", None), "type", "cpu") == "cpu":
             return self.compute(self.source)
         try:
             version = self.source._version

@@ -161,7 +161,7 @@ def document(ids: Any = None, *, offsets: Any = None) -> Mask:
         raise InputError("masks.document", "ids or offsets", "both" if ids is not None else "neither")
     if offsets is not None:
         bounds = _integers("document", "offsets", offsets, ranks=(1,))
-        table = Derived(bounds, _ids_of)
+        table = Derived(bounds, _ids_of, waits=True)
         return Mask(("eq", ("read", "c0", "q"), ("read", "c0", "k")), (), (table,), (("i32", 1),))
     ids = _integers("document", "ids", ids, ranks=(1, 2))
     if len(ids.shape) == 2:

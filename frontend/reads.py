@@ -33,7 +33,7 @@ def check_reads(problem: Problem, placed: Placement, mask: Mask, *maps: ScoreMod
     None has one where sequences differ in lengths or positions: all are then checked for each sequence."""
     sources: list[tuple[Any, Mask | None]] = [(mask, None), *((mapped, mask) for mapped in maps)]
     for source, attending in sources:
-        if source is None or not source.tensors or not (placed.uneven or _suspicious(source.key[1])):
+        if source is None or not source.captures or not (placed.uneven or _suspicious(source.key[1])):
             continue
         from ..passes.reads import every_index, unchecked
 

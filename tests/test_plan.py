@@ -161,3 +161,16 @@ def test_the_oldest_plan_goes_first():
     for n in range(4):
         recent.put(n, str(n))
     assert (len(recent), recent.get(1), recent.get(2), recent.get(3)) == (2, None, "2", "3")
+
+
+def test_selections_are_computed_once_a_call():
+    q = torch.randn(1, 1, 64, 16)
+    indices = torch.zeros(1, 1, 4, 1, dtype=torch.int64)
+    mask = masks.selected(indices, 64, rows=16, keys=16)
+    [table] = mask._tensors
+    made, compute = [], table.compute
+    table.compute = lambda source: made.append(compute(source)) or made[-1]
+    for chosen in (0, 3):
+        indices.data.numpy()[...] = chosen  # a write that torch does not count
+        gossamer.attention(q, q, q, mask=mask)
+    assert len(made) == 2 and not torch.equal(*made)
