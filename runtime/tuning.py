@@ -64,7 +64,7 @@ class Tuning:
         them even if there is an answer. Raises what the last choice raised when none of them runs."""
         digest = digest_of(question)
         known = None if again else self._find(digest)
-        return known or self._flights.run(digest, lambda: self._time(digest, choices(), timer, again))
+        return known or self._flights.run(digest, lambda: self._time(digest, choices, timer, again))
 
     def _find(self, digest: str) -> Answer | None:
         answer = self._answers.get(digest)
@@ -75,12 +75,14 @@ class Tuning:
                 self._answers[digest] = answer
         return answer
 
-    def _time(self, digest: str, choices: Iterable[tuple[str, Run]], timer: Timer, again: bool) -> Answer:
+    def _time(
+        self, digest: str, choices: Callable[[], Iterable[tuple[str, Run]]], timer: Timer, again: bool
+    ) -> Answer:
         with self.store.lock(digest):
-            known = None if again else self._find(digest)  # another process may have timed it meanwhile
+            known = None if again else self._find(digest)  # another thread or process may have been faster
             if known is not None:
                 return known
-            timed = _timed(choices, timer)
+            timed = _timed(choices(), timer)
             choice, seconds = min(timed, key=lambda pair: pair[1])
             answer = self._answers[digest] = Answer(choice, seconds, timed)
             self.store.write(digest, json.dumps(asdict(answer)).encode())
