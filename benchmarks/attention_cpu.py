@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import isolated
 import torch
 import typer
-from cases import Case, cases
+from cases import Case, cases, chosen
 from measure import GEMM, exact, gemm, interleaved
 from peers import peers
 from report import provenance, save
@@ -52,13 +52,13 @@ def main(
 ) -> None:
     """Time attention on this machine's CPU."""
     threads = _set_threads(threads)
-    wanted = _names(sections, SECTIONS, "section")
+    wanted = chosen(sections, SECTIONS, "section")
     results: dict[str, Any] = provenance(threads)
     console.print(f"{results['machine']['cpu']}, {threads} threads; torch {torch.__version__}")
     with torch.inference_mode():
         if "speed" in wanted:
-            chosen = cases(seq)
-            picked = [chosen[name] for name in _names(masks, tuple(chosen), "mask")]
+            every = cases(seq)
+            picked = [every[name] for name in chosen(masks, tuple(every), "mask")]
             shape = (batch, heads, seq, dim)
             results["speed"] = speed(picked, shape, dtype, rounds=3 if quick else 9, flex=flex)
         if "scaling" in wanted:
@@ -250,14 +250,6 @@ def _set_threads(threads: int) -> int:
     os.environ["GOSSAMER_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     return threads
-
-
-def _names(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
-    names = known if text == "all" else tuple(filter(None, text.split(",")))
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(f"no {what} {name!r}; there are {', '.join(known)}")
-    return names
 
 
 if __name__ == "__main__":

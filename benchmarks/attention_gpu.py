@@ -15,7 +15,6 @@ replaces only what it measured. `python benchmarks/gpu_report.py FILE` says whic
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from cases import Case, cases, more_cases
+from cases import Case, cases, chosen, more_cases
 from gpu_prepare import DTYPES, Job, Shape, prepare, random_inputs
 from gpu_regret import regret
 from gpu_report import console, merged, print_report
@@ -261,14 +260,5 @@ def parse_sizes(text: str, more: bool) -> list[tuple[int, int, int]]:
     return found + (list(MORE_SIZES) if more else [])
 
 
-def chosen(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
-    names = known if text == "all" else tuple(filter(None, text.split(",")))
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(f"no {what} {name!r}; there are {', '.join(known)}")
-    return names
-
-
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     typer.run(main)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import typer
 
 MaskMod = Callable[[Any, Any, Any, Any], Any]
 
@@ -100,3 +101,12 @@ def _random_blocks(blocks: int, per_row: int, generator: torch.Generator) -> tor
     for row in table:
         row[torch.randperm(blocks, generator=generator)[:per_row]] = True
     return table
+
+
+def chosen(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
+    """The names a command line's option lists, separated by commas; "all" is every known one."""
+    names = known if text == "all" else tuple(filter(None, text.split(",")))
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"no {what} {name!r}; there are {', '.join(known)}")
+    return names

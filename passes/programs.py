@@ -30,10 +30,10 @@ HEAVY = 3  # times the median
 
 def order_programs(group: Group, schedule: Schedule, loops: Loops) -> Loops:
     """The loops with the order in which their row tiles start."""
-    residues = any(dim.row_stride > 1 for dim in group.order.dims)
-    counts = None if residues else _counts(group, schedule, loops)
     if loops.lists is not None:
         return replace(loops, programs="heads")
+    residues = any(dim.row_stride > 1 for dim in group.order.dims)
+    counts = None if residues else _counts(group, schedule, loops)
     if counts is None or not counts.any():
         return loops
     typical = float(np.median(counts))

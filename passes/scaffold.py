@@ -246,8 +246,8 @@ class Scaffold:
             axes = axes if by_row or by_col else ()
             return self._made(expr, expr.func(*args).xreplace(index), name, "i32", axes, made)
         if by_row != by_col and isinstance(expr, _COSTLY) and not expr.free_symbols & late:
-            fits = expr in self._compared and str(expr.args[0]) in self._narrow
-            dtype = self.floats if kind(expr) != "int" else "i32" if fits else "i64"
+            narrow = expr in self._compared and str(expr.args[0]) in self._narrow
+            dtype = self.floats if kind(expr) != "int" else "i32" if narrow else "i64"
             return self._made(expr, expr.xreplace(_wide(index)), name, dtype, axes, made)
         if not expr.args or not (by_row or by_col):
             return expr
