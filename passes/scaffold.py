@@ -181,7 +181,9 @@ class Scaffold:
         return self.boxes and one and not any(e.free_symbols & names for e in bounds)
 
     def _flattened(self, body: list[Stmt]) -> list[Stmt]:
-        """The nest of loops over a box of key tiles as one loop, whose loads can be pipelined throughout."""
+        """The nest of loops over a box of key tiles as one loop, whose loads can be pipelined throughout.
+
+        What is pipelined runs ahead of the loop, also of an empty one: nothing divides by a count of 0."""
         out, inner, rest = [], [], integer("n")
         total: Expr = sympy.Integer(1)
         for d, (span,) in enumerate(self.loops.spans):
@@ -189,7 +191,7 @@ class Scaffold:
             out.append(Let(f"count{d}", maximum(span.hi - integer(f"first{d}"), sympy.Integer(0))))
             total = total * integer(f"count{d}")
         for d in reversed(range(len(self.loops.spans))):
-            count = integer(f"count{d}")
+            count = maximum(integer(f"count{d}"), sympy.Integer(1))
             inner.insert(0, Let(f"n{d}", integer(f"first{d}") + (floormod(rest, count) if d else rest)))
             rest = floordiv(rest, count)
         return [*out, For("n", (Span(sympy.Integer(0), total),), (*inner, *body))]
