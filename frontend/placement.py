@@ -52,53 +52,17 @@ class Placement:
         """Check the keywords' types and shapes; what they hold is checked by `check_values`.
 
         sums: whether column sums are asked for. Raises InputError, UnsupportedError."""
-        given = {
-            "cu_seqlens_q": cu_seqlens_q,
-            "cu_seqlens_kv": cu_seqlens_kv,
-            "block_table": block_table,
-            "kv_lens": kv_lens,
-        }
-        given = {name: x for name, x in given.items() if x is not None}
-        _check_combination(problem, given)
-        count = problem.batch
-        if "cu_seqlens_q" in given:
-            count = _bounds(problem, "cu_seqlens_q", given["cu_seqlens_q"])
-        if "cu_seqlens_kv" in given and _bounds(problem, "cu_seqlens_kv", given["cu_seqlens_kv"]) != count:
-            raise InputError(
-                "attention.cu_seqlens_kv",
-                f"{count + 1} bounds, as cu_seqlens_q has",
-                given["cu_seqlens_kv"].shape[0],
-            )
-        capacity = problem.kv_len
-        if "block_table" in given:
-            if problem.kv_len == 0:
-                raise InputError("attention.key", "pages of one key or more", tuple(problem.key.shape))
-            _check_integers(problem, "block_table", block_table, (count, None))
-            capacity = problem.kv_len * block_table.shape[1]
-        if "kv_lens" in given:
-            _check_integers(problem, "kv_lens", kv_lens, (count,))
-        where: dict[str, Any] = {NAMES[name]: _dtype(tensor) for name, tensor in given.items()}
-        values: dict[str, Any] = {NAMES[name]: tensor for name, tensor in given.items()}
-        if "block_table" in given:
-            where["page"] = problem.kv_len
-        if q_offset is not None and not (type(q_offset) is int and q_offset == 0):
-            where["q_offset"], values_of_offset = _offset(problem, q_offset, count)
-            values |= values_of_offset
-        uneven, paged = "cu_seqlens_q" in given, "block_table" in given
-        lengths = (None if uneven else problem.q_len, None if uneven or paged else problem.kv_len)
-        problem.pairs = (count, problem.heads, *lengths)
+        where, values, count, capacity = check_placement(
+            problem, q_offset, cu_seqlens_q, cu_seqlens_kv, block_table, kv_lens, sums=sums
+        )
+        uneven = "q_bounds" in values
         queries = -(-problem.q_len // count) if uneven else problem.q_len
-        keys = -(-capacity // count) if "cu_seqlens_kv" in given else capacity
+        keys = -(-capacity // count) if "kv_bounds" in values else capacity
         few, group = _few_rows(problem, queries, keys)
         if few:
-            values["splits"] = _splits(problem, few, group, count, keys, bool(given))
+            values["splits"] = _splits(problem, few, group, count, keys, bool(where.keys() - {"q_offset"}))
         if not where and not few:
             return PLAIN
-        if sums and (given or "q_offsets" in values):
-            raise UnsupportedError(
-                "attention.return_column_sums: not built for sequences of different lengths or positions. "
-                "Call once for each sequence"
-            )
         return Placement(tuple(sorted(where.items())), values, few, group, count, capacity)
 
     @property
@@ -220,6 +184,63 @@ def tensors_of(where: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
 
 
 # types and shapes -----------------------------------------------------------------------------------
+
+
+def check_placement(
+    problem: Problem,
+    q_offset: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_kv: Any = None,
+    block_table: Any = None,
+    kv_lens: Any = None,
+    *,
+    sums: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any], int, int]:
+    """Check types and shapes of a call's keywords; tells the problem which pairs its masks see.
+
+    Returns fields of `ir.sequences.Sequences`, what kernels take, how many sequences there are, and the keys
+    that one has room for. Raises InputError, UnsupportedError."""
+    given = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_kv": cu_seqlens_kv,
+        "block_table": block_table,
+        "kv_lens": kv_lens,
+    }
+    given = {name: x for name, x in given.items() if x is not None}
+    _check_combination(problem, given)
+    count = problem.batch
+    if "cu_seqlens_q" in given:
+        count = _bounds(problem, "cu_seqlens_q", given["cu_seqlens_q"])
+    if "cu_seqlens_kv" in given and _bounds(problem, "cu_seqlens_kv", given["cu_seqlens_kv"]) != count:
+        raise InputError(
+            "attention.cu_seqlens_kv",
+            f"{count + 1} bounds, as cu_seqlens_q has",
+            given["cu_seqlens_kv"].shape[0],
+        )
+    capacity = problem.kv_len
+    if "block_table" in given:
+        if problem.kv_len == 0:
+            raise InputError("attention.key", "pages of one key or more", tuple(problem.key.shape))
+        _check_integers(problem, "block_table", block_table, (count, None))
+        capacity = problem.kv_len * block_table.shape[1]
+    if "kv_lens" in given:
+        _check_integers(problem, "kv_lens", kv_lens, (count,))
+    where: dict[str, Any] = {NAMES[name]: _dtype(tensor) for name, tensor in given.items()}
+    values: dict[str, Any] = {NAMES[name]: tensor for name, tensor in given.items()}
+    if "block_table" in given:
+        where["page"] = problem.kv_len
+    if q_offset is not None and not (type(q_offset) is int and q_offset == 0):
+        where["q_offset"], values_of_offset = _offset(problem, q_offset, count)
+        values |= values_of_offset
+    uneven, paged = "cu_seqlens_q" in given, "block_table" in given
+    lengths = (None if uneven else problem.q_len, None if uneven or paged else problem.kv_len)
+    problem.pairs = (count, problem.heads, *lengths)
+    if sums and (given or "q_offsets" in values):
+        raise UnsupportedError(
+            "attention.return_column_sums: not built for sequences of different lengths or positions. "
+            "Call once for each sequence"
+        )
+    return where, values, count, capacity
 
 
 def _check_combination(problem: Problem, given: dict[str, Any]) -> None:
