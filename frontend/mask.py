@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
 from .captured import Constant, as_numpy, is_array, readable
+from .pure import is_compiled
 from .term import TRUE, Term, negate, rename, show
 from .term_expr import from_expr, to_expr
 from .term_mask import bake_large, joined, segments
@@ -76,6 +77,11 @@ class Mask:
 
         Raises TraceError, pointing at the user's line, for what cannot be captured.
         """
+        if is_compiled():
+            raise UnsupportedError(
+                "Mask.trace inside torch.compile. Pass the function itself to gossamer.attention, or make the "
+                "Mask outside of what is compiled"
+            )
         traced = trace_mask(mask_mod)
         return Mask(traced.term, traced.values, traced.tensors, traced.signature)  # type: ignore[arg-type]
 
@@ -218,8 +224,7 @@ class Mask:
         right = Mask.of(other)
         values, tensors = self.values + right.values, self.sources + right.sources
         signature = self.signature + right.signature
-        place = {id(t): i for i, t in reversed(list(enumerate(tensors)))}  # where each first occurs
-        same = tuple(place[id(t)] for t in tensors)
+        same = tuple(next(i for i, first in enumerate(tensors) if first is t) for t in tensors)
         counts = len(self.values), len(self.sources)
         term, params, captures = joined(how, self.term, right.term, counts, same)
         return Mask(

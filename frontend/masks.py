@@ -42,6 +42,8 @@ __all__ = [
     "strided",
 ]
 
+CAUSAL: Term = ("le", "k", "q")
+
 
 @pure
 def full() -> Mask:
@@ -49,13 +51,11 @@ def full() -> Mask:
     return Mask.of(None)
 
 
-@pure
 def causal() -> Mask:
     """k <= q: no query sees a later key."""
-    return Mask.trace(lambda b, h, q, k: k <= q)
+    return Mask(CAUSAL)
 
 
-@pure
 def sliding_window(left: int, right: int | None = None) -> Mask:
     """q - left <= k <= q + right.
 
@@ -63,7 +63,7 @@ def sliding_window(left: int, right: int | None = None) -> Mask:
     """
     left = _whole("sliding_window", "left", left)
     right = left if right is None else _whole("sliding_window", "right", right)
-    return Mask.trace(lambda b, h, q, k: (q - k <= left) & (k - q <= right))
+    return Mask(("and", ("le", ("sub", "q", "k"), "p0"), ("le", ("sub", "k", "q"), "p1")), (left, right))
 
 
 @pure
@@ -120,26 +120,24 @@ def chunked_causal(size: int) -> Mask:
     return Mask.trace(lambda b, h, q, k: (k <= q) & (q // size == k // size))
 
 
-@pure
 def global_tokens(n: int, rows: bool = True, columns: bool = True) -> Mask:
     """q < n (rows) or k < n (columns): the first n positions see all and are seen by all.
 
     Longformer (arXiv:2004.05150), ETC (arXiv:2004.08483).
     """
     n = _whole("global_tokens", "n", n)
-    if rows and columns:
-        return Mask.trace(lambda b, h, q, k: (q < n) | (k < n))
     if not rows and not columns:
         raise InputError("masks.global_tokens", "rows, columns or both", "neither")
-    return Mask.trace(lambda b, h, q, k: q < n) if rows else Mask.trace(lambda b, h, q, k: k < n)
+    sides = [("lt", index, "p0") for index, asked in (("q", rows), ("k", columns)) if asked]
+    return Mask(("or", *sides) if len(sides) == 2 else sides[0], (n,))
 
 
-@pure
 def longformer(half_window: int, n_global: int) -> Mask:
     """|q - k| <= half_window or q < n_global or k < n_global. Longformer (arXiv:2004.05150)."""
     half_window = _whole("longformer", "half_window", half_window)
     n_global = _whole("longformer", "n_global", n_global)
-    return Mask.trace(lambda b, h, q, k: (abs(q - k) <= half_window) | (q < n_global) | (k < n_global))
+    near, first = ("le", ("abs", ("sub", "q", "k")), "p0"), (("lt", "q", "p1"), ("lt", "k", "p1"))
+    return Mask(("or", ("or", near, first[0]), first[1]), (half_window, n_global))
 
 
 @pure
@@ -158,9 +156,9 @@ def prefix_lm(n: Any) -> Mask:
     """
     if is_array(n):
         lengths = _integers("prefix_lm", "n", n, ranks=(1,))
-        return _reading(("or", ("le", "k", "q"), ("lt", "k", ("read", "c0", "b"))), lengths)
+        return _reading(("or", CAUSAL, ("lt", "k", ("read", "c0", "b"))), lengths)
     n = _whole("prefix_lm", "n", n)
-    return Mask.trace(lambda b, h, q, k: (k <= q) | (k < n))
+    return Mask(("or", CAUSAL, ("lt", "k", "p0")), (n,))
 
 
 def document(ids: Any = None, *, offsets: Any = None) -> Mask:
@@ -427,7 +425,7 @@ def _reading(term: Term, table: Any) -> Mask:
 
 def _whole(pattern: str, name: str, value: Any, least: int = 0) -> int:
     try:
-        whole = operator.index(value)
+        whole = value if type(value) is int else operator.index(value)
     except TypeError:
         whole = None
     if whole is None or whole < least:

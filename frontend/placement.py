@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
 from .problem import Problem, as_integer
+from .trace_value import is_symbolic
 
 if TYPE_CHECKING:
     import torch
@@ -178,7 +179,7 @@ def tensors_of(where: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
     """(tensors by the kernels' names, the integer offset) of a call's keywords, unchecked."""
     offset, *others = where
     held = {name: x for name, x in zip(NAMES.values(), others, strict=True) if x is not None}
-    if hasattr(offset, "dim"):
+    if not isinstance(offset, int) and hasattr(offset, "dim"):
         return held | {"q_offsets": offset}, None
     return held, offset
 
@@ -300,7 +301,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 def _offset(problem: Problem, q_offset: Any, count: int) -> tuple[str, dict[str, Any]]:
     if not hasattr(q_offset, "dim"):  # no tensor
-        position = as_integer(q_offset)
+        position = q_offset if is_symbolic(q_offset) else as_integer(q_offset)
         if position is None or not 0 <= position < MAX_POSITION:
             expected = f"an integer from 0 to {MAX_POSITION - 1}, or a tensor of one a sequence"
             raise InputError("attention.q_offset", expected, repr(q_offset))

@@ -1,7 +1,8 @@
-"""Functions of constants, which torch.compile runs itself instead of tracing how they compute."""
+"""What torch.compile traces, and what it runs itself: said without loading torch."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,6 +12,12 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def pure(function: Function) -> Function:
     """Mark a function whose result depends on its arguments alone.
 
-    It says what torch.compiler.assume_constant_result says, without loading torch."""
+    Dynamo runs it with the constants that it knows, as torch.compiler.assume_constant_result says."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def is_compiled() -> bool:
+    """Whether torch.compile traces the caller."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_dynamo_compiling()

@@ -56,6 +56,8 @@ def evaluate(term: Any, names: dict[str, Any]) -> Any:
     if term[0] in ("read", "readf"):
         found = names[term[1]][tuple(evaluate(t, names).clamp(min=0) for t in term[2:])]
         return found.double() if term[0] == "readf" else found
+    if term[0] == "cast":
+        return evaluate(term[2], names)
     return OPERATIONS[term[0]](*(evaluate(t, names) for t in term[1:]))
 
 
