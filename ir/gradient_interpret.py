@@ -44,8 +44,8 @@ def mapped(
     """A gradient map on every pair; zero where a score is -inf."""
     count = len(grad.params)
     params, captures = [v.item() for v in values[:count]], values[count : count + len(grad.captures)]
-    at = np.ogrid[tuple(slice(n) for n in scores.shape)]
-    found = grad.evaluate(given, *at, params, captures, floats=floats, grad=cotangent)
+    b, h, q, k = np.ogrid[tuple(slice(n) for n in scores.shape)]
+    found = grad.evaluate(given, b, h, q, k, params, captures, floats=floats, grad=cotangent)
     return np.where(np.isneginf(scores), floats(0), found)
 
 
@@ -83,7 +83,7 @@ class Gradients:
     """The gradients of one attention, computed densely.
 
     raw, scores: before and after the score map, -inf where pairs do not attend. weights: the probabilities.
-    given: operands by name. score_values, prob_values: the runtime numbers and captured tensors of the maps."""
+    given: operands by name. score_values, prob_values: runtime numbers and captured tensors of the maps."""
 
     op: Op
     q: Array

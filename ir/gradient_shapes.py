@@ -84,7 +84,7 @@ def _sink_grad(c: Checker) -> tuple[Shape, ...]:
 
 
 def _fused(c: Checker) -> tuple[Shape, Shape, Shape]:
-    """The shapes of q, k and v of a fused gradient, whose operands are these, those `given`, runtime values."""
+    """The shapes of q, k and v of a fused gradient; operands: these, those `given`, runtime values."""
     q, k, v = c.shapes(3, (4, 4, 4))
     given = c.attr("given", tuple)
     known = {"do": (*q[:3], v[3]), "o": (*q[:3], v[3]), "sinks": (q[1],)}

@@ -166,7 +166,7 @@ def _reweighed(
 def _spmm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     weights = x[0].astype(floats)
     if op.attr("transposed"):
-        return (gradients.transposed(weights, x[1].astype(floats), op.output.shape[1]),)
+        return (gradients.transposed(weights, x[1].astype(floats), int(op.output.shape[1])),)
     return (weights @ _heads(x[1], weights.shape[1]).astype(floats),)
 
 
@@ -244,7 +244,8 @@ def _map_grad(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 def _capture_grad(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     given, scores, grad, *rest = x
     pairs, reads = (given.astype(floats), scores, grad.astype(floats)), (op.attr("grads"), op.attr("indices"))
-    return (gradients.scattered(*reads, op.output.shape, pairs, rest, floats),)
+    shape = tuple(map(int, op.output.shape))
+    return (gradients.scattered(*reads, shape, pairs, rest, floats),)
 
 
 def _softmax_grad(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
@@ -262,7 +263,8 @@ def _row_shift(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _sink_grad(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    return (gradients.sink_rows(*(operand.astype(floats) for operand in x)),)
+    lse, sinks, delta = (operand.astype(floats) for operand in x)
+    return (gradients.sink_rows(lse, sinks, delta),)
 
 
 def _fused_gradient(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:

@@ -196,15 +196,14 @@ def _softmax(tape: _Tape, op: Op, results: list[str | None]) -> Cotangents:
     p, rows = op.output.name, op.output.shape[:3]
     if grad is None:
         raise UnsupportedError("a gradient of the log-sum-exp alone: pass that of the output, of zeros, too")
-    delta = tape.emit("delta", "row_dot", (p, grad), rows)
-    shifted = delta
+    sums = delta = tape.emit("delta" if lse is None else "sums", "row_dot", (p, grad), rows)
     if lse is not None:
-        shifted = tape.emit("shifted", "row_shift", (delta, lse, "lse", *sinks), rows)
+        delta = tape.emit("delta", "row_shift", (sums, lse, "lse", *sinks), rows)
     out: Cotangents = {}
     if scores in tape.active:
-        out[0] = tape.emit(f"d{scores}", "softmax_grad", (p, grad, shifted), op.output.shape)
+        out[0] = tape.emit(f"d{scores}", "softmax_grad", (p, grad, delta), op.output.shape)
     if sinks and sinks[0] in tape.active:
-        out[1] = tape.emit(f"d{sinks[0]}", "sink_grad", ("lse", sinks[0], delta), rows)
+        out[1] = tape.emit(f"d{sinks[0]}", "sink_grad", ("lse", sinks[0], sums), rows)
     return out
 
 

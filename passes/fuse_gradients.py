@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..ir.graph import Graph, Op, Value
-from ..ir.score import ProbMap
 from .fuse import PLANS
 
 PAIRS = ("sddmm", "score_map", "renormalize", "prob_map", "map_grad", "softmax_grad")
@@ -61,16 +60,13 @@ class _Gradients:
             ops += self._sums_and_rows(self.sums)
         if self.columns:
             ops.append(self._columns())
-        for of, more in ((self.score.attr("score"), self.score.inputs[1:]), self._prob()):
-            wanted = [op for op in self.captures if of is not None and set(op.inputs[3:]) & {*more}]
-            wanted = [op for op in wanted if op.attr("of") in {c.name for c in of.captures}]
+        for of in (self.score.attr("score"), self.prob and self.prob.attr("prob")):
+            own = set() if of is None else {c.name for c in of.captures}
+            wanted = [op for op in self.captures if op.attr("of") in own]
             if wanted:
                 made = self._op("grad_captures", self._after(), [op.output for op in wanted])
                 ops.append(made.with_attrs(of=of, captures=tuple(op.attr("of") for op in wanted)))
         return Graph(self.graph.name, self.graph.inputs, tuple(ops), self.graph.outputs)
-
-    def _prob(self) -> tuple[ProbMap | None, Sequence[str]]:
-        return (None, ()) if self.prob is None else (self.prob.attr("prob"), self.prob.inputs[2:])
 
     def _sums_and_rows(self, sums: Op) -> list[Op]:
         """What makes delta, and the gradient of q."""
@@ -97,8 +93,9 @@ class _Gradients:
     def _op(self, kind: str, given: Sequence[str], outputs: Sequence[Value]) -> Op:
         sinks = self.known.inputs[2:]
         given = (*given, *(["sinks"] if sinks else []))
-        delta = self.shift.output.name if self.shift is not None else "delta"
-        tensors = [delta if name == "delta" else name for name in given]
-        more = (*self.sddmm.inputs[2:], *self.score.inputs[1:], *self._prob()[1])
-        op = Op(kind, ("q", "k", "v", *tensors, *more), tuple(outputs), self.sddmm.attrs)
-        return op.with_attrs(given=given, score=self.score.attr("score"), prob=self._prob()[0])
+        more = (*self.sddmm.inputs[2:], *self.score.inputs[1:])
+        more += () if self.prob is None else self.prob.inputs[2:]
+        op = Op(kind, ("q", "k", "v", *given, *more), tuple(outputs), self.sddmm.attrs)
+        return op.with_attrs(
+            given=given, score=self.score.attr("score"), prob=self.prob and self.prob.attr("prob")
+        )
