@@ -102,6 +102,7 @@ def test_another_process_loads_a_program(tmp_path: Path) -> None:
     load_elsewhere(tmp_path, model, tmp_path / "model.pt2", "export")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_another_process_runs_an_aot_inductor_package(tmp_path: Path) -> None:
     model = Layer(None)
@@ -111,7 +112,7 @@ def test_another_process_runs_an_aot_inductor_package(tmp_path: Path) -> None:
     load_elsewhere(tmp_path, model, path, "package")
 
 
-def test_a_loaded_program_learns(dense_gradients: Any, tmp_path: Path) -> None:
+def test_a_loaded_program_learns(tmp_path: Path) -> None:
     model = Layer(MASKS["window"])
     with torch.no_grad():  # exported without, run with gradients
         program = torch.export.export(model, tensors(2, 20))
