@@ -49,7 +49,7 @@ def accuracy(out: torch.Tensor, tensors: Tensors, dense: Dense, scale: float | N
 def gradient_accuracy(
     grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], dense: Dense
 ) -> Accuracy:
-    """Judge the gradients of q, k and v of the first and the last head; tensors: q, k, v and that of the output.
+    """Judge the gradients of q, k, v of the first and the last head; tensors: q, k, v and that of the output.
 
     The largest ratio of an error to what is allowed counts, as (ratio, 1)."""
     worst = 0.0

@@ -142,6 +142,14 @@ class Gradients:
         grad = kind(slope, of.params, of.captures)
         return mapped(grad, given, self.scores, cotangent, values, self.floats)
 
+    def of_norm(self) -> tuple[Array, ...]:
+        lse, sinks = self.given["lse"], self.given.get("sinks")
+        known = np.where(np.isneginf(lse), 0, lse)
+        total = np.exp(self.scores - known[..., None]).sum(-1)
+        if sinks is not None:
+            total = total * (1 + np.exp(sinks[:, None] - known))
+        return (np.where(np.isneginf(lse), 0, -np.log2(np.where(total == 0, 1, total))),)
+
     def of_rows(self) -> tuple[Array, ...]:
         rows = self.shifted
         return (self.ds @ self.k, rows, *self._sinks())
@@ -191,10 +199,11 @@ def _fused(what: str) -> Callable[..., tuple[Array, ...]]:
             return gradients.of_columns(heads)
         if what == "captures":
             return gradients.of_captures(shapes)
-        return gradients.of_rows() if what == "rows" else gradients.of_delta()
+        return {"rows": gradients.of_rows, "delta": gradients.of_delta, "norm": gradients.of_norm}[what]()
 
     return rule
 
 
 FUSED = {f"grad_{what}": _fused(what) for what in ("delta", "rows", "columns", "captures")}
+FUSED["row_norm"] = _fused("norm")
 """What fused gradients give; see `Gradients`."""

@@ -11,8 +11,8 @@ from .score import ProbGrad, ProbMap, ScoreGrad, ScoreMap
 if TYPE_CHECKING:
     from .graph_verify import Checker, Shape
 
-GIVEN = {"do": 4, "o": 4, "lse": 3, "dlse": 3, "delta": 3, "sinks": 1}
-"""What fused gradients may be given beside q, k, v, and its rank."""
+GIVEN = ("do", "o", "lse", "norm", "dlse", "delta", "sinks")
+"""What fused gradients may be given beside q, k, v."""
 
 
 def _renormalize(c: Checker) -> tuple[Shape, ...]:
@@ -105,6 +105,11 @@ def _fused(c: Checker) -> tuple[Shape, Shape, Shape]:
     return q, k, v
 
 
+def _row_norm(c: Checker) -> tuple[Shape, ...]:
+    q, _, _ = _fused(c)
+    return (q[:3],)
+
+
 def _grad_delta(c: Checker) -> tuple[Shape, ...]:
     q, _, _ = _fused(c)
     return q[:3], q[:3]
@@ -133,6 +138,7 @@ SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
     "row_dot": _row_dot,
     "row_shift": _row_shift,
     "sink_grad": _sink_grad,
+    "row_norm": _row_norm,
     "grad_delta": _grad_delta,
     "grad_rows": _grad_rows,
     "grad_columns": _grad_columns,

@@ -38,6 +38,8 @@ What `fuse` makes of them; passes attach their plans. `sinks`: whether an operan
     weigh        sddmm, score_map, prob_map and spmm of q, k, v and rows whose log-sum-exp is known
     column_sums  sddmm, score_map and reduce of q, k and rows whose log-sum-exp is known: what each key
                  gets from all queries
+    row_norm     of q, k, v and what `given` names, as all that follow: log2 of what
+                 exp(score - log-sum-exp) is to be multiplied by
     grad_delta   of q, k, v and what `given` names: rows delta and, if asked for, those of the sinks
     grad_rows    likewise: the gradient of q, and both of these
     grad_columns the gradients of k and v

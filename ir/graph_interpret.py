@@ -277,7 +277,10 @@ def _fused_gradient(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     rest = rest[sum(map(len, _runtime(op.attr("mask"), rest))) :]
     scores = _mapped(op.attr("score"), raw, rest, floats)
     values = rest[: sum(map(len, _runtime(op.attr("score"), rest)))]
-    weights = _weights_of(scores, given["lse"], given.get("sinks"))
+    if "norm" in given:
+        weights = _weights_of(scores, given["lse"], None) * np.exp2(given["norm"])[..., None]
+    else:
+        weights = _weights_of(scores, given["lse"], given.get("sinks"))
     made = gradients.Gradients(op, q, k, v, raw, scores, weights, given, values, rest[len(values) :], floats)
     return gradients.FUSED[op.kind](made, [value.shape for value in op.outputs], heads)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from .folds import Attention, ColumnSums, Fold, RowLse, Weigh
-from .gradient_folds import GradCaptures, GradColumns, GradDelta, GradRows
+from .gradient_folds import GradCaptures, GradColumns, GradDelta, GradRows, RowNorm
 
 FOLDS: dict[str, type[Fold]] = {
     "attention": Attention,
     "row_lse": RowLse,
     "weigh": Weigh,
     "column_sums": ColumnSums,
+    "row_norm": RowNorm,
     "grad_delta": GradDelta,
     "grad_rows": GradRows,
     "grad_columns": GradColumns,

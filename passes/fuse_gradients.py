@@ -16,7 +16,8 @@ After::
 
 Each walks over the pairs of the mask on its own and computes scores and probabilities again; what a row
 sums up, delta, is left behind by the first. Where no gradient of q is wanted, or delta is a sum over keys,
-`grad_delta` makes it.
+`grad_delta` makes it. In wide dtypes `row_norm` comes first: probabilities are exp(score - log-sum-exp), and
+a rounded log-sum-exp shows in all of a row alike, so their sum tells what to multiply them by.
 
 Leaves alone: graphs without gradients.
 """
@@ -24,11 +25,13 @@ Leaves alone: graphs without gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..ir.graph import Graph, Op, Value
 from .fuse import PLANS
 
 PAIRS = ("sddmm", "score_map", "renormalize", "prob_map", "map_grad", "softmax_grad")
+WIDE = ("f32", "f64")  # dtypes whose gradients would show the rounding of the log-sum-exp
 TRANSPOSED_PLANS = dict.fromkeys(PLANS)
 
 
@@ -53,9 +56,13 @@ class _Gradients:
         self.rows = next((op for op in products if not op.attr("transposed")), None)
         self.columns = tuple(op for op in products if op.attr("transposed"))
         self.captures = graph.of_kind("capture_grad")
+        self.precise = graph.values["q"].dtype in WIDE
 
     def fused(self) -> Graph:
         ops: list[Op] = []
+        if self.precise:
+            norm = replace(self.graph.values["lse"], name="norm")
+            ops.append(self._op("row_norm", ["lse"], [norm]))
         if self.sums is not None:
             ops += self._sums_and_rows(self.sums)
         if self.columns:
@@ -72,7 +79,7 @@ class _Gradients:
         """What makes delta, and the gradient of q."""
         delta = self.shift.output if self.shift is not None else sums.output
         known, sinks = sums.inputs[0] == "o", [self.sink.output] if self.sink is not None else []
-        given = ["do", "lse", *(["o"] if known else []), *(["dlse"] if self.shift is not None else [])]
+        given = ["do", *self._norms, *(["o"] if known else []), *(["dlse"] if self.shift is not None else [])]
         if self.rows is not None and known:
             return [self._op("grad_rows", given, [self.rows.output, delta, *sinks])]
         made = [self._op("grad_delta", given, [delta, *sinks])]
@@ -88,7 +95,11 @@ class _Gradients:
 
     def _after(self) -> list[str]:
         """What is given to operations that run when delta is known, if they need it."""
-        return ["do", "lse", *([] if self.sums is None else ["delta"])]
+        return ["do", *self._norms, *([] if self.sums is None else ["delta"])]
+
+    @property
+    def _norms(self) -> list[str]:
+        return ["lse", "norm"] if self.precise else ["lse"]
 
     def _op(self, kind: str, given: Sequence[str], outputs: Sequence[Value]) -> Op:
         sinks = self.known.inputs[2:]

@@ -1,6 +1,7 @@
 """gradient_folds: what the kernels of gradients keep of the tiles of scores that they walk over.
 
-    grad_delta     rows are queries: delta, the sum of p * dp over keys, less the gradient of the log-sum-exp
+    row_norm       rows are queries: what makes up for the rounding of their log-sum-exp, and for sinks
+    grad_delta     likewise: delta, the sum of p * dp over keys, less the gradient of the log-sum-exp
     grad_rows      likewise: the gradient of q
     grad_columns   rows are keys: the gradients of k and v, of all query heads that read them
     grad_captures  rows are queries: the gradients of what a score or probability map read
@@ -29,6 +30,7 @@ from ..ir.expr import (
     floordiv,
     floormod,
     integer,
+    log2,
     maximum,
     minimum,
     real,
@@ -38,13 +40,13 @@ from ..ir.gradient_interpret import captured_reads
 from ..ir.graph import Op
 from ..ir.kernel import Compute, Dot, For, GridDim, Let, Load, Reduce, Span, Stmt, Store, Tensor
 from ..ir.score import ProbMap
-from .folds import E_AXIS, LOG2E, Carried, Fold, N, P, Part, S
+from .folds import E_AXIS, LOG2E, Carried, Fold, L, N, P, Part, S
 from .operands import Transposed
 from .rounding import together
 from .spec import SCALE
 
 D_AXIS = integer("d")
-G, DP, DW, DELTA, R = (real(name) for name in ("G", "dP", "dW", "D", "R"))
+C, G, DP, DW, DELTA, R = (real(name) for name in ("C", "G", "dP", "dW", "D", "R"))
 SINK = real("sink")
 SLOTS, SLOT_OF = integer("slots"), integer("slot_of")
 
@@ -63,6 +65,7 @@ class Gradient(Fold):
         score, prob = self.spec.score_map, self.spec.prob_map
         assert score is not None
         self.plain = score.expr == real("score") * SCALE
+        self.precise = "norm" in self.given
         self.keeps_products = not self.plain
         named = {real("score"): R, real("prob"): P, real("grad"): G}
         self.slope = self._bound(real("grad") * derivative(score.expr, real("score"))).xreplace(named)
@@ -78,7 +81,14 @@ class Gradient(Fold):
 
     def _probabilities(self) -> list[Stmt]:
         ij = ("i", "j")
-        return [Compute("P", self.acc, ij, exp2(self.scale * S - N))]
+        exponent = self.scale * S - N
+        return [Compute("P", self.acc, ij, exp2(exponent + C if self.precise else exponent))]
+
+    def _norms(self, axes: tuple[str, ...], lse: Load, norm: Load) -> list[Stmt]:
+        """N, subtracted from scores in the base-2 domain, and C, which is added to the difference."""
+        if not self.precise:
+            return self._known_norm(axes, lse)
+        return [lse, self._set("N", axes, self._finite(N * LOG2E)), norm]
 
     def _prob_gradients(self) -> list[Stmt]:
         if self.prob_slope is None:
@@ -145,7 +155,7 @@ class _OverQueries(Gradient):
         made = [
             *super().prepare(),
             self._features("dO", "do"),
-            *self._known_norm(("i",), self._row("N", "lse")),
+            *self._norms(("i",), self._row("N", "lse"), self._row("C", "norm")),
         ]
         if "delta" in self.given:
             return [*made, self._row("D", "delta")]
@@ -164,8 +174,8 @@ class _OverQueries(Gradient):
         if "dlse" not in self.given:
             return [Compute("D", self.acc, ("i",), sums)]
         alone = real("alone")
-        share: Expr = exp2(N - alone * LOG2E) if self.spec.sinks else sympy.Integer(1)
-        lost: Expr = where(alone < self.lowest, 0, real("dLse") * share)
+        more: Expr = exp2(SINK - alone * LOG2E) if self.spec.sinks else sympy.Integer(0)
+        lost: Expr = where(alone < self.lowest, 0, real("dLse") * (1 + more))
         return [
             self._row("dLse", "dlse"),
             self._row("alone", "lse"),
@@ -176,7 +186,8 @@ class _OverQueries(Gradient):
         """What rows add to the gradients of their heads' sinks."""
         if len(self.op.outputs) < self._sinks_at:
             return []
-        return [self._store("dsinks", -exp2(SINK - N) * sums)]
+        taken: Expr = 1 / (1 + exp2(real("only") * LOG2E - SINK))
+        return [self._row("only", "lse"), self._store("dsinks", -taken * sums)]
 
     _sinks_at: ClassVar[int] = 0  # results, where those of the sinks are the last
 
@@ -188,6 +199,38 @@ class _OverQueries(Gradient):
         v = self.at.values
         load = Load(v.tile, self.operand, ("j", "e"), v.tensor, (*v.at, E_AXIS), self.over.valid_col)
         return [load, self._product("dW", ("i", "j"), "dO", v.tile, "e", adds=False)]
+
+
+class RowNorm(_OverQueries):
+    """What exp(score - log-sum-exp) has to be multiplied by, as a logarithm to base 2.
+
+    Without sinks that is 1, but for the rounding of the log-sum-exp, which all pairs of a row share."""
+
+    values = False
+
+    def prepare(self) -> list[Stmt]:
+        lse = self._row("N", "lse")
+        return [*Fold.prepare(self), lse, self._set("N", ("i",), self._finite(N * LOG2E))]
+
+    def products(self) -> list[Stmt]:
+        return []
+
+    def state(self) -> list[Carried]:
+        return [Carried("l", ("i",), sympy.S.Zero, "norm")]
+
+    def results(self) -> list[Tensor]:
+        return [self._result("norm", self.spec.lse_dtype)]
+
+    def step(self) -> list[Stmt]:
+        gain = Reduce("gain", self.acc, ("i",), "sum", P, ("j",))
+        return [*self._probabilities(), gain, self._set("l", ("i",), L + real("gain"))]
+
+    def end(self) -> list[Stmt]:
+        if not self.last:
+            return [self._store("norm", L)]
+        total: Expr = L * (1 + exp2(SINK - N)) if self.spec.sinks else L
+        empty = sympy.Eq(L, 0)
+        return [self._store("norm", where(empty, 0, -log2(where(empty, 1, total))))]
 
 
 class GradDelta(_OverQueries):
@@ -318,7 +361,11 @@ class GradColumns(Gradient):
         narrow_p, p = self._narrowed("W" if weights else "P")
         narrow_g, g = self._narrowed("G")
         made: list[Stmt] = [
-            *self._known_norm(("j",), Load("N", self.acc, ("j",), "lse", column, valid)),
+            *self._norms(
+                ("j",),
+                Load("N", self.acc, ("j",), "lse", column, valid),
+                Load("C", self.acc, ("j",), "norm", column, valid),
+            ),
             *self._probabilities(),
             *weights,
             *narrow_p,

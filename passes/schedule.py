@@ -53,7 +53,7 @@ def choose(spec: AttentionSpec, group: Group, kind: str = "attention") -> Schedu
         return _choose_few(spec, group)
     if spec.target_kind == "cpu":
         return _choose_cpu(spec, group)
-    if kind.startswith("grad_"):
+    if kind.startswith("grad_") or kind == "row_norm":
         return choose_gradient(spec, group, kind)
     device = devices.device_of(spec.target)
     if device is None or device.chip is None:
