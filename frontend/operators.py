@@ -60,6 +60,11 @@ def _refuse(tensors: Any, names: Any, learns: bool) -> None:
                 f"attention.{name} has a tangent, and forward-mode gradients are not built. "
                 f"Pass forward_ad.unpack_dual({name}).primal"
             )
+        if learns and name == "block_table":
+            raise UnsupportedError(
+                "attention: pages of keys have no gradient. Call under torch.no_grad(), or detach query, key "
+                "and value"
+            )
         if learns and name[0] == "c" and tensor.requires_grad:
             raise UnsupportedError(
                 f"attention: {name}, a tensor that the mask captured, requires a gradient, and there is "

@@ -211,6 +211,15 @@ def test_the_largest_scores_and_column_sums_have_none() -> None:
         aux.max_scores.sum().backward()
 
 
+def test_pages_have_none() -> None:
+    q, k, v = tensors(batch=2, length=8)
+    pages, lengths = torch.tensor([[0], [1]]), torch.tensor([8, 5])
+    with pytest.raises(UnsupportedError, match=r"pages of keys have no gradient.*no_grad"):
+        gossamer.attention(q, k, v, block_table=pages, kv_lens=lengths)
+    with torch.no_grad():
+        gossamer.attention(q, k, v, block_table=pages, kv_lens=lengths)
+
+
 def test_gradients_of_gradients_are_refused() -> None:
     q, k, v = tensors()
     (grad,) = torch.autograd.grad(gossamer.attention(q, k, v).square().sum(), q, create_graph=True)
