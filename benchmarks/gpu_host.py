@@ -42,7 +42,7 @@ def overhead(calls: int = 200, rounds: int = 15, device: str = "cuda") -> dict[s
     """Microseconds of host time a call, and of the launch alone, its arguments ready.
 
     The problem is so small that the host is what takes time; medians of rounds."""
-    from gossamer.frontend import attention as front
+    from gossamer.frontend import prepare as front
     from gossamer.frontend.problem import Problem
 
     q, k, v = random_inputs((1, 1, 128, 64), "bf16", device)

@@ -6,11 +6,9 @@ launch. Building an IR, and importing what that needs, happens behind a miss.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from functools import partial
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from types import NoneType
+from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
 
@@ -18,44 +16,26 @@ try:
     import torch
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.attention") from None
-from ..runtime.driver import driver, get_or_compile
-from .captured import is_array, is_monotone
-from .device import precision_of, target_of
+from ..runtime.driver import driver
+from .captured import is_array
 from .form import Call, Options
-from .kernel import quick_key
 from .mask import Mask
 from .operator_rules import autocast, wants_gradient
 from .operators import call_operator, is_traced
 from .placement import NOWHERE, Placement, check_placement, tensors_of
-from .placement import PLAIN as EVEN
-from .plan import Plan, recall, serves
+from .plan import recall, serves
+from .prepare import number_of, prepare
 from .problem import Problem
 from .reads import check_reads
-from .schedules import Request, given, settled
 from .score import ScoreMod
-from .softmax import PLAIN, Softmax, check_sinks, prob_of
-
-if TYPE_CHECKING:
-    from ..ir.kernel import Program
-    from ..runtime.driver import Executable
+from .softmax import check_sinks, prob_of
+from .trace_value import is_symbolic
 
 EVERY_PAIR = Mask.of(None)
 PLAIN_OPTIONS = Options()
 
-LEAST_SCALE = 2.0**-100  # as `passes.spec` has it
-
 # Backends, and the kind of device whose tensors each takes.
 BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
-
-TORCH_NAMES = {
-    "f64": "float64",
-    "f32": "float32",
-    "f16": "float16",
-    "bf16": "bfloat16",
-    "i64": "int64",
-    "i32": "int32",
-    "u8": "uint8",
-}
 
 
 def attention(
@@ -205,17 +185,19 @@ def dispatch(query: Any, key: Any, value: Any, call: Call, table: Any = None) ->
     if torch._C._is_any_autocast_enabled() and all(isinstance(t, torch.Tensor) for t in (query, key, value)):
         query, key, value = autocast(query, key, value)
     tensors = (query, key, value, *call.tensors)
-    if not is_traced(tensors) and not wants_gradient(tensors):
+    traced, learns = is_traced(tensors), wants_gradient(tensors)
+    if not traced and not learns:
         return launch(query, key, value, call, table)
     if call.options.backend == "reference":
         expected = 'attention: backend="reference" has no gradient, and is not traced'
         raise UnsupportedError(f"{expected}. Call it under torch.no_grad(), outside of torch.compile")
-    problem = Problem(query, key, value, call.options.enable_gqa, paged="block_table" in call.held)
-    check_placement(problem, *call.where, sums="column_sums" in call.options.extra)
-    problem.check_mask(table)
-    check_sinks(problem, call.held.get("sinks"))
-    _check_backend(call.options.backend, problem)
-    return call_operator(query, key, value, call)
+    given = traced or call.held or call.offset is not None or table is not None
+    if given or not all(isinstance(t, torch.Tensor) for t in tensors[:3]):
+        problem, _ = _checked(query, key, value, call, table)
+        _check_backend(call.options.backend, problem)
+    if not isinstance(call.scale, (float, NoneType)) and not is_symbolic(call.scale):
+        call = call._replace(scale=number_of(call.scale))
+    return call_operator(query, key, value, call, traced, learns)
 
 
 def launch(query: Any, key: Any, value: Any, call: Call, table: Any = None) -> tuple[torch.Tensor, ...]:
@@ -227,7 +209,8 @@ def launch(query: Any, key: Any, value: Any, call: Call, table: Any = None) -> t
     known = recall(plans, {"q": query, "k": key, "v": value, **call.held}, call)
     if known.plan is not None:
         return known.plan(known.tensors)
-    problem, placed = _checked(query, key, value, call, table)
+    problem, sums = _checked(query, key, value, call, table)
+    placed = Placement.of(problem, *call.where, sums=sums)
     _check_backend(options.backend, problem)
     settings = (options.schedule, options.validate, call.softmax, placed, known.tensors)
     plan, values = prepare(problem, call.mask, call.score, call.scale, options.extra, *settings)
@@ -237,190 +220,27 @@ def launch(query: Any, key: Any, value: Any, call: Call, table: Any = None) -> t
     return found
 
 
-def _checked(query: Any, key: Any, value: Any, call: Call, table: Any) -> tuple[Problem, Placement]:
-    options = call.options
-    problem = Problem(query, key, value, options.enable_gqa, paged="block_table" in call.held)
-    placed = Placement.of(problem, *call.where, sums="column_sums" in options.extra)
+def _checked(query: Any, key: Any, value: Any, call: Call, table: Any) -> tuple[Problem, bool]:
+    """The problem of a call whose shapes and dtypes fit, and whether column sums are asked for."""
+    problem = Problem(query, key, value, call.options.enable_gqa, paged="block_table" in call.held)
+    sums = "column_sums" in call.options.extra
+    check_placement(problem, *call.where, sums=sums)
     problem.check_mask(table)
     check_sinks(problem, call.held.get("sinks"))
-    return problem, placed
+    return problem, sums
 
 
 def _reference(query: Any, key: Any, value: Any, call: Call, table: Any) -> tuple[torch.Tensor, ...]:
     from .reference import reference_attention
 
-    problem, placed = _checked(query, key, value, call, table)
+    problem, sums = _checked(query, key, value, call, table)
+    placed = Placement.of(problem, *call.where, sums=sums)
     if call.options.schedule is not None:
         raise InputError(
             "attention.schedule", 'None with backend="reference", which has none', repr(call.options.schedule)
         )
     placed.check_values(problem)
     check_reads(problem, placed, call.mask, call.score, call.prob)
-    out, lse, sums = reference_attention(problem, call.mask, call.score, call.scale, call.softmax, placed)
-    results = {"lse": lse, "column_sums": sums}
+    out, *rows = reference_attention(problem, call.mask, call.score, call.scale, call.softmax, placed)
+    results: dict[str, torch.Tensor] = dict(zip(("lse", "column_sums"), rows, strict=True))
     return out, *(results[name] for name in call.options.extra)
-
-
-def prepare(
-    problem: Problem,
-    mask: Mask,
-    score: ScoreMod | None,
-    scale: float | None,
-    extra: tuple[str, ...] = (),
-    schedule: Any = None,
-    validate: bool = False,
-    softmax: Softmax = PLAIN,
-    placed: Placement = EVEN,
-    known: Mapping[str, Any] = MappingProxyType({}),
-) -> tuple[Plan, dict[str, Any]]:
-    """A plan that gives (out, *extra) for a checked problem, and what to call it with.
-
-    known: captured tensors of this call that were computed already. Compiles the kernel if it is new."""
-    if schedule is not None:
-        schedule = given(schedule, few=placed.few > 0)
-    if validate or problem.device.type == "cpu":
-        placed.check_values(problem)
-        check_reads(problem, placed, mask, score, softmax.prob)
-    values = call_values(problem, mask, score, scale, softmax, known) | placed.values
-    positive = is_positive(values["scale"], target_of(problem.device))
-    compiled = partial(
-        executable_for, problem, mask, score, extra, positive=positive, softmax=softmax, placed=placed
-    )
-
-    def planned(executable: Executable) -> Plan:
-        return plan_of(executable, values, problem, extra)
-
-    if isinstance(schedule, Request):
-        schedule = settled(schedule, problem, compiled, lambda ready: partial(planned(ready), values))
-    return planned(compiled(schedule)), values
-
-
-def is_positive(scale: float, target: str) -> bool:
-    """Whether kernels may rely on a scale above 0; those of CPUs do not ask."""
-    return target.startswith("cpu") or scale >= LEAST_SCALE
-
-
-def call_values(
-    problem: Problem,
-    mask: Mask,
-    score: ScoreMod | None,
-    scale: float | None,
-    softmax: Softmax = PLAIN,
-    known: Mapping[str, Any] = MappingProxyType({}),
-) -> dict[str, Any]:
-    """What kernels are called with, by name, outputs aside. known: captured tensors at hand, by name."""
-    values: dict[str, Any] = {
-        "q": _detached(problem.query),
-        "k": _detached(problem.key),
-        "v": _detached(problem.value),
-        "scale": 1 / math.sqrt(problem.qk_size) if scale is None else _number(scale),
-    }
-    if softmax.sinks is not None:
-        values["sinks"] = softmax.sinks
-    for stem, tensor, source in (("p", "c", mask), ("s", "t", score), ("x", "w", softmax.prob)):
-        if source is not None:
-            values |= {f"{stem}{i}": number for i, number in enumerate(source.values)}
-            names = [f"{tensor}{i}" for i in range(source.captures)]
-            here = all(name in known for name in names)
-            tensors = [known[n] for n in names] if here else source.tensors_on(problem.device)
-            values |= {f"{tensor}{i}": captured(t, problem) for i, t in enumerate(tensors)}
-    return values
-
-
-def _number(scale: Any) -> float:
-    """The scale as a float: a number, or a tensor of one."""
-    if getattr(scale, "requires_grad", False):
-        if torch.is_grad_enabled():
-            raise UnsupportedError(
-                "attention.scale requires a gradient, and has none. Pass scale.item(), or multiply the "
-                "scores in a score_mod, which captures tensors that learn"
-            )
-        scale = scale.detach()
-    try:
-        return float(scale)
-    except (TypeError, ValueError, RuntimeError):
-        got = f"a tensor of shape {tuple(scale.shape)}" if is_array(scale) else repr(scale)
-        raise InputError("attention.scale", "a number", got) from None
-
-
-def plan_of(executable: Executable, values: dict[str, Any], problem: Problem, extra: tuple[str, ...]) -> Plan:
-    """A plan that gives (out, *extra), for calls like the one with these values."""
-    from ..runtime.executable import Contiguous
-
-    heads = (problem.batch, problem.heads)
-    wide = torch.float64 if problem.dtype == "f64" else torch.float32
-    outputs: list[tuple[str, tuple[int, ...], torch.dtype]] = [
-        ("o", (*heads, problem.q_len, problem.v_size), problem.query.dtype)
-    ]
-    for name in extra:
-        length = problem.kv_len if name == "column_sums" else problem.q_len
-        outputs.append((name, (*heads, length), wide))
-    waiting = {name: Contiguous(shape) for name, shape, _ in outputs}
-    bound = executable.bind(values | waiting, allocate=partial(allocate, device=problem.device))
-    return Plan(bound, tuple(outputs), problem.device)
-
-
-def captured(tensor: Any, problem: Problem) -> Any:
-    """A captured tensor as kernels take it: on the problem's device, booleans as bytes."""
-    if not isinstance(tensor, torch.Tensor):
-        tensor = torch.as_tensor(tensor)
-    if tensor.device != problem.device:
-        raise InputError(
-            "attention: a captured tensor",
-            f"a tensor on {problem.device}, as the query is",
-            tensor.device,
-            f"Capture tensor.to({str(problem.device)!r})",
-        )
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else _detached(tensor)
-
-
-def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor
-
-
-def allocate(shape: tuple[int, ...], dtype: str, device: Any = "cpu") -> torch.Tensor:
-    """An uninitialised contiguous tensor of a dtype by its name in the IR."""
-    return torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[dtype]), device=device)
-
-
-def executable_for(
-    problem: Problem,
-    mask: Mask,
-    score: ScoreMod | None,
-    extra: tuple[str, ...] = (),
-    schedule: Any = None,
-    positive: bool = True,
-    softmax: Softmax = PLAIN,
-    placed: Placement = EVEN,
-) -> Executable:
-    """The compiled kernel of a problem's structure: from memory, from disk, or compiled now."""
-    target = target_of(problem.device)
-    sizes = (
-        problem.dtype,
-        problem.qk_size,
-        problem.v_size,
-        problem.contiguous,
-        "lse" in extra,
-        "max" in extra,
-        problem.aligned,
-        precision_of(problem.device, problem.dtype),
-        positive,
-    )
-    sums = "column_sums" in extra
-    ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
-
-    def make() -> Program:
-        from ..passes.pipeline import compile_spec
-        from ..passes.spec import AttentionSpec
-
-        maps = None if score is None else score.ir
-        more = (
-            softmax.spec_fields
-            | placed.spec_fields
-            | {"monotone": frozenset(ids), "return_column_sums": sums}
-        )
-        return compile_spec(AttentionSpec(mask.ir, maps, *sizes, target=target, **more), schedule)
-
-    return get_or_compile(
-        quick_key(mask, score, (*sizes, sums), ids, schedule, softmax, placed.key), make, target
-    )

@@ -66,14 +66,15 @@ class BlockMask(pytorch.BlockMask):
     @property
     def mask(self) -> Mask:
         """The pairs that attend."""
+        if self._bound is not None:
+            return self._bound
         if self.mask_mod is _sliced:
             raise UnsupportedError(
                 "a block mask sliced over query blocks has no mask_mod of its own: assign mask_mod, shifted "
                 "to the queries it now stands for, and seq_lengths"
             )
-        if self._bound is None:
-            mask = Mask.of(self.mask_mod)
-            self._bound = _listed(self, mask) if self._listed else mask
+        mask = Mask.of(self.mask_mod)
+        self._bound = _listed(self, mask) if self._listed else mask
         return self._bound
 
     @property

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._dynamo.variables import higher_order_ops
+from torch._dynamo.variables import ConstantVariable, TensorVariable, higher_order_ops
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
+
+from ..ir.errors import UnsupportedError
 
 ROLES = ("mask_fn", "score_mod", "score_mod")
 
@@ -20,24 +22,32 @@ class AttentionVariable(higher_order_ops.FlexAttentionHigherOrderVariable):
 
     _HOP_NAME = "gossamer.attention"
 
+    def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+        return self._call_function(tx, args, kwargs)
+
     def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
         query, key, value, functions, *rest = args
-        found = [
-            self._traced(tx, query, function, role)
-            for function, role in zip(functions.items, ROLES, strict=True)
-        ]
-        proxies = (*(t.as_proxy() for t in (query, key, value)), tuple(found), *(a.as_proxy() for a in rest))
+        pairs = zip(functions.items, ROLES, strict=True)
+        found = tuple(self._traced(tx, query, function, role) for function, role in pairs)
+        proxies = (*(t.as_proxy() for t in (query, key, value)), found, *(a.as_proxy() for a in rest))
         proxy = tx.output.create_proxy("call_function", self.value, proxies, {})
         return wrap_fx_proxy(tx=tx, proxy=proxy, example_value=None)
 
     def _traced(self, tx: Any, query: Any, function: VariableTracker, role: str) -> Any:
+        """A graph and what it lifted; None and tensors as they are."""
         function = function.realize()
-        if function.is_tensor() or (function.is_python_constant() and function.as_python_constant() is None):
+        if isinstance(function, (ConstantVariable, TensorVariable)):
             return function.as_proxy()
         return self.create_wrapped_node(tx, query, function, role)
 
 
 def register(operator: torch._ops.HigherOrderOperator) -> bool:
-    """Let dynamo use `AttentionVariable` for the operator."""
-    higher_order_ops._hop_name_to_variable_class[operator.__name__] = AttentionVariable
+    """Let dynamo use `AttentionVariable` for the operator. Raises UnsupportedError."""
+    known = getattr(higher_order_ops, "_hop_name_to_variable_class", None)
+    if known is None:
+        raise UnsupportedError(
+            f"gossamer.attention inside torch.compile: torch {torch.__version__} lacks what traces it. "
+            "Use torch 2.13, or wrap the call in a function decorated with torch.compiler.disable"
+        )
+    known[operator.__name__] = AttentionVariable
     return True

@@ -28,6 +28,7 @@ from .attention import run
 from .block_mask import BlockMask, MaskMod
 from .form import Options
 from .mask import Mask
+from .pure import is_compiled
 
 __all__ = [
     "AuxOutput",
@@ -93,6 +94,11 @@ def _mask_of(block_mask: Any, query: Tensor, key: Tensor) -> Any:
     """The mask of a block mask that fits these tensors; anything else as it is."""
     if not isinstance(block_mask, PyTorchBlockMask) or not isinstance(query, torch.Tensor):
         return block_mask
+    if is_compiled() and not isinstance(block_mask, BlockMask):
+        raise UnsupportedError(
+            "flex_attention.block_mask is PyTorch's own, inside torch.compile. Make it with "
+            "gossamer.flex.create_block_mask, or convert it outside, with gossamer.Mask.of"
+        )
     block_mask = blocks.of(block_mask)
     *batch, q_len, kv_len = block_mask.shape
     if (query.shape[-2], key.shape[-2]) != (q_len, kv_len):
@@ -152,7 +158,9 @@ def create_block_mask(
     recipe = partial(
         blocks.lists_of, mask, batch, (Q_LEN, KV_LEN), size, torch.device(device), separate_full_blocks
     )
-    return BlockMask.lazy(mask_mod, batch, (Q_LEN, KV_LEN), size, recipe)
+    made = BlockMask.lazy(mask_mod, batch, (Q_LEN, KV_LEN), size, recipe)
+    made._bound = mask
+    return made
 
 
 def and_masks(*mask_mods: MaskMod) -> MaskMod:

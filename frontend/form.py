@@ -20,6 +20,7 @@ from .mask import Mask, Signature
 from .score import ProbMod, ScoreMod
 from .softmax import Softmax
 from .term import Term
+from .trace_value import plain_number
 
 VERSION = 1  # of the text of forms, which exported programs hold
 
@@ -51,12 +52,13 @@ class Call(NamedTuple):
     options: Options
 
     @property
-    def tensors(self) -> tuple[Any, ...]:
+    def tensors(self) -> list[Any]:
         """Every tensor beside query, key and value."""
-        sources = (source.sources for source in (self.mask, self.score, self.prob) if source is not None)
-        return *(
-            t.source if isinstance(t, Derived) else t for own in sources for t in own
-        ), *self.held.values()
+        found = list(self.held.values())
+        for source in (self.mask, self.score, self.prob):
+            if source is not None and source.sources:
+                found += [t.source if isinstance(t, Derived) else t for t in source.sources]
+        return found
 
     @property
     def softmax(self) -> Softmax:
@@ -173,7 +175,7 @@ def take_apart(call: Call, device: Any) -> Parts:
         parts.append(Part(source.term, kinds, source.signature, recipes))
     tensors += call.held.values()
     if call.offset is not None:
-        numbers["int"].append(call.offset)
+        numbers["int"].append(plain_number(call.offset))
     options = call.options._replace(schedule=_spelled(call.options.schedule))
     form = Form(*parts, tuple(call.held), call.scale is not None, call.offset is not None, options)  # type: ignore[arg-type]
     return Parts(form, tensors, *numbers.values())

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from ..ir.errors import UnsupportedError
 from ..runtime.driver import get_or_compile
 from ..runtime.executable import Contiguous
-from .attention import allocate, call_values, is_positive
 from .captured import is_monotone
 from .device import precision_of, target_of
 from .kernel import quick_key
+from .prepare import allocate, call_values, is_positive
 from .problem import is_aligned
 
 if TYPE_CHECKING:

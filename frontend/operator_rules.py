@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,13 @@ from .operator import INPUTS, LIBRARY, attention_backward, differentiate, evalua
 # autograd -------------------------------------------------------------------------------------------
 
 
-def wants_gradient(tensors: Sequence[Any]) -> bool:
+def wants_gradient(tensors: Iterable[Any]) -> bool:
     """Whether a gradient may be asked for."""
-    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # each call comes here, and a generator takes longer
+            if getattr(tensor, "requires_grad", False):
+                return True
+    return False
 
 
 def _save(

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..ir.errors import InputError, UnsupportedError
-from .attention import allocate
 from .mask import Mask
+from .prepare import allocate
 from .problem import Problem
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import gossamer
 from gossamer import testing
-from gossamer.frontend.attention import Problem
 from gossamer.frontend.checking import check_attention
+from gossamer.frontend.problem import Problem
 from gossamer.frontend.reference import exact_attention
 from gossamer.ir import graph_interpret
 from gossamer.ir.kernel import Program

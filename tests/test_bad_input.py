@@ -139,6 +139,8 @@ def test_a_scale_does_not_learn() -> None:
     scale = torch.tensor(0.3, requires_grad=True)
     with refuses(UnsupportedError, "attention.scale requires a gradient", "score_mod"):
         gossamer.attention(Q, K, V, scale=scale)
+    with refuses(UnsupportedError, "attention.scale requires a gradient", "score_mod"):
+        gossamer.attention(Q.clone().requires_grad_(), K, V, scale=scale)
     with torch.no_grad():
         assert torch.equal(gossamer.attention(Q, K, V, scale=scale), gossamer.attention(Q, K, V, scale=0.3))
 
@@ -147,6 +149,24 @@ def test_a_mask_does_not_learn() -> None:
     least = torch.zeros(4, requires_grad=True)
     with refuses(UnsupportedError, "c0", "mask captured", "requires a gradient", "tensor.detach()"):
         gossamer.attention(Q, K, V, mask=lambda b, h, q, k: (q - k) * 1.0 >= least[h])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"query": 1}, ("attention.query", "a torch.Tensor")),
+        ({"key": None}, ("attention.key", "a torch.Tensor")),
+        ({"sinks": [1.0]}, ("attention.sinks", "a torch.Tensor")),
+        ({"kv_lens": 3}, ("attention.kv_lens", "a torch.Tensor")),
+        ({"q_offset": "two"}, ("attention.q_offset",)),
+        ({"scale": "one"}, ("attention.scale", "a number")),
+        ({"backend": "cuda"}, ("attention.backend",)),
+        ({"mask": torch.ones(3, 3, dtype=torch.bool)}, ("attention.mask", "broadcastable")),
+    ],
+)
+def test_what_is_wrong_is_said_where_gradients_are_wanted_too(given: Any, words: tuple[str, ...]) -> None:
+    with refuses(InputError, *words):
+        gossamer.attention(**{"query": Q, "key": K, "value": V.clone().requires_grad_()} | given)
 
 
 def test_the_reference_has_no_gradients() -> None:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import gossamer
 from gossamer import masks
 from gossamer.flex import AuxRequest, create_block_mask, flex_attention
+from gossamer.frontend import operator_rules
 from gossamer.frontend.form import Call, Form, Options, take_apart
 from gossamer.ir.errors import InputError, UnsupportedError
 from gossamer.ir.plan import Schedule
@@ -56,12 +57,10 @@ def test_query_key_and_value() -> None:
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_only_what_is_asked_for_gets_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gossamer.frontend import gradients as kernels
-
     asked: list[list[str]] = []
-    compute = kernels.gradients
+    compute = operator_rules.differentiate
     monkeypatch.setattr(
-        kernels, "gradients", lambda *given, **more: asked.append(given[10]) or compute(*given, **more)
+        operator_rules, "differentiate", lambda *given: asked.append(given[-1]) or compute(*given)
     )
     inputs = dict(zip("qkv", tensors(requires_grad=False), strict=True))
     inputs[name].requires_grad_()
@@ -210,6 +209,15 @@ def test_the_largest_scores_and_column_sums_have_none() -> None:
     assert aux.max_scores is not None
     with pytest.raises(UnsupportedError, match="largest scores have no gradient"):
         aux.max_scores.sum().backward()
+
+
+def test_pages_have_none() -> None:
+    q, k, v = tensors(batch=2, length=8)
+    pages, lengths = torch.tensor([[0], [1]]), torch.tensor([8, 5])
+    with pytest.raises(UnsupportedError, match=r"pages of keys have no gradient.*no_grad"):
+        gossamer.attention(q, k, v, block_table=pages, kv_lens=lengths)
+    with torch.no_grad():
+        gossamer.attention(q, k, v, block_table=pages, kv_lens=lengths)
 
 
 def test_gradients_of_gradients_are_refused() -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention as pytorch
 from torch.utils.checkpoint import checkpoint
 
 import gossamer
 from gossamer import masks
+from gossamer.flex import and_masks, create_block_mask, flex_attention
 
 WINDOW = masks.sliding_window(7, 2)
 DENSE = torch.rand(20, 20, generator=torch.Generator().manual_seed(1)) > 0.5
@@ -125,6 +127,20 @@ def test_masks_made_inside() -> None:
 
     calls = [(*tensors(n), width, IDS[:n].clone()) for n, width in ((20, 5), (24, 3), (31, 9))]
     check(attend, *calls, dynamic=True)
+
+
+def test_flex_attention() -> None:
+    causal = lambda b, h, i, j: i >= j  # noqa: E731
+    block_mask = create_block_mask(and_masks(causal, outer(6)), None, None, 20, 20, device="cpu")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        biased = lambda s, b, h, i, j: s + TABLE[h, i - j + 59]  # noqa: E731
+        return flex_attention(q, k, v, score_mod=biased, block_mask=block_mask)
+
+    check(attend, tensors())
+    theirs = pytorch.create_block_mask(causal, None, None, 20, 20, device="cpu")
+    with pytest.raises(Exception, match=r"Make it with gossamer.flex.create_block_mask"):
+        torch.compile(flex_attention, fullgraph=True, backend="eager")(*tensors(), block_mask=theirs)
 
 
 # ---- what changes compiles nothing ----
