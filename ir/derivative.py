@@ -39,7 +39,7 @@ def derivative(expr: Expr, x: Expr) -> Expr:
     >>> from .expr import parse, real, to_text
     >>> names = {"x": real("x"), "y": real("y")}
     >>> to_text(derivative(parse("y * tanh(x / y)", names), real("x")))
-    '1 - tanh(x / y) ** 2'
+    '-tanh(x / y) ** 2 + 1'
 
     Raises UnsupportedError for a function without a rule."""
     known: dict[Expr, Expr] = {}

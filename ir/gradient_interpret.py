@@ -151,8 +151,8 @@ class Gradients:
         return (np.where(np.isneginf(lse), 0, -np.log2(np.where(total == 0, 1, total))),)
 
     def of_rows(self) -> tuple[Array, ...]:
-        rows = self.shifted
-        return (self.ds @ self.k, rows, *self._sinks())
+        rows, norm = self.shifted, any(v.name == "norm" for v in self.op.outputs)
+        return (self.ds @ self.k, rows, *(self.of_norm() if norm else ()), *self._sinks())
 
     def of_delta(self) -> tuple[Array, ...]:
         return (self.shifted, *self._sinks())

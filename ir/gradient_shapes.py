@@ -117,7 +117,7 @@ def _grad_delta(c: Checker) -> tuple[Shape, ...]:
 
 def _grad_rows(c: Checker) -> tuple[Shape, ...]:
     q, _, _ = _fused(c)
-    return q, q[:3], q[:3]
+    return q, q[:3], q[:3], q[:3]
 
 
 def _grad_columns(c: Checker) -> tuple[Shape, ...]:

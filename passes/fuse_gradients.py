@@ -16,8 +16,8 @@ After::
 
 Each walks over the pairs of the mask on its own and computes scores and probabilities again; what a row
 sums up, delta, is left behind by the first. Where no gradient of q is wanted, or delta is a sum over keys,
-`grad_delta` makes it. In wide dtypes `row_norm` comes first: probabilities are exp(score - log-sum-exp), and
-a rounded log-sum-exp shows in all of a row alike, so their sum tells what to multiply them by.
+`grad_delta` makes it. In wide dtypes the rounding of the log-sum-exp shows, in all probabilities of a row
+alike: their sum tells what to multiply them by, norm, which grad_rows leaves behind too, or `row_norm`.
 
 Leaves alone: graphs without gradients.
 """
@@ -60,9 +60,8 @@ class _Gradients:
 
     def fused(self) -> Graph:
         ops: list[Op] = []
-        if self.precise:
-            norm = replace(self.graph.values["lse"], name="norm")
-            ops.append(self._op("row_norm", ["lse"], [norm]))
+        if self.precise and not self._rows_know_sums:
+            ops.append(self._op("row_norm", ["lse"], [self._norm]))
         if self.sums is not None:
             ops += self._sums_and_rows(self.sums)
         if self.columns:
@@ -75,17 +74,28 @@ class _Gradients:
                 ops.append(made.with_attrs(of=of, captures=tuple(op.attr("of") for op in wanted)))
         return Graph(self.graph.name, self.graph.inputs, tuple(ops), self.graph.outputs)
 
+    @property
+    def _rows_know_sums(self) -> bool:
+        """Whether the gradient of q needs nothing that only a walk over keys can tell beforehand."""
+        return self.rows is not None and self.sums is not None and self.sums.inputs[0] == "o"
+
+    @property
+    def _norm(self) -> Value:
+        return replace(self.graph.values["lse"], name="norm")
+
     def _sums_and_rows(self, sums: Op) -> list[Op]:
         """What makes delta, and the gradient of q."""
         delta = self.shift.output if self.shift is not None else sums.output
-        known, sinks = sums.inputs[0] == "o", [self.sink.output] if self.sink is not None else []
-        given = ["do", *self._norms, *(["o"] if known else []), *(["dlse"] if self.shift is not None else [])]
-        if self.rows is not None and known:
-            return [self._op("grad_rows", given, [self.rows.output, delta, *sinks])]
-        made = [self._op("grad_delta", given, [delta, *sinks])]
-        return (
-            made if self.rows is None else [*made, self._op("grad_rows", self._after(), [self.rows.output])]
-        )
+        sinks = [self.sink.output] if self.sink is not None else []
+        more = [*(["o"] if sums.inputs[0] == "o" else []), *(["dlse"] if self.shift is not None else [])]
+        if self._rows_know_sums:
+            assert self.rows is not None
+            norm = [self._norm] if self.precise else []
+            return [self._op("grad_rows", ["do", "lse", *more], [self.rows.output, delta, *norm, *sinks])]
+        made = [self._op("grad_delta", ["do", *self._norms, *more], [delta, *sinks])]
+        if self.rows is not None:
+            made.append(self._op("grad_rows", self._after(), [self.rows.output]))
+        return made
 
     def _columns(self) -> Op:
         k, v = (self.graph.values[name] for name in ("k", "v"))

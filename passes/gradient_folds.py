@@ -17,8 +17,6 @@ applied once a row, at the end.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import sympy
 
 from ..ir.derivative import derivative
@@ -66,6 +64,7 @@ class Gradient(Fold):
         assert score is not None
         self.plain = score.expr == real("score") * SCALE
         self.precise = "norm" in self.given
+        self.leaves_norm = any(v.name == "norm" for v in self.op.outputs)
         self.keeps_products = not self.plain
         named = {real("score"): R, real("prob"): P, real("grad"): G}
         self.slope = self._bound(real("grad") * derivative(score.expr, real("score"))).xreplace(named)
@@ -86,9 +85,10 @@ class Gradient(Fold):
 
     def _norms(self, axes: tuple[str, ...], lse: Load, norm: Load) -> list[Stmt]:
         """N, subtracted from scores in the base-2 domain, and C, which is added to the difference."""
-        if not self.precise:
+        if not self.precise and not self.leaves_norm:
             return self._known_norm(axes, lse)
-        return [lse, self._set("N", axes, self._finite(N * LOG2E)), norm]
+        alone = [lse, self._set("N", axes, self._finite(N * LOG2E))]
+        return [*alone, norm] if self.precise else alone
 
     def _prob_gradients(self) -> list[Stmt]:
         if self.prob_slope is None:
@@ -189,11 +189,28 @@ class _OverQueries(Gradient):
         taken: Expr = 1 / (1 + exp2(real("only") * LOG2E - SINK))
         return [self._row("only", "lse"), self._store("dsinks", -taken * sums)]
 
-    _sinks_at: ClassVar[int] = 0  # results, where those of the sinks are the last
+    @property
+    def _sinks_at(self) -> int:
+        """How many results there are where those of the sinks are the last."""
+        return 0
 
     def _row_results(self, *names: str) -> list[Tensor]:
         wanted = [*names, *(["dsinks"] if len(self.op.outputs) >= self._sinks_at else [])]
         return [self.at.per_row(name, self.spec.lse_dtype, "out") for name in wanted]
+
+    def _sum(self) -> list[Carried]:
+        """The sum of a row's exp(score - log-sum-exp)."""
+        return [Carried("l", ("i",), sympy.S.Zero, "norm")]
+
+    def _gain(self) -> list[Stmt]:
+        gain = Reduce("gain", self.acc, ("i",), "sum", P, ("j",))
+        return [gain, self._set("l", ("i",), L + real("gain"))]
+
+    def _norm_of_sum(self) -> Expr:
+        """log2 of what makes that sum the part that sinks leave of 1."""
+        total: Expr = L * (1 + exp2(SINK - N)) if self.spec.sinks else L
+        empty = sympy.Eq(L, 0)
+        return where(empty, 0, -log2(where(empty, 1, total)))
 
     def products(self) -> list[Stmt]:
         v = self.at.values
@@ -209,38 +226,34 @@ class RowNorm(_OverQueries):
     values = False
 
     def prepare(self) -> list[Stmt]:
-        lse = self._row("N", "lse")
-        return [*Fold.prepare(self), lse, self._set("N", ("i",), self._finite(N * LOG2E))]
+        return [*Fold.prepare(self), *self._norms(("i",), self._row("N", "lse"), self._row("C", "norm"))]
 
     def products(self) -> list[Stmt]:
         return []
 
     def state(self) -> list[Carried]:
-        return [Carried("l", ("i",), sympy.S.Zero, "norm")]
+        return self._sum()
 
     def results(self) -> list[Tensor]:
         return [self._result("norm", self.spec.lse_dtype)]
 
     def step(self) -> list[Stmt]:
-        gain = Reduce("gain", self.acc, ("i",), "sum", P, ("j",))
-        return [*self._probabilities(), gain, self._set("l", ("i",), L + real("gain"))]
+        return [*self._probabilities(), *self._gain()]
 
     def end(self) -> list[Stmt]:
-        if not self.last:
-            return [self._store("norm", L)]
-        total: Expr = L * (1 + exp2(SINK - N)) if self.spec.sinks else L
-        empty = sympy.Eq(L, 0)
-        return [self._store("norm", where(empty, 0, -log2(where(empty, 1, total))))]
+        return [self._store("norm", self._norm_of_sum() if self.last else L)]
 
 
 class GradDelta(_OverQueries):
     """delta of every row, where the gradient of q is not wanted, or probabilities must be walked over."""
 
-    _sinks_at = 2
-
     def __init__(self, part: Part) -> None:
         super().__init__(part)
         self.walks = self.walks_for(self.op)
+
+    @property
+    def _sinks_at(self) -> int:
+        return 2
 
     @classmethod
     def walks_for(cls, op: Op) -> bool:
@@ -275,18 +288,25 @@ class GradDelta(_OverQueries):
 
 
 class GradRows(_OverQueries):
-    """The gradient of q; beside it delta, where that is a sum over features."""
+    """The gradient of q; beside it delta, where that is a sum over features, and what `RowNorm` gives.
 
-    _sinks_at = 3
+    The gradient is linear in probabilities then, so their sum, known at the end, mends it there."""
+
+    @property
+    def _sinks_at(self) -> int:
+        return 4 if self.leaves_norm else 3
 
     def state(self) -> list[Carried]:
-        return [Carried("dQ", ("i", "d"), sympy.S.Zero, "dq")]
+        return [Carried("dQ", ("i", "d"), sympy.S.Zero, "dq"), *(self._sum() if self.leaves_norm else [])]
 
     def begin(self) -> list[Stmt]:
+        if self.leaves_norm:
+            return super().begin()
         return [Compute("dQ", self.acc, ("i", "d"), sympy.S.Zero)]
 
     def results(self) -> list[Tensor]:
         own = [self._result("dq", self.spec.dtype, self.spec.qk_size)]
+        own += [self._result("norm", self.spec.lse_dtype)] if self.leaves_norm else []
         return [*own, *self._row_results("delta")] if self._sums else own
 
     @property
@@ -295,20 +315,24 @@ class GradRows(_OverQueries):
         return self.first and "delta" not in self.given
 
     def step(self) -> list[Stmt]:
-        made = [*self._probabilities(), *self._prob_gradients(), *self._score_gradients()]
+        made = [*self._probabilities(), *(self._gain() if self.leaves_norm else [])]
+        made += [*self._prob_gradients(), *self._score_gradients()]
         narrow, g = self._narrowed("G")
         dot = self._product("dQ", ("i", "d"), g, self.at.cols.tile, "j", adds=True)
         return [*made, *self._product_gradients(), *narrow, dot]
 
     def end(self) -> list[Stmt]:
-        made = [
-            *self._scaled("dQ", "d"),
-            *self._added("dQ", "dq", D_AXIS),
-            self._store("dq", real("dQ"), D_AXIS),
-        ]
+        rows: list[Stmt] = []
         if self._sums:
-            made += [self._store("delta", DELTA), *self._sink_rows(real("sums"))]
-        return made
+            rows = [self._store("delta", DELTA), *self._sink_rows(real("sums"))]
+        store = self._store("dq", real("dQ"), D_AXIS)
+        if not self.leaves_norm:
+            return [*self._scaled("dQ", "d"), *self._added("dQ", "dq", D_AXIS), store, *rows]
+        if not self.last:
+            return [store, self._store("norm", L), *rows]
+        mended = self._set("dQ", ("i", "d"), real("dQ") * exp2(C))
+        norm: list[Stmt] = [Compute("C", self.acc, ("i",), self._norm_of_sum()), self._store("norm", C)]
+        return [*norm, mended, *self._scaled("dQ", "d"), store, *rows]
 
 
 class GradColumns(Gradient):
@@ -331,7 +355,7 @@ class GradColumns(Gradient):
     def begin(self) -> list[Stmt]:
         v = self.at.values
         return [
-            Load(v.tile, self.operand, ("i", "e"), v.tensor, (*v.at, E_AXIS)),
+            Load(v.tile, self.operand, ("i", "e"), v.tensor, (*v.at, E_AXIS), self.at.row_exists),
             Compute("dK", self.acc, ("i", "d"), sympy.S.Zero),
             Compute("dV", self.acc, ("i", "e"), sympy.S.Zero),
         ]

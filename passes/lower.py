@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import sympy
 
-from ..ir.expr import INF, Expr, integer, real, where
+from ..ir.expr import INF, Expr, all_of, integer, maximum, minimum, read, real, where
 from ..ir.graph import Op
 from ..ir.kernel import Axis, Compute, Dot, GridDim, If, Kernel, Let, Load, Reduce, Scalar, Stmt, Tensor
 from ..ir.plan import Group, Loops, Schedule
@@ -25,7 +25,7 @@ from .folds import LOG2E, Part
 from .lower_lists import list_kernels
 from .operands import Operands, Transposed
 from .rounding import together
-from .scaffold import Scaffold
+from .scaffold import COL, KV_LEN, Q_LEN, ROW, B, Scaffold
 from .spec import SCALE, AttentionSpec
 from .split import SPLITS, leave, merge, partials, share
 from .transpose import TRANSPOSED, exchanged
@@ -112,6 +112,8 @@ class _Builder:
         )
         operands = Transposed if kind in TRANSPOSED else Operands
         self.at = operands(spec, self.over, values=fold.values)
+        if spec.shorter_keys:
+            self._stop_at_the_last_key(kind)
         self.acc = spec.accumulator
         self.wide = (
             spec.target_kind != "cpu"
@@ -126,6 +128,15 @@ class _Builder:
         first, last = self.split or index == 0, self.split or index == total - 1
         scale = SCALE * LOG2E if self.late else sympy.S.One
         self.fold = fold(Part(spec, schedule, self.over, self.at, self.operand, scale, first, last, op))
+
+    def _stop_at_the_last_key(self, kind: str) -> None:
+        """Keys behind those of their sequence are taken as zeros: what memory holds there may be anything."""
+        length = maximum(read(integer("kv_lens"), B), sympy.Integer(0))
+        self.at.head.append(Let("key_end", minimum(length, Q_LEN if kind in TRANSPOSED else KV_LEN)))
+        if kind in TRANSPOSED:
+            self.at.row_exists = ROW < integer("key_end")
+        else:
+            self.over.valid_col = all_of([self.over.valid_col, COL < integer("key_end")])
 
     def kernel(self) -> Kernel:
         rows = self.over.rows
@@ -181,7 +192,8 @@ class _Builder:
         if not self.fold.walks:
             return []
         rows = self.at.rows
-        load = Load(rows.tile, self.operand, ("i", "d"), rows.tensor, (*rows.at, D_AXIS))
+        place = (*rows.at, D_AXIS)
+        load = Load(rows.tile, self.operand, ("i", "d"), rows.tensor, place, self.at.row_exists)
         fold = self._set(rows.tile, self.operand, ("i", "d"), real(rows.tile) * SCALE * LOG2E)
         return [load, *([fold] if self.folded else [])]
 

@@ -35,7 +35,8 @@ class Operands:
 
     inputs: the tensors q and k, v where it is read, and those that say where sequences are; scalars: integers
     that do. rows, cols: of their tiles scores are the products. values: what probabilities weigh. head:
-    statements at the head of a kernel, before any of the indices. row, safe_row: indices of a tile's rows in
+    statements at the head of a kernel, before any of the indices. row_exists: where a row's features may be
+    read; elsewhere they are zeros. row, safe_row: indices of a tile's rows in
     tensors made by `per_row`; those of safe_row exist for every coordinate of the tile."""
 
     def __init__(self, spec: AttentionSpec, over: Scaffold, *, values: bool = True) -> None:
@@ -55,6 +56,7 @@ class Operands:
         shared = [Let("hk", floordiv(H, floordiv(integer("Hq"), integer("Hk"))))]
         self.head: list[Stmt] = [*(shared if over.heads == 1 else [])]
         self.row, self.safe_row = self._row(ROW), self._row(over.safe_row)
+        self.row_exists: Expr = sympy.true
         self.rows = Operand("Q", "q", self.safe_row)
         key = self._key(over)
         self.cols, self.values = Operand("K", "k", key), Operand("V", "v", key)
@@ -108,6 +110,7 @@ class Transposed(Operands):
             return (ONLY, HK, sq.Q_START + row) if packed else (B, HK, row)
 
         self.row, self.safe_row = at(ROW), at(over.safe_row)
+        self.row_exists = sympy.true
         self.column: Index = (ONLY, H, sq.KV_START + COL) if packed else (B, H, COL)
         self.rows, self.values = Operand("K", "k", self.safe_row), Operand("V", "v", self.safe_row)
         self.cols = Operand("Q", "q", self.column)

@@ -163,6 +163,11 @@ class AttentionSpec:
         return replace(plain, mask=mask, sequences=replace(self.sequences, kv_lens=""))
 
     @property
+    def shorter_keys(self) -> bool:
+        """Whether the mask ends at the number of keys of a sequence, `kv_lens`; see `differentiable`."""
+        return any(c.name == "kv_lens" for c in self.mask.captures)
+
+    @property
     def maps(self) -> tuple[ScoreMap, ...]:
         """The score map and the probability map, those that there are."""
         return tuple(m for m in (self.score_map, self.prob_map) if m is not None)

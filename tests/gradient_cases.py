@@ -90,7 +90,9 @@ def check_gradients(
     for name, got, wanted, other in zip(names, found, exact, peer, strict=False):
         assert got.dtype == dtype
         if dtype == torch.float64:  # nothing plain is more exact
-            torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11 * (1 + float(wanted.abs().max() if wanted.numel() else 0)))
+            torch.testing.assert_close(
+                got, wanted, rtol=1e-11, atol=1e-11 * (1 + float(wanted.abs().max() if wanted.numel() else 0))
+            )
             continue
         assert_close(name, got, wanted.cpu().numpy(), other)
     return found

@@ -132,7 +132,7 @@ def test_linear_probabilities_need_no_pass_for_delta():
         for c in (plain, squared)
     ]
     rest = ["grad_rows", "grad_columns"]
-    assert kinds == [["row_norm", *rest], ["row_norm", "grad_delta", *rest]]
+    assert kinds == [rest, ["row_norm", "grad_delta", *rest]]
 
 
 def test_what_has_no_gradient_says_so():
