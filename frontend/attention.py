@@ -13,10 +13,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
-from ..runtime.driver import driver, get_or_compile
-from .captured import is_array, is_monotone
-from .device import precision_of, target_of
-from .kernel import quick_key
+from ..runtime.driver import driver
+from .captured import is_array
+from .device import target_of
+from .executables import executable_for, is_positive
 from .mask import Mask
 from .placement import NOWHERE, Placement, tensors_of
 from .placement import PLAIN as EVEN
@@ -30,12 +30,9 @@ from .softmax import PLAIN, Softmax, probability
 if TYPE_CHECKING:
     import torch
 
-    from ..ir.kernel import Program
     from ..runtime.driver import Executable
 
 EVERY_PAIR = Mask.of(None)
-
-LEAST_SCALE = 2.0**-100  # as `passes.spec` has it
 
 # Backends, and the kind of device whose tensors each takes.
 BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
@@ -260,11 +257,6 @@ def prepare(
     return planned(compiled(schedule)), values
 
 
-def is_positive(scale: float, target: str) -> bool:
-    """Whether kernels may rely on a scale above 0; those of CPUs do not ask."""
-    return target.startswith("cpu") or scale >= LEAST_SCALE
-
-
 def call_values(
     problem: Problem,
     mask: Mask,
@@ -359,46 +351,3 @@ def allocate(shape: tuple[int, ...], dtype: str, device: Any = "cpu") -> torch.T
     import torch
 
     return torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[dtype]), device=device)
-
-
-def executable_for(
-    problem: Problem,
-    mask: Mask,
-    score: ScoreMod | None,
-    extra: tuple[str, ...] = (),
-    schedule: Any = None,
-    positive: bool = True,
-    softmax: Softmax = PLAIN,
-    placed: Placement = EVEN,
-) -> Executable:
-    """The compiled kernel of a problem's structure: from memory, from disk, or compiled now."""
-    target = target_of(problem.device)
-    sizes = (
-        problem.dtype,
-        problem.qk_size,
-        problem.v_size,
-        problem.contiguous,
-        "lse" in extra,
-        "max" in extra,
-        problem.aligned,
-        precision_of(problem.device, problem.dtype),
-        positive,
-    )
-    sums = "column_sums" in extra
-    ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
-
-    def make() -> Program:
-        from ..passes.pipeline import compile_spec
-        from ..passes.spec import AttentionSpec
-
-        maps = None if score is None else score.ir
-        more = (
-            softmax.spec_fields
-            | placed.spec_fields
-            | {"monotone": frozenset(ids), "return_column_sums": sums}
-        )
-        return compile_spec(AttentionSpec(mask.ir, maps, *sizes, target=target, **more), schedule)
-
-    return get_or_compile(
-        quick_key(mask, score, (*sizes, sums), ids, schedule, softmax, placed.key), make, target
-    )
