@@ -105,7 +105,7 @@ class Strided:
             last = sum((n - 1) * stride for n, stride in steps)
             memory = (ctypes.c_char * ((last + 1) * size)).from_address(self.address)
             strides = [stride * size for stride in self._strides]
-            array = np.ndarray(self.shape, kind, memory, strides=strides)
+            array = np.ndarray(self.shape, kind, memoryview(memory), strides=strides)
         if self.dtype == "bf16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
         return array if dtype is None else array.astype(dtype)
@@ -154,9 +154,10 @@ def _delete(managed: int) -> None:
     _HELD.pop(managed, None)
 
 
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+# A prototype of our own: argument types of ctypes.pythonapi's functions belong to whoever sets them last.
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
 _NAME = b"dltensor"
 
 
