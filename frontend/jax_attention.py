@@ -84,7 +84,7 @@ def attention(
     call, operands = _call(
         arrays, mask, score_mod, prob_mod, scale, return_lse, sinks, q_offset, kv_lens, layout
     )
-    found = _attention(call.text, operands)
+    found: Any = _attention(call.text, operands)
     if return_lse and layout == "BTNH":
         found = found[0], jnp.swapaxes(found[1], 1, 2)
     results = tuple(x[0] for x in found) if single else tuple(found)

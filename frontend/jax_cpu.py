@@ -64,7 +64,15 @@ def _handle(*tensors: Any) -> None:
     call = Call.parse(np.asarray(text).tobytes().decode())
     bound = Bound(call, dict(zip(call.operands, memory, strict=False)))
     bound.check()
-    _executable(bound)(_values(bound, memory), allocate=Strided.empty)
+    values = {name: _shared(value) for name, value in _values(bound, memory).items()}
+    _executable(bound)(values, allocate=Strided.empty)
+
+
+def _shared(value: Any) -> Any:
+    """A tensor in the form that kernels take, made once for all threads of a call."""
+    import tvm_ffi
+
+    return tvm_ffi.from_dlpack(value) if isinstance(value, Strided) else value
 
 
 class _Seen(threading.local):
