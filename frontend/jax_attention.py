@@ -81,9 +81,10 @@ def attention(
     if layout not in LAYOUTS:
         raise InputError("attention.layout", " or ".join(LAYOUTS), repr(layout))
     arrays, single = _checked(query, key, value, layout)
-    call, operands = _call(
-        arrays, mask, score_mod, prob_mod, scale, return_lse, sinks, q_offset, kv_lens, layout
-    )
+    _check_mask(mask, arrays, layout)
+    faces = Mask.of(mask), ScoreMod.of(score_mod), ProbMod.of(prob_mod)
+    options = dict(scale=scale, return_lse=return_lse, sinks=sinks, q_offset=q_offset, kv_lens=kv_lens)
+    call, operands = call_of(arrays, *faces, **options, layout=layout)
     found: Any = _attention(call.text, operands)
     if return_lse and layout == "BTNH":
         found = found[0], jnp.swapaxes(found[1], 1, 2)
@@ -112,19 +113,20 @@ _attention.defvjp(_forward, _backward)
 # arguments ------------------------------------------------------------------------------------------
 
 
-def _call(
+def call_of(
     arrays: tuple[Any, ...],
-    mask: Any,
-    score_mod: Any,
-    prob_mod: Any,
-    scale: Any,
-    return_lse: bool,
-    sinks: Any,
-    q_offset: Any,
-    kv_lens: Any,
-    layout: str,
+    mask: Mask,
+    score: ScoreMod | None = None,
+    prob: ProbMod | None = None,
+    *,
+    scale: Any = None,
+    return_lse: bool = False,
+    sinks: Any = None,
+    q_offset: Any = None,
+    kv_lens: Any = None,
+    layout: str = "BTNH",
 ) -> tuple[Call, tuple[Any, ...]]:
-    """The call and its operands, in order."""
+    """The call of checked query, key and value, and its operands in order. Raises InputError."""
     heads = arrays[0].shape[2 if layout == "BTNH" else 1]
     operands: dict[str, Any] = dict(zip(("q", "k", "v"), arrays, strict=True))
     if sinks is not None:
@@ -133,11 +135,11 @@ def _call(
         operands["q_offsets"], q_offset = jnp.atleast_1d(jnp.asarray(q_offset)), None
     if kv_lens is not None:
         operands["kv_lens"] = jnp.asarray(kv_lens)
-    faces = (Mask.of(mask), ScoreMod.of(score_mod), ProbMod.of(prob_mod))
-    sources = [f if f is None else _source(f, c, operands) for f, c in zip(faces, "ctw", strict=True)]
-    given = ("sinks" in operands, "q_offsets" in operands, "kv_lens" in operands)
-    call = Call(*sources, _scale(scale), layout, _offset(q_offset), *given, bool(return_lse))  # type: ignore[arg-type]
-    _check(call, operands, mask)
+    maps = [f if f is None else _source(f, c, operands) for f, c in ((score, "t"), (prob, "w"))]
+    given = (name in operands for name in ("sinks", "q_offsets", "kv_lens"))
+    settings = (_scale(scale), layout, _offset(q_offset), *given, bool(return_lse))
+    call = Call(_source(mask, "c", operands), *maps, *settings)  # type: ignore[arg-type]
+    _check(call, operands)
     return call, tuple(operands[name] for name in call.operands)
 
 
@@ -223,7 +225,17 @@ def _checked(query: Any, key: Any, value: Any, layout: str) -> tuple[tuple[Any, 
     return tuple(x[None] for x in arrays) if single else arrays, single
 
 
-def _check(call: Call, operands: dict[str, Any], mask: Any) -> None:
+def _check_mask(mask: Any, arrays: tuple[Any, ...], layout: str) -> None:
+    """Raise InputError unless a mask that is an array broadcasts to the scores."""
+    if is_array(mask) and not isinstance(mask, Mask):
+        (batch, *q), (_, *k) = (x.shape for x in arrays[:2])
+        length, heads = (0, 1) if layout == "BTNH" else (1, 0)
+        wanted, got = (batch, q[heads], q[length], k[length]), tuple(mask.shape)
+        if not all(n in (1, m) for n, m in zip(reversed(got), reversed(wanted), strict=False)):
+            raise InputError("attention.mask", f"an array broadcastable to {wanted}", f"shape {got}")
+
+
+def _check(call: Call, operands: dict[str, Any]) -> None:
     """Check shapes against each other, and contents of lengths and offsets where they are known.
 
     Raises InputError."""
@@ -239,6 +251,5 @@ def _check(call: Call, operands: dict[str, Any], mask: Any) -> None:
         for name, x in operands.items()
     }
     bound = Bound(call, described)
-    bound.problem.check_mask(mask)
     if known.keys() == operands.keys() & {"q_offsets", "kv_lens"}:
         bound.placed.check_values(bound.problem)

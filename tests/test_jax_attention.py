@@ -388,7 +388,7 @@ BAD = {
     "value": (dict(value=V[:, :9]), InputError, "attention.value"),
     "size": (dict(key=V), InputError, "head size 16; got 8"),
     "batch": (dict(key=K[:2], value=V[:2]), InputError, "batch 3 (the query's) or 1; got 2"),
-    "mask": (dict(mask=jnp.ones((4, 34), bool)), InputError, "attention.mask: expected a tensor broad"),
+    "mask": (dict(mask=jnp.ones((4, 34), bool)), InputError, "attention.mask: expected an array broad"),
     "numbers as mask": (dict(mask=jnp.ones((21, 34))), InputError, "a boolean tensor"),
     "branch": (dict(mask=lambda b, h, q, k: q > k and k > 3), TraceError, "test_jax_attention.py"),
     "sinks": (dict(sinks=jnp.ones(3)), InputError, "shape (4,)"),
