@@ -50,6 +50,7 @@ _MODULES = {
     "flex": "frontend.flex",
     "jax": "frontend.jax_face",
     "masks": "frontend.masks",
+    "operators": "frontend.operators",
     "testing": "frontend.testing",
 }
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import UnsupportedError
 from ..runtime.driver import get_or_compile
-from .attention import allocate, call_values, is_positive
+from .attention import allocate, call_values
 from .captured import is_monotone
 from .device import precision_of, target_of
+from .executables import is_positive
 from .kernel import quick_key
 from .problem import is_aligned
 

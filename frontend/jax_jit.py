@@ -73,7 +73,7 @@ class Jitted:
         return self._jitted.trace(*args, **kwargs)
 
     def report(self) -> Report:
-        """What became of the attention in the programs traced so far. A program is traced at its first call."""
+        """What became of the attention in the programs traced so far, which is at their first calls."""
         compiled = tuple(part for part in self._parts if isinstance(part, Compiled))
         return Report(compiled, tuple(part for part in self._parts if isinstance(part, Left)))
 
@@ -180,7 +180,7 @@ def _add(program: Program, reader: Reader, found: Attention, sites: dict[Value, 
 
 
 def _without_shared(program: Program, sites: dict[Value, Site]) -> list[tuple[Op, str]]:
-    """Takes out the attention whose probabilities or scores something else needs: nothing is computed twice."""
+    """Takes out attention whose probabilities or scores something else needs: nothing is computed twice."""
     left = []
     while True:
         sources: Mapping[Value, Sequence[Value]] = {value: site.inputs for value, site in sites.items()}

@@ -19,7 +19,7 @@ from jax.extend import source_info_util
 from .graph_terms import divided, names_in, reads_in, replaced, tidy
 from .jax_program import Op, Program, Value
 from .jax_terms import Array, LeftAlone, Reader
-from .term import Term, constant, rename
+from .term import COMPARISONS, Term, constant, rename
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,10 @@ def _reduced(reader: Reader, value: Value, name: str, of: Value) -> int | None:
     given, axis = reader.of(leaf.inputs[0]), int(leaf.params["axes"][0])
     others = list(read[2:]) if len(given.shape) > 1 else []
     for d, n in enumerate(whole.shape):
-        if n == given.shape[axis] and f"i{d}" not in others:
-            if tidy(given.at([*others[:axis], f"i{d}" if n != 1 else 0, *others[axis:]])) == whole.term:
-                return d
+        indices = [*others[:axis], f"i{d}" if n != 1 else 0, *others[axis:]]
+        fits = n == given.shape[axis] and f"i{d}" not in others
+        if fits and tidy(given.at(indices)) == whole.term:
+            return d
     return None
 
 
@@ -291,9 +292,9 @@ def _rows(
     beside: set[str] = set()
 
     def visit(term: Term) -> None:
-        if isinstance(term, tuple) and term[0] in ("eq", "ne", "lt", "le", "gt", "ge", "readf"):
-            if column in names_in(term):
-                beside.update(names_in(term))
+        looks = isinstance(term, tuple) and term[0] in (*COMPARISONS, "readf")
+        if looks and column in names_in(term):
+            beside.update(names_in(term))
         for part in term[1:] if isinstance(term, tuple) and term[0] != "f" else ():
             visit(part)
 

@@ -1,7 +1,7 @@
 """JAX programs as flat lists of operations on values, and how they run.
 
-`flatten` spells calls out: what a `jit` inside a program computes, and what a function with a derivative of its
-own does, can be read operation by operation. The latter are still run as they are, so that their derivatives
+`flatten` spells calls out: what a `jit` inside a program computes, and what a function with its own derivative
+does, can be read operation by operation. The latter are still run as they are, so that their derivatives
 stay theirs.
 """
 

@@ -94,7 +94,7 @@ class Site:
         return attend(*map(read, inputs))
 
     def _attend(self, known: Mapping[Value, Any]) -> Any:
-        found, bound, sizes = self.found, self.bound, self.found.sizes
+        found, bound = self.found, self.bound
         query, key, value = (
             self._arranged(operand, known, axes, row, size)
             for operand, axes, row, size in (
