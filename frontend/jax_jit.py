@@ -38,7 +38,7 @@ def jit(
     Derivatives are those of the original, computed by XLA. On platforms without kernels nothing is
     replaced.
 
-    The result has `report()`: what was compiled and what was left, and why, in the programs traced so far.
+    The result has `report()`: what was compiled and what was left, and why, in the program traced last.
     Raises InputError for what is no function."""
     if function is None:
         return functools.partial(jit, static_argnums=static_argnums, static_argnames=static_argnames)
@@ -53,7 +53,7 @@ class Jitted:
     def __init__(self, function: Callable[..., Any], static_argnums: Any, static_argnames: Any) -> None:
         functools.update_wrapper(self, function)
         self._function = function
-        self._parts: dict[Compiled | Left, None] = {}
+        self._parts: list[Compiled | Left] = []
 
         @functools.wraps(function)
         def traced(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ class Jitted:
         return self._jitted.trace(*args, **kwargs)
 
     def report(self) -> Report:
-        """What became of the attention in the programs traced so far, which is at their first calls."""
+        """What became of the attention in the program that was traced last, at a first call of its kind."""
         compiled = tuple(part for part in self._parts if isinstance(part, Compiled))
         return Report(compiled, tuple(part for part in self._parts if isinstance(part, Left)))
 
@@ -93,10 +93,8 @@ class Jitted:
 
         arrays = [leaves[i] for i in traced]
         closed = jax.make_jaxpr(flat)(*arrays)
-        return jax.tree.unflatten(result[0], compiled(closed, self._note)(*arrays))
-
-    def _note(self, part: Compiled | Left) -> None:
-        self._parts[part] = None
+        self._parts = []
+        return jax.tree.unflatten(result[0], compiled(closed, self._parts.append)(*arrays))
 
 
 Note = Callable[[Compiled | Left], None]

@@ -1,8 +1,7 @@
 """JAX programs as flat lists of operations on values, and how they run.
 
-`flatten` spells calls out: what a `jit` inside a program computes, and what a function with its own derivative
-does, can be read operation by operation. The latter are still run as they are, so that their derivatives
-stay theirs.
+`flatten` spells calls out: what a `jit` inside a program computes, and what a function with a derivative of
+its own computes, is read operation by operation. The latter still run as they are, so that derivatives stay.
 """
 
 from __future__ import annotations
@@ -217,7 +216,7 @@ def run(
         return known[value] if value.const is None or value in known else value.const
 
     for op in ops:
-        missing = [v for v in op.outputs if v in live and v not in known]
+        missing = [v for v in op.outputs if v.maker is op and v in live and v not in known]
         for value in missing:
             if value in replaced:
                 known[value] = replaced[value][1](read)

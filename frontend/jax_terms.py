@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ..ir.errors import GossamerError
-from .graph_terms import divided, linear, size_of, tidy
+from .graph_terms import divided, kind_of, linear, number, size_of, tidy
 from .jax_program import Op, Value, apply
 from .term import Term, constant, rename
 from .term_expr import from_expr
@@ -27,6 +27,7 @@ from .trace_torch import FUNCTIONS
 from .trace_value import Value as Stand
 
 MAX_SIZE = 2000  # operations of a term
+LARGE = 1e4  # a factor whose products with the parts of a sum may lose what the sum has
 MAX_ENTRIES = 1 << 26  # of a constant that is still worth looking at
 
 
@@ -102,7 +103,9 @@ class Reader:
         except (GossamerError, TypeError, ValueError, IndexError):
             found = None  # no rule for it: read what it computes
         if found is not None and size_of(found) <= MAX_SIZE:
-            return Array(value.shape, tidy(found), kind_of_dtype(value.dtype))
+            found = tidy(found)
+            if not _cancels(found):
+                return Array(value.shape, found, kind_of_dtype(value.dtype))
         return self.leaf(value)
 
     def _operate(self, value: Value, op: Op) -> Term | None:
@@ -126,6 +129,15 @@ class Reader:
             wider = x.kind == "int" and np.dtype(value.dtype).itemsize >= np.dtype(given.dtype).itemsize
             return x.term if wider or _fits(x.term, self.of(given).sizes) else None
         return {"bool": as_bool, "int": as_int, "float": as_float}[kind](x).term
+
+
+def _cancels(term: Term) -> bool:
+    """Whether a term multiplies a sum by a large number, which expressions would distribute: parts cancel."""
+    if not isinstance(term, tuple) or term[0] != "mul" or kind_of(term) != "float":
+        return False
+    factors = [number(part) for part in term[1:]]
+    sums = [isinstance(part, tuple) and part[0] in ("add", "sub") for part in term[1:]]
+    return any(f is not None and abs(f) >= LARGE for f in factors) and any(sums)
 
 
 def _fits(term: Term, sizes: dict[str, int]) -> bool:
