@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .score import ScoreMod
 
 LEAST_SCALE = 2.0**-100  # as `passes.spec` has it
+SLOTS = 16  # copies of the gradient of a captured tensor that programs add to side by side
 
 
 def is_positive(scale: float, target: str) -> bool:
@@ -68,3 +69,31 @@ def executable_for(
     return get_or_compile(
         quick_key(mask, score, (*sizes, sums), ids, schedule, softmax, placed.key), make, target
     )
+
+
+def gradient_executable(
+    problem: Problem,
+    mask: Mask,
+    score: ScoreMod | None,
+    softmax: Softmax,
+    placed: Placement,
+    positive: bool,
+    names: tuple[str, ...],
+    given: tuple[str, ...],
+) -> Executable:
+    """The compiled kernels of gradients by name, from what is given of 'o' and 'lse'."""
+    target = target_of(problem.device)
+    facts = (problem.aligned, precision_of(problem.device, problem.dtype), positive)
+    sizes = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, True, False, *facts)
+    ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
+
+    def make() -> Program:
+        from ..passes.pipeline import compile_spec
+        from ..passes.spec import AttentionSpec, Gradient
+
+        more: dict[str, Any] = softmax.spec_fields | placed.spec_fields | {"monotone": frozenset(ids)}
+        spec = AttentionSpec(mask.ir, None if score is None else score.ir, *sizes, target=target, **more)
+        return compile_spec(spec, gradient=Gradient(names, given))
+
+    key = ("gradient", names, given, quick_key(mask, score, sizes, ids, None, softmax, placed.key))
+    return get_or_compile(key, make, target)

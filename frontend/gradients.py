@@ -13,19 +13,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import UnsupportedError
-from ..runtime.driver import get_or_compile
 from .attention import allocate, call_values
-from .captured import is_monotone
-from .device import precision_of, target_of
-from .executables import is_positive
-from .kernel import quick_key
+from .device import target_of
+from .executables import SLOTS, gradient_executable, is_positive
 from .problem import is_aligned
 
 if TYPE_CHECKING:
     import torch
 
-    from ..ir.kernel import Program
-    from ..runtime.executable import Executable
     from .mask import Mask
     from .placement import Placement
     from .problem import Problem
@@ -33,7 +28,6 @@ if TYPE_CHECKING:
     from .softmax import Softmax
 
 INPUTS = ("q", "k", "v", "sinks")
-SLOTS = 16  # copies of the gradient of a captured tensor that programs add to side by side
 SLOT_BYTES = 1 << 24  # of all copies of one, where a GPU has more than one
 
 
@@ -79,7 +73,7 @@ def gradients(
     if grad_lse is not None:
         values["dlse"] = grad_lse.to(lse.dtype).contiguous()
     positive = is_positive(values["scale"], target_of(problem.device))
-    executable = _executable(problem, mask, score, softmax, placed, positive, names, given)
+    executable = gradient_executable(problem, mask, score, softmax, placed, positive, names, given)
     made = _results(problem, softmax, values, names, captures, lse.dtype)
     made = {name: tensor for name, tensor in made.items() if name in executable.inputs}
     run = executable.bind(values | made, allocate=partial(allocate, device=problem.device))
@@ -144,31 +138,3 @@ def _results(
         slots = SLOTS if device.type == "cpu" or size * SLOTS * wide.itemsize <= SLOT_BYTES else 1
         made[f"d{name}"] = torch.zeros((slots, max(size, 1)), dtype=wide, device=device)
     return made
-
-
-def _executable(
-    problem: Problem,
-    mask: Mask,
-    score: ScoreMod | None,
-    softmax: Softmax,
-    placed: Placement,
-    positive: bool,
-    names: tuple[str, ...],
-    given: tuple[str, ...],
-) -> Executable:
-    """The compiled kernels: from memory, from disk, or compiled now."""
-    target = target_of(problem.device)
-    facts = (problem.aligned, precision_of(problem.device, problem.dtype), positive)
-    sizes = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, True, False, *facts)
-    ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
-
-    def make() -> Program:
-        from ..passes.pipeline import compile_spec
-        from ..passes.spec import AttentionSpec, Gradient
-
-        more: dict[str, Any] = softmax.spec_fields | placed.spec_fields | {"monotone": frozenset(ids)}
-        spec = AttentionSpec(mask.ir, None if score is None else score.ir, *sizes, target=target, **more)
-        return compile_spec(spec, gradient=Gradient(names, given))
-
-    key = ("gradient", names, given, quick_key(mask, score, sizes, ids, None, softmax, placed.key))
-    return get_or_compile(key, make, target)

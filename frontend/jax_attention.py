@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+from ..ir.errors import InputError, MissingDependencyError
 
 try:
     import jax
@@ -20,7 +19,7 @@ except ImportError:
 from ..runtime.strided import Strided
 from .captured import as_numpy, is_array
 from .jax_call import Call, Source
-from .jax_primitive import attention_p
+from .jax_gradient import attend
 from .jax_problem import FLOATS, Bound
 from .mask import Mask
 from .problem import as_integer
@@ -47,7 +46,7 @@ def attention(
 ) -> Any:
     """Softmax attention over the pairs of a mask: softmax(scale * q k^T, where mask) v.
 
-    In any JAX program for the CPU: as it is, or under jit, vmap (which becomes the kernel's batch) and
+    In any JAX program for the CPU: as it is, or under jit, vmap (which becomes the kernel's batch), grad and
     shard_map. Lengths, batch and heads are arguments of the kernel: another shape makes XLA compile again,
     and no new kernel.
 
@@ -74,40 +73,25 @@ def attention(
         "BNTH", float32 (float64 for float64). Rows without any pair are zeros with an LSE of -inf.
 
     Raises:
-        InputError: a shape, dtype or value is wrong. UnsupportedError: a gradient, or a platform other than
-        the CPU, is asked for. TraceError: a function cannot be captured. What only contents tell (an index
-        out of a captured array) is raised by JAX when the program runs, as jax.errors.JaxRuntimeError.
+        InputError: a shape, dtype or value is wrong. UnsupportedError: a platform other than the CPU, a
+        forward-mode gradient or a gradient of a gradient, a function without a derivative rule.
+        TraceError: a function cannot be captured. What only contents tell (an index out of a captured
+        array) is raised by JAX when the program runs, as jax.errors.JaxRuntimeError.
     """
     if layout not in LAYOUTS:
         raise InputError("attention.layout", " or ".join(LAYOUTS), repr(layout))
     arrays, single = _checked(query, key, value, layout)
     _check_mask(mask, arrays, layout)
     faces = Mask.of(mask), ScoreMod.of(score_mod), ProbMod.of(prob_mod)
-    options = dict(scale=scale, return_lse=return_lse, sinks=sinks, q_offset=q_offset, kv_lens=kv_lens)
+    options: dict[str, Any] = dict(
+        scale=scale, return_lse=return_lse, sinks=sinks, q_offset=q_offset, kv_lens=kv_lens
+    )
     call, operands = call_of(arrays, *faces, **options, layout=layout)
-    found: Any = _attention(call.text, operands)
+    found: Any = attend(call.text, operands)
     if return_lse and layout == "BTNH":
         found = found[0], jnp.swapaxes(found[1], 1, 2)
     results = tuple(x[0] for x in found) if single else tuple(found)
     return results if return_lse else results[0]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: str, operands: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(attention_p.bind(*operands, call=call))
-
-
-def _forward(call: str, operands: tuple[Any, ...]) -> Any:
-    raise UnsupportedError(
-        "gossamer.jax.attention: gradients are not built yet. Call it on jax.lax.stop_gradient of its arrays"
-    )
-
-
-def _backward(call: str, saved: Any, cotangents: Any) -> Any:
-    raise AssertionError("gradients are refused in the forward pass")
-
-
-_attention.defvjp(_forward, _backward)
 
 
 # arguments ------------------------------------------------------------------------------------------

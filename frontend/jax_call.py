@@ -122,6 +122,34 @@ class Call:
         return Call(**fields)
 
 
+@dataclass(frozen=True)
+class GradientCall:
+    """The gradients of one attention, arrays aside.
+
+    wanted: operands of the call, by name. lse: whether the LSE has a gradient too."""
+
+    call: Call
+    wanted: tuple[str, ...]
+    lse: bool
+
+    @cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Those of the call, then its results and their gradients."""
+        return (*self.call.operands, "o", "lse", "do", *(("dlse",) if self.lse else ()))
+
+    @property
+    def text(self) -> str:
+        """JSON; the same for the same call."""
+        return json.dumps({"call": self.call.text, "wanted": self.wanted, "lse": self.lse})
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def parse(text: str) -> GradientCall:
+        """The gradients of a text."""
+        fields = json.loads(text)
+        return GradientCall(Call.parse(fields["call"]), tuple(fields["wanted"]), fields["lse"])
+
+
 def _fields(value: Any) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 

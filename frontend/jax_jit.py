@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from ..ir.errors import GossamerError, InputError
@@ -35,7 +36,7 @@ def jit(
     products that programs write themselves, in the bodies of scans, loops and branches too. A mask that is
     computed from indices becomes one in closed form; arrays that masks and biases read stay operands.
     Where a mask of large negative numbers leaves a row without pairs, the row is what the original gives.
-    Derivatives are those of the original, computed by XLA. On platforms without kernels nothing is
+    Gradients come from kernels too; forward-mode ones are refused. On platforms without kernels nothing is
     replaced.
 
     The result has `report()`: what was compiled and what was left, and why, in the program traced last.
@@ -132,7 +133,8 @@ def _bodies(op: Op, note: Note) -> dict[str, Any]:
         )
         if new.consts and not isinstance(value, ClosedJaxpr):
             why = "it is recomputed in the backward pass, and reads constants"
-            parts, new = [Left(part.kind, part.where, why) for part in parts], closed
+            parts[:] = [Left(part.kind, part.where, why) for part in parts]
+            new = closed
         for part in parts:
             note(part)
         if new is closed:

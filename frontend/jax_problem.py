@@ -64,6 +64,20 @@ class Bound:
         return source.bound(face, tuple(map(_readable, tensors)))
 
     @property
+    def known(self) -> bool:
+        """Whether its operands have addresses: it is being run, and not compiled."""
+        return bool(self.problem.query.address) or any(a.address for a in self.arrays.values())
+
+    @property
+    def gradient_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What kernels of gradients store for query, key and value, as they lie in memory."""
+        problem = self.problem
+        keys = (problem.batch, *problem.key.shape[1:3])
+        shapes = {"dq": problem.query.shape, "dk": (*keys, problem.qk_size), "dv": (*keys, problem.v_size)}
+        by_rows = self.call.layout == "BTNH"
+        return {n: (s[0], s[2], s[1], s[3]) if by_rows else tuple(s) for n, s in shapes.items()}
+
+    @property
     def extra(self) -> tuple[str, ...]:
         """What kernels compute beside the output."""
         return ("lse",) if self.call.lse else ()

@@ -163,7 +163,8 @@ def _meaning(eqn: JaxprEqn) -> str:
     name, inner = str(eqn.params.get("name", "")), _body(eqn)
     if name not in _MEANINGS or inner is None:
         return ""
-    shapes = tuple((tuple(v.aval.shape), str(v.aval.dtype), v.aval.weak_type) for v in eqn.invars)
+    avals: list[Any] = [v.aval for v in eqn.invars]
+    shapes = tuple((tuple(a.shape), str(a.dtype), a.weak_type) for a in avals)
     return name if str(inner) == _text(name, shapes) else ""
 
 

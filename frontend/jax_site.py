@@ -11,10 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..ir.derivative import derivative
+from ..ir.errors import UnsupportedError
+from ..ir.expr import readf, real
 from .graph_score import LOW, Bound, bind
 from .jax_attention import call_of
+from .jax_gradient import attend
 from .jax_match import Attention, Operand
-from .jax_primitive import attention_p
 from .jax_program import Program, Value, needed, run
 from .jax_terms import LeftAlone, Reader
 from .mask import Mask
@@ -76,22 +79,43 @@ class Site:
                 raise LeftAlone("it reads what a function with a derivative of its own computes inside")
 
     def __call__(self, read: Callable[[Value], Any]) -> Any:
-        """The result, by a kernel; its derivatives are those of the original."""
+        """The result, by a kernel. Gradients are by kernels too where what becomes of scores has derivatives by
+        rule, else those of the original."""
         program, result, inputs = self.program, self.found.op.outputs[0], self.inputs
+        arrays = [read(value) for value in inputs]
+
+        def kernel(*arrays: Any) -> Any:
+            return self._attend(dict(zip(inputs, arrays, strict=True)))
 
         def original(*arrays: Any) -> Any:
             known = dict(zip(inputs, arrays, strict=True))
             return run(program.ops, known, [result], {}, {}, acting=False)[0]
 
-        @jax.custom_jvp
-        def attend(*arrays: Any) -> Any:
-            return self._attend(dict(zip(inputs, arrays, strict=True)))
+        if self._has_derivatives(dict(zip(inputs, arrays, strict=True))):
+            return kernel(*arrays)
+        attention = jax.custom_jvp(kernel)
+        attention.defjvp(lambda primals, tangents: jax.jvp(original, primals, tangents))
+        return attention(*arrays)
 
-        @attend.defjvp
-        def _(primals: Any, tangents: Any) -> Any:
-            return jax.jvp(original, primals, tangents)
+    def _faces(self, known: Mapping[Value, Any]) -> tuple[Mask, ScoreMod | None, ProbMod | None]:
+        found, bound = self.found, self.bound
+        named = {name: known[held] for name, held in self.reader.leaves.items() if held in known}
+        return (
+            Mask(bound.mask, bound.values, *_held(bound.captures, named)),
+            None if bound.score is None else ScoreMod(bound.score, (), *_held(bound.score_captures, named)),
+            None if found.prob == "prob" else ProbMod(self._prob[0], (), *_held(self._prob[1], named)),
+        )
 
-        return attend(*map(read, inputs))
+    def _has_derivatives(self, known: Mapping[Value, Any]) -> bool:
+        for face in self._faces(known)[1:]:
+            if face is not None:
+                expr = face.ir.expr
+                try:
+                    for x in (real(face.argument), *expr.atoms(readf)):
+                        derivative(expr, x)
+                except UnsupportedError:
+                    return False
+        return True
 
     def _attend(self, known: Mapping[Value, Any]) -> Any:
         found, bound = self.found, self.bound
@@ -103,17 +127,13 @@ class Site:
                 (found.value, found.outer, "k", "e"),
             )
         )
-        named = {name: known[held] for name, held in self.reader.leaves.items() if held in known}
-        faces = (
-            Mask(bound.mask, bound.values, *_held(bound.captures, named)),
-            None if bound.score is None else ScoreMod(bound.score, (), *_held(bound.score_captures, named)),
-            None if found.prob == "prob" else ProbMod(self._prob[0], (), *_held(self._prob[1], named)),
-        )
         empty = bound.empty in ("nan", "mean")
-        call, operands = call_of((query, key, value), *faces, scale=bound.scale, return_lse=empty)
-        out, *lse = attention_p.bind(*operands, call=call.text)
+        settings: dict[str, Any] = {"scale": bound.scale, "return_lse": empty}
+        call, operands = call_of((query, key, value), *self._faces(known), **settings)
+        results: Any = attend(call.text, operands)
+        out = results[0]
         if empty:
-            out = _with_empty_rows(out, jnp.swapaxes(lse[0], 1, 2), value, bound.empty)
+            out = _with_empty_rows(out, jnp.swapaxes(results[1], 1, 2), value, bound.empty)
         return self._back(out)
 
     def _arranged(

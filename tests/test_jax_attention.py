@@ -429,13 +429,6 @@ def test_what_only_contents_tell_is_raised_by_the_program():
         jax.jit(lambda n: attention(Q, K, V, kv_lens=n))(jnp.array([77, 1, 1])).block_until_ready()
 
 
-def test_gradients_are_refused_in_words():
-    with pytest.raises(UnsupportedError, match="gradients are not built yet"):
-        jax.grad(lambda q: attention(q, K, V).sum())(Q)
-    stopped = jax.grad(lambda q: (attention(*map(jax.lax.stop_gradient, (q, K, V)))).sum() + q.sum())(Q)
-    assert (stopped == 1).all()
-
-
 def test_other_platforms_are_refused_in_words():
     with pytest.raises(UnsupportedError, match="on cuda is not built yet"):
         jax.jit(attention).trace(Q, K, V).lower(lowering_platforms=("cuda",))
