@@ -79,8 +79,8 @@ class Site:
                 raise LeftAlone("it reads what a function with a derivative of its own computes inside")
 
     def __call__(self, read: Callable[[Value], Any]) -> Any:
-        """The result, by a kernel. Gradients are by kernels too where what becomes of scores has derivatives by
-        rule, else those of the original."""
+        """The result, by a kernel. Gradients are by kernels too where what becomes of scores has derivatives
+        by rule, else those of the original."""
         program, result, inputs = self.program, self.found.op.outputs[0], self.inputs
         arrays = [read(value) for value in inputs]
 
