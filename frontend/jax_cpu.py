@@ -109,7 +109,7 @@ def _attention(text: str, memory: Sequence[Strided]) -> Prepared | None:
         return None
     if bound.known:
         bound.check()
-    results = dict(zip(("o", "lse"), memory[count:], strict=False))
+    results: dict[str, Strided] = dict(zip(("o", "lse"), memory[count:], strict=False))
     given = (bound.problem, bound.mask, bound.score, bound.extra)
     executable = executable_for(*given, softmax=bound.softmax, placed=bound.placed)
     return executable, bound.values(_by_heads(call, results))

@@ -312,16 +312,11 @@ def test_a_model_in_sixty_lines():
     make = lambda i: {n: 0.1 * random(*s, seed=i + len(n)) for n, s in shapes.items()}  # noqa: E731
     params = {"embed": random(50, 32), "layers": [make(i) for i in range(3)]}
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 20)))
-    ours, text = check(model, params, ids, compiled=3)
-    assert (
-        text.count("custom_jvp_call[") - str(jax.make_jaxpr(model)(params, ids)).count("custom_jvp_call[")
-        == 3
-    )
-    for a, b in zip(
-        *(jax.tree.leaves(jax.grad(f)(params, ids)) for f in (gossamer.jax.jit(loss), loss)), strict=True
-    ):
+    _, text = check(model, params, ids, compiled=3)
+    assert len(masks_of(text)) == 3
+    ours, plain = (jax.tree.leaves(jax.grad(f)(params, ids)) for f in (gossamer.jax.jit(loss), loss))
+    for a, b in zip(ours, plain, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    assert not ours.report().left
 
 
 # ---- left alone ----
