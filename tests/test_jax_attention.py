@@ -451,3 +451,17 @@ def test_random_masks_agree_with_the_formula():
         q, k, v = random(2, q_len, 2, 16), random(2, kv_len, 2, 16, seed=1), random(2, kv_len, 2, 16, seed=2)
         table = jnp.asarray(generator.random((2, 2, q_len, kv_len)) < 0.3)
         same(jax.jit(lambda q, k, v, t: attention(q, k, v, mask=t))(q, k, v, table), plain(q, k, v, table))
+
+
+def test_torch_is_not_needed():
+    program = """
+import sys
+sys.modules["torch"] = None
+import jax, jax.numpy as jnp, gossamer.jax
+x = jnp.ones((1, 9, 2, 8))
+run = lambda x: gossamer.jax.attention(x, x, x, mask=gossamer.masks.causal()).sum()
+ours = gossamer.jax.jit(lambda x: jax.nn.dot_product_attention(x, x, x))
+print(float(jax.grad(run)(x).sum()) >= 0, len((ours(x), ours.report().compiled)[1]))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True", "1"]
