@@ -48,6 +48,7 @@ _NAMES: dict[str, str] = {
 # Public module -> the module it is another name of, as ``os.path`` is of ``posixpath``.
 _MODULES = {
     "flex": "frontend.flex",
+    "jax": "frontend.jax_face",
     "masks": "frontend.masks",
     "operators": "frontend.operators",
     "testing": "frontend.testing",

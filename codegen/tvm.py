@@ -163,6 +163,10 @@ def _let(ctx: Context, stmt: Let) -> None:
     if value.dtype == "bool":
         ctx.names.truths.add(stmt.name)
     text = f"T.int64({value.text})" if value.number else value.text
+    if (
+        value.dtype == "int32" and not value.number
+    ):  # an element of a tensor: names of scalars are 64 bits wide
+        text = f'T.Cast("int64", {value.text})'
     ctx.out.line(f"{safe(stmt.name)}: T.let = {text}")
 
 

@@ -15,19 +15,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import UnsupportedError
-from ..runtime.driver import get_or_compile
 from ..runtime.executable import Contiguous
-from .captured import is_monotone
-from .device import precision_of, target_of
-from .kernel import quick_key
-from .prepare import allocate, call_values, is_positive
+from .device import target_of
+from .executables import SLOTS, gradient_executable, is_positive
+from .prepare import allocate, call_values
 from .problem import is_aligned
 
 if TYPE_CHECKING:
     import torch
 
-    from ..ir.kernel import Program
-    from ..runtime.executable import Bound, Executable
+    from ..runtime.executable import Bound
     from .mask import Mask
     from .placement import Placement
     from .problem import Problem
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
     from .softmax import Softmax
 
 INPUTS = ("q", "k", "v", "sinks")
-SLOTS = 16  # copies of the gradient of a captured tensor that programs add to side by side
 SLOT_BYTES = 1 << 24  # of all copies of one, where a GPU has more than one
 
 
@@ -143,7 +139,7 @@ def planned(
     values = call_values(problem, mask, score, scale, softmax, known) | placed.values | rows
     positive = is_positive(values["scale"], target_of(problem.device))
     given = ("o", "lse") if "dlse" in rows else ("o",)
-    executable = _executable(problem, mask, score, softmax, placed, positive, names, given)
+    executable = gradient_executable(problem, mask, score, softmax, placed, positive, names, given)
     results = _results(problem, values, captures, rows["lse"].dtype)
     made = tuple((n, *r) for n, r in results.items() if n in executable.inputs)
     found = tuple(_found(name, problem, softmax, values) for name in names)
@@ -191,31 +187,3 @@ def _results(
         few = problem.device.type != "cpu" and size * SLOTS * wide.itemsize > SLOT_BYTES
         made[f"d{name}"] = ((1 if few else SLOTS, max(size, 1)), wide, True)
     return made
-
-
-def _executable(
-    problem: Problem,
-    mask: Mask,
-    score: ScoreMod | None,
-    softmax: Softmax,
-    placed: Placement,
-    positive: bool,
-    names: tuple[str, ...],
-    given: tuple[str, ...],
-) -> Executable:
-    """The compiled kernels: from memory, from disk, or compiled now."""
-    target = target_of(problem.device)
-    facts = (problem.aligned, precision_of(problem.device, problem.dtype), positive)
-    sizes = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, True, False, *facts)
-    ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
-
-    def make() -> Program:
-        from ..passes.pipeline import compile_spec
-        from ..passes.spec import AttentionSpec, Gradient
-
-        more: dict[str, Any] = softmax.spec_fields | placed.spec_fields | {"monotone": frozenset(ids)}
-        spec = AttentionSpec(mask.ir, None if score is None else score.ir, *sizes, target=target, **more)
-        return compile_spec(spec, gradient=Gradient(names, given))
-
-    key = ("gradient", names, given, quick_key(mask, score, sizes, ids, None, softmax, placed.key))
-    return get_or_compile(key, make, target)

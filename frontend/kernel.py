@@ -175,7 +175,8 @@ class Kernel:
 
         mask, score_mod, prob_mod: of the structure that was compiled; they bring the runtime integers and
         the captured tensors. Raises InputError when something is not what the kernel was compiled for."""
-        from .prepare import call_values, is_positive, plan_of
+        from .executables import is_positive
+        from .prepare import call_values, plan_of
         from .problem import Problem
 
         problem = Problem(query, key, value, enable_gqa)

@@ -9,14 +9,11 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..ir.errors import InputError, UnsupportedError
 from .problem import Problem, as_integer
 from .trace_value import is_symbolic
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_POSITION = 2**28  # as `passes.uniform` has it
 FEW_QUERIES, MANY_KEYS = 16, 1024  # calls of at most so many queries against at least so many keys are split
@@ -276,26 +273,18 @@ def _bounds(problem: Problem, name: str, bounds: Any) -> int:
 
 
 def _check_integers(problem: Problem, name: str, tensor: Any, shape: tuple[int | None, ...]) -> None:
-    import torch
-
     where = f"attention.{name}"
-    if not isinstance(tensor, torch.Tensor):
-        raise InputError(where, "a torch.Tensor of int32 or int64", type(tensor).__name__)
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise InputError(where, "int32 or int64", tensor.dtype)
-    fits = tensor.dim() == len(shape) and all(
+    problem.check_integers(where, tensor)
+    fits = len(tensor.shape) == len(shape) and all(
         n in (None, m) for n, m in zip(shape, tensor.shape, strict=True)
     )
     if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         comma = "," if len(shape) == 1 else ""
         raise InputError(where, f"shape ({wanted}{comma})", tuple(tensor.shape))
-    if tensor.device != problem.device:
-        fix = f"Pass {name}.to({str(problem.device)!r})"
-        raise InputError(where, f"a tensor on {problem.device}, as the query is", tensor.device, fix)
 
 
-def _dtype(tensor: torch.Tensor) -> str:
+def _dtype(tensor: Any) -> str:
     return f"i{tensor.element_size() * 8}"
 
 

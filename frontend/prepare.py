@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..ir.errors import InputError, UnsupportedError
-from ..runtime.driver import get_or_compile
-from .captured import is_array, is_monotone
-from .device import precision_of, target_of
-from .kernel import quick_key
+from .captured import is_array
+from .device import target_of
+from .executables import executable_for, is_positive
 from .placement import PLAIN as EVEN
 from .placement import Placement
 from .plan import Plan
@@ -23,13 +22,10 @@ from .schedules import Request, given, settled
 from .softmax import PLAIN, Softmax
 
 if TYPE_CHECKING:
-    from ..ir.kernel import Program
     from ..runtime.driver import Executable
     from .mask import Mask
     from .problem import Problem
     from .score import ScoreMod
-
-LEAST_SCALE = 2.0**-100  # as `passes.spec` has it
 
 TORCH_NAMES = {
     "f64": "float64",
@@ -74,11 +70,6 @@ def prepare(
     if isinstance(schedule, Request):
         schedule = settled(schedule, problem, compiled, lambda ready: partial(planned(ready), values))
     return planned(compiled(schedule)), values
-
-
-def is_positive(scale: float, target: str) -> bool:
-    """Whether kernels may rely on a scale above 0; those of CPUs do not ask."""
-    return target.startswith("cpu") or scale >= LEAST_SCALE
 
 
 def call_values(
@@ -162,46 +153,3 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 def allocate(shape: tuple[int, ...], dtype: str, device: Any = "cpu") -> torch.Tensor:
     """An uninitialised contiguous tensor of a dtype by its name in the IR."""
     return torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[dtype]), device=device)
-
-
-def executable_for(
-    problem: Problem,
-    mask: Mask,
-    score: ScoreMod | None,
-    extra: tuple[str, ...] = (),
-    schedule: Any = None,
-    positive: bool = True,
-    softmax: Softmax = PLAIN,
-    placed: Placement = EVEN,
-) -> Executable:
-    """The compiled kernel of a problem's structure: from memory, from disk, or compiled now."""
-    target = target_of(problem.device)
-    sizes = (
-        problem.dtype,
-        problem.qk_size,
-        problem.v_size,
-        problem.contiguous,
-        "lse" in extra,
-        "max" in extra,
-        problem.aligned,
-        precision_of(problem.device, problem.dtype),
-        positive,
-    )
-    sums = "column_sums" in extra
-    ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
-
-    def make() -> Program:
-        from ..passes.pipeline import compile_spec
-        from ..passes.spec import AttentionSpec
-
-        maps = None if score is None else score.ir
-        more = (
-            softmax.spec_fields
-            | placed.spec_fields
-            | {"monotone": frozenset(ids), "return_column_sums": sums}
-        )
-        return compile_spec(AttentionSpec(mask.ir, maps, *sizes, target=target, **more), schedule)
-
-    return get_or_compile(
-        quick_key(mask, score, (*sizes, sums), ids, schedule, softmax, placed.key), make, target
-    )

@@ -133,6 +133,18 @@ class Problem:
                 setattr(self, name, tensor.resolve_neg())
         self.dtype = names[query.dtype]
 
+    def check_integers(self, where: str, tensor: Any) -> None:
+        """Raise InputError unless tensor is one of int32 or int64 on this problem's device."""
+        import torch
+
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(where, "a torch.Tensor of int32 or int64", type(tensor).__name__)
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise InputError(where, "int32 or int64", tensor.dtype)
+        if tensor.device != self.device:
+            fix = f"Pass {where.rpartition('.')[2]}.to({str(self.device)!r})"
+            raise InputError(where, f"a tensor on {self.device}, as the query is", tensor.device, fix)
+
     @property
     def aligned(self) -> bool:
         tensors = (self.query, self.key, self.value)

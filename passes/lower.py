@@ -134,9 +134,9 @@ class _Builder:
         length = maximum(read(integer("kv_lens"), B), sympy.Integer(0))
         self.at.head.append(Let("key_end", minimum(length, Q_LEN if kind in TRANSPOSED else KV_LEN)))
         if kind in TRANSPOSED:
-            self.at.row_exists = ROW < integer("key_end")
+            self.at.row_exists = integer("key_end") > ROW
         else:
-            self.over.valid_col = all_of([self.over.valid_col, COL < integer("key_end")])
+            self.over.valid_col = all_of([self.over.valid_col, integer("key_end") > COL])
 
     def kernel(self) -> Kernel:
         rows = self.over.rows

@@ -48,7 +48,8 @@ def checks(mask: Mask, expr: Expr, *, attending: bool) -> tuple[Check, ...]:
     attending: expr is evaluated on pairs of the mask only (a score), else on every pair (the mask)."""
     found = []
     with ISL_LOCK:
-        domain = _domain(mask if attending and mask.exact else None)
+        # The host knows no `lets`: with them, as with a mask that isl cannot hold, every pair counts.
+        domain = _domain(mask if attending and mask.exact and not mask.lets else None)
         for r in _reads(expr):
             for index, size in zip(r.args[1:], sizes(r.args[0], len(r.args) - 1), strict=True):
                 with suppress(QuotaExceeded), quota(MAX_OPERATIONS):

@@ -11,6 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# JAX reads it once, when the first test needs it: several devices on one CPU.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
 
 class RootIsNoTestPackage:
     """Keeps pytest from importing the root's ``__init__.py`` a second time, named after the checkout."""

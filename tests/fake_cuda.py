@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gossamer.frontend import prepare
+from gossamer.frontend import executables, prepare
 from gossamer.runtime import cuda_driver, cuda_kernel, gpu
 
 # PTX does not tell signed from unsigned.
@@ -159,5 +159,6 @@ def install(monkeypatch, cache) -> FakeCuda:
     monkeypatch.setattr(cuda_driver, "driver", lambda: made)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    monkeypatch.setattr(prepare, "target_of", lambda device: "cuda:sm_90")
+    for module in (prepare, executables):
+        monkeypatch.setattr(module, "target_of", lambda device: "cuda:sm_90")
     return fake

@@ -1,0 +1,199 @@
+"""`gossamer.jax.jit`: JAX programs with the attention inside them compiled.
+
+A program is traced to a jaxpr, once for each kind of arguments; attention in it is found by what it computes
+(frontend/jax_match.py) and replaced by a kernel; all else runs as it is. What cannot be proven equal is left
+alone, and the report says why.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.core
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from ..ir.errors import GossamerError, InputError
+from .jax_match import Attention, find, where_of
+from .jax_program import BODIES, Op, Program, Replacement, Value, flatten, needed, run
+from .jax_site import Site
+from .jax_terms import LeftAlone, Reader
+from .report import Compiled, Left, Report
+
+
+def jit(
+    function: Callable[..., Any] | None = None,
+    *,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+) -> Any:
+    """`jax.jit` of a function, with the attention inside it computed by gossamer's kernels.
+
+    function: any that `jax.jit` takes; without it, the result is a decorator. static_argnums,
+    static_argnames: as for `jax.jit`. Found are `jax.nn.dot_product_attention` and the softmax between two
+    products that programs write themselves, in the bodies of scans, loops and branches too. A mask that is
+    computed from indices becomes one in closed form; arrays that masks and biases read stay operands.
+    Where a mask of large negative numbers leaves a row without pairs, the row is what the original gives.
+    Gradients come from kernels too; forward-mode ones are refused. On platforms without kernels nothing is
+    replaced.
+
+    The result has `report()`: what was compiled and what was left, and why, in the program traced last.
+    Raises InputError for what is no function."""
+    if function is None:
+        return functools.partial(jit, static_argnums=static_argnums, static_argnames=static_argnames)
+    if not callable(function):
+        raise InputError("jax.jit", "a function", type(function).__name__)
+    return Jitted(function, static_argnums, static_argnames)
+
+
+class Jitted:
+    """A function whose attention is compiled; see `jit`."""
+
+    def __init__(self, function: Callable[..., Any], static_argnums: Any, static_argnames: Any) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._parts: list[Compiled | Left] = []
+
+        @functools.wraps(function)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            return self._run(*args, **kwargs)
+
+        self._jitted = jax.jit(traced, static_argnums=static_argnums, static_argnames=static_argnames)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """As for `jax.jit`."""
+        return self._jitted.lower(*args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """As for `jax.jit`."""
+        return self._jitted.trace(*args, **kwargs)
+
+    def report(self) -> Report:
+        """What became of the attention in the program that was traced last, at a first call of its kind."""
+        compiled = tuple(part for part in self._parts if isinstance(part, Compiled))
+        return Report(compiled, tuple(part for part in self._parts if isinstance(part, Left)))
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
+        result: list[Any] = []
+
+        def flat(*arrays: Any) -> Any:
+            given = list(leaves)
+            for i, array in zip(traced, arrays, strict=True):
+                given[i] = array
+            given_args, given_kwargs = jax.tree.unflatten(tree, given)
+            out, structure = jax.tree.flatten(self._function(*given_args, **given_kwargs))
+            result[:] = [structure]
+            return out
+
+        arrays = [leaves[i] for i in traced]
+        closed = jax.make_jaxpr(flat)(*arrays)
+        self._parts = []
+        return jax.tree.unflatten(result[0], compiled(closed, self._parts.append)(*arrays))
+
+
+Note = Callable[[Compiled | Left], None]
+
+
+def compiled(closed: ClosedJaxpr, note: Note) -> Callable[..., list[Any]]:
+    """The program of a jaxpr with its attention replaced. note: takes every part of the report."""
+    program = flatten(closed)
+    sites = _sites(program, note)
+    bodies = {op: _bodies(op, note) for op in program.makers if op.name in BODIES}
+    replaced: dict[Value, tuple[Sequence[Value], Replacement]] = {
+        value: (site.inputs, site) for value, site in sites.items()
+    }
+
+    def call(*arrays: Any) -> list[Any]:
+        known = dict(zip(program.inputs, arrays, strict=True))
+        return run(program.ops, known, program.outputs, replaced, bodies)
+
+    return call
+
+
+def _bodies(op: Op, note: Note) -> dict[str, Any]:
+    """The parameters of an operation that are programs, with their attention replaced."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(changed, value)) if any(map(_is_program, value)) else value
+        if not _is_program(value):
+            return value
+        closed = value if isinstance(value, ClosedJaxpr) else ClosedJaxpr(value, ())
+        parts: list[Compiled | Left] = []
+        body = compiled(closed, parts.append)
+        new = (
+            jax.make_jaxpr(body)(*closed.in_avals) if any(isinstance(p, Compiled) for p in parts) else closed
+        )
+        if new.consts and not isinstance(value, ClosedJaxpr):
+            why = "it is recomputed in the backward pass, and reads constants"
+            parts[:] = [Left(part.kind, part.where, why) for part in parts]
+            new = closed
+        for part in parts:
+            note(part)
+        if new is closed:
+            return value
+        return new if isinstance(value, ClosedJaxpr) else new.jaxpr
+
+    return {name: new for name, value in op.params.items() if (new := changed(value)) is not value}
+
+
+def _is_program(value: Any) -> bool:
+    return isinstance(value, (ClosedJaxpr, Jaxpr))
+
+
+def _sites(program: Program, note: Note) -> dict[Value, Site]:
+    """The attention that kernels compute, by the value that each gives."""
+    reader = Reader()
+    sites: dict[Value, Site] = {}
+    left: list[tuple[Op, str]] = []
+    for op, found in find(reader, program):
+        reason = found if isinstance(found, str) else _add(program, reader, found, sites)
+        if reason is not None:
+            left.append((op, reason))
+    left += _without_shared(program, sites)
+    for value in sites:
+        assert value.op is not None
+        note(Compiled("attention", where_of(value.op)))
+    for op, reason in left:
+        note(Left("attention", where_of(op), reason))
+    return sites
+
+
+def _add(program: Program, reader: Reader, found: Attention, sites: dict[Value, Site]) -> str | None:
+    """Why an attention is left alone, else its site is added."""
+    if jax.default_backend() != "cpu":
+        return f"kernels for {jax.default_backend()} are not reachable from JAX yet"
+    site = Site(program, reader, found)
+    try:
+        site.check()
+        sites[found.op.outputs[0]] = site
+    except (LeftAlone, GossamerError) as reason:
+        return str(reason)
+    return None
+
+
+def _without_shared(program: Program, sites: dict[Value, Site]) -> list[tuple[Op, str]]:
+    """Takes out attention whose probabilities or scores something else needs: nothing is computed twice."""
+    left = []
+    while True:
+        sources: Mapping[Value, Sequence[Value]] = {value: site.inputs for value, site in sites.items()}
+        acting = [value for op in program.ops if op.eqn.effects for value in op.inputs]
+        live = needed([*program.outputs, *acting], sources)
+        for value, site in sites.items():
+            for what, shared in (("probabilities", site.found.softmax), ("scores", site.found.scores)):
+                if shared in live:
+                    left.append((site.found.op, f"its {what} are used elsewhere too"))
+                    del sites[value]
+                    break
+            else:
+                continue
+            break
+        else:
+            return left

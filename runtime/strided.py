@@ -1,0 +1,174 @@
+"""Tensors by address: what kernels need of a tensor whose library is no concern of theirs.
+
+`Strided` describes memory that somebody else owns: an address, a shape, strides in elements and a dtype by
+its name in the IR. It gives kernels DLPack (https://dmlc.github.io/dlpack, the capsule called "dltensor").
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
+_NUMPY = {
+    **{f"f{n}": f"float{n}" for n in (16, 32, 64)},
+    **{f"i{n}": f"int{n}" for n in (8, 16, 32, 64)},
+    **{"u8": "uint8", "bool": "bool", "bf16": "bfloat16"},
+}
+_CODES = {"i": 0, "u": 1, "f": 2, "bf": 4, "b": 6}  # DLDataTypeCode
+_CPU = 1  # kDLCPU
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where memory is: type 'cpu'."""
+
+    type: str = "cpu"
+    index: int = 0
+
+    def __str__(self) -> str:
+        return self.type if self.type == "cpu" else f"{self.type}:{self.index}"
+
+
+CPU = Device()
+
+
+class Strided:
+    """Memory of a CPU as a tensor: address (0: not known yet), shape, strides in elements, dtype by name.
+
+    owner: what has to live as long as this does. Strides default to those of a contiguous tensor."""
+
+    __slots__ = ("_strides", "address", "device", "dtype", "owner", "shape")
+
+    def __init__(
+        self,
+        address: int,
+        shape: Sequence[int],
+        dtype: str,
+        strides: Sequence[int] | None = None,
+        owner: Any = None,
+    ) -> None:
+        self.address, self.shape, self.dtype, self.owner = address, tuple(shape), dtype, owner
+        contiguous = (math.prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
+        self._strides = tuple(contiguous if strides is None else strides)
+        self.device = CPU
+
+    @staticmethod
+    def empty(shape: Sequence[int], dtype: str) -> Strided:
+        """Uninitialised contiguous memory of NumPy's."""
+        memory = np.empty(max(1, math.prod(shape)) * BYTES[dtype], np.uint8)
+        return Strided(memory.ctypes.data, shape, dtype, owner=memory)
+
+    def __repr__(self) -> str:
+        return f"Strided({self.dtype}{list(self.shape)}, strides {self._strides})"
+
+    def stride(self, dimension: int | None = None) -> Any:
+        return self._strides if dimension is None else self._strides[dimension]
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def element_size(self) -> int:
+        return BYTES[self.dtype]
+
+    def permute(self, *order: int) -> Strided:
+        """The same memory with its dimensions in another order."""
+        shape, strides = ([of[d] for d in order] for of in (self.shape, self._strides))
+        return Strided(self.address, shape, self.dtype, strides, self.owner)
+
+    def expand(self, *sizes: int) -> Strided:
+        """The same memory with dimensions of size 1 repeated; -1 keeps a size."""
+        pairs = list(zip(self.shape, self._strides, sizes, strict=True))
+        shape = [old if new == -1 else new for old, _, new in pairs]
+        strides = [stride if new in (-1, old) else 0 for old, stride, new in pairs]
+        return Strided(self.address, shape, self.dtype, strides, self.owner)
+
+    def view(self, dtype: str) -> Strided:
+        """The same memory as another dtype of the same size."""
+        return Strided(self.address, self.shape, dtype, self._strides, self.owner)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The memory itself as NumPy has it; bfloat16, which NumPy lacks, widened to float32."""
+        kind, size = "uint16" if self.dtype == "bf16" else _NUMPY[self.dtype], self.element_size()
+        if math.prod(self.shape) == 0:
+            array = np.empty(self.shape, kind)
+        else:
+            steps = zip(self.shape, self._strides, strict=True)
+            last = sum((n - 1) * stride for n, stride in steps)
+            memory = (ctypes.c_char * ((last + 1) * size)).from_address(self.address)
+            strides = [stride * size for stride in self._strides]
+            array = np.ndarray(self.shape, kind, memoryview(memory), strides=strides)
+        if self.dtype == "bf16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        return array if dtype is None else array.astype(dtype)
+
+    def tolist(self) -> Any:
+        return np.asarray(self).tolist()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return _CPU, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """A capsule of DLPack; what takes it must not outlive the memory."""
+        return _capsule(self)
+
+
+# DLPack -----------------------------------------------------------------------------------------------
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class _Managed(ctypes.Structure):
+    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
+
+
+_HELD: dict[int, tuple[Any, ...]] = {}  # by the address of a _Managed: what has to live while it does
+
+
+@_Deleter
+def _delete(managed: int) -> None:
+    _HELD.pop(managed, None)
+
+
+# A prototype of our own: argument types of ctypes.pythonapi's functions belong to whoever sets them last.
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
+_NAME = b"dltensor"
+
+
+def _capsule(tensor: Strided) -> Any:
+    rank = len(tensor.shape)
+    sizes = (ctypes.c_int64 * max(1, 2 * rank))(*tensor.shape, *tensor.stride())
+    start = ctypes.addressof(sizes)
+    code = _CODES[tensor.dtype.rstrip("ol0123456789")]
+    bits = 8 * tensor.element_size()
+    described = _Tensor(tensor.address, _CPU, 0, rank, code, bits, 1, start, start + 8 * rank, 0)
+    managed = _Managed(described, None, _delete)
+    address = ctypes.addressof(managed)
+    _HELD[address] = (managed, sizes, tensor.owner)
+    return _new_capsule(address, _NAME, None)
