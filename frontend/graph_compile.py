@@ -1,0 +1,165 @@
+"""A captured graph with its attention replaced: what is found becomes a call, what nobody needs then goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir.errors import GossamerError
+from .graph_attention import find
+from .graph_create import CREATIONS
+from .graph_match import Attention
+from .graph_ops import operation, value_of
+from .graph_report import Compiled, Left, place
+from .graph_score import LOW
+from .graph_site import Site, numbers_in, tensors_in
+from .graph_tensor import PRODUCT, SIZE, LeftAlone, Opaque, Reader, size_term
+from .graph_terms import kind_of, reads_in
+from .graph_views import VIEWS
+from .trace_torch import FUNCTIONS, METHODS
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PRODUCTS = ("softmax", "matmul", "bmm", "mm", "einsum", "baddbmm", "scaled_dot_product_attention")
+
+
+def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled | Left]]:
+    """The graph with every attention that can be proven equal replaced, and what was found."""
+    reader = Reader(module.graph)
+    parts: list[Compiled | Left] = []
+    reason = getattr(module, "compile_subgraph_reason", None)
+    found = list(find(reader, module.graph))
+    for node, match in found:
+        where = place([node])
+        if isinstance(match, str):
+            parts.append(Left("attention", where, match))
+            continue
+        try:
+            replace(module.graph, reader, match)
+        except (LeftAlone, Opaque, GossamerError, ValueError) as why:
+            parts.append(Left("attention", where, str(why)))
+            continue
+        parts.append(Compiled("attention", where))
+    if any(isinstance(part, Compiled) for part in parts):
+        sweep(module.graph)
+        module.recompile()
+    if reason is not None and getattr(reason, "graph_break", False):
+        parts.append(_broken(reason))
+    return module, parts
+
+
+def _broken(reason: Any) -> Left:
+    stack = getattr(reason, "user_stack", None) or []
+    where = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "an unknown line"
+    first = str(reason.reason).strip().splitlines()
+    return Left("graph", where, f"the capture ends here: {first[0] if first else 'no reason given'}")
+
+
+def replace(graph: fx.Graph, reader: Reader, match: Attention) -> None:
+    """Put a Site in the place of an attention. Raises LeftAlone or Opaque, and changes nothing then."""
+    _check(match)
+    sizes = {name: size_term(n) for name, n in match.sizes.items()}
+    terms = (match.score, match.prob)
+    tensors = tensors_in(*terms) + (() if match.sinks is None else (match.sinks,))
+    numbers = numbers_in(*terms, *sizes.values())
+    held = [reader.leaves[name] for name in tensors]
+    _check_reads(match, reader)
+    symbols = {_symbol(node): node for node in graph.nodes if _symbol(node) is not None}
+    missing = [name for name in numbers if name not in symbols]
+    if missing:
+        raise LeftAlone(f"a size ({missing[0]}) that is no input of the graph")
+    value = value_of(match.node)
+    low = max(LOW, torch.finfo(value.dtype).min / 2)
+    constants = frozenset(name for name, node in zip(tensors, held, strict=True) if _is_constant(node))
+    order = _memory_order(value)
+    site = Site(
+        match.operands, match.axes, match.out, order, sizes, match.score, match.prob, low, match.empty,
+        numbers, tensors, constants, match.sinks,
+    )  # fmt: skip
+    with graph.inserting_before(match.node):
+        given = (*match.tensors, *(symbols[name] for name in numbers), *held)
+        call = graph.call_function(site, given)
+    call.meta = dict(match.node.meta)
+    match.node.replace_all_uses_with(call)
+
+
+def _check(match: Attention) -> None:
+    values = [value_of(node) for node in match.tensors]
+    dtypes = {v.dtype for v in values}
+    if len(dtypes) > 1 or not dtypes <= set(FLOATS):
+        raise LeftAlone(f"query, key and value have dtypes {', '.join(sorted(map(str, dtypes)))}")
+    if value_of(match.node).dtype not in dtypes:
+        raise LeftAlone("its result has another dtype than the query")
+
+
+def _check_reads(match: Attention, reader: Reader) -> None:
+    reads = reads_in(match.score) + reads_in(match.prob)
+    nodes = [*match.tensors, *(reader.leaves[read[1]] for read in reads)]
+    if any(value_of(node).requires_grad for node in nodes):
+        raise LeftAlone("a gradient is asked for")
+    for term in (match.score, match.prob):
+        if kind_of(term) != "float":
+            raise LeftAlone("its scores are no floats")
+    for read in reads:
+        inner = {leaf for index in read[2:] for leaf in reads_in(index)}
+        if any(leaf[0] == "readf" for leaf in inner):
+            raise LeftAlone("a tensor is indexed by floats")
+    for node in nodes:
+        if node in match.inside:
+            raise LeftAlone("its mask depends on its scores")
+    if any(read[1].endswith(PRODUCT) for read in reads):
+        raise LeftAlone("its scores are those of another attention")
+
+
+def _symbol(node: fx.Node) -> str | None:
+    """The name of the size that a node of the graph is."""
+    value = value_of(node)
+    if not isinstance(value, torch.SymInt):
+        return None
+    try:
+        term = size_term(value)
+    except Opaque:
+        return None
+    return term if isinstance(term, str) and term.startswith(SIZE) else None
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a tensor belongs to a module or to the surroundings of the program, and is no argument of it."""
+    if node.op == "get_attr":
+        return True
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    while source is not None:
+        if "NNModule" in type(source).__name__ or "ParamBuffer" in type(source).__name__:
+            return True
+        base = getattr(source, "base", None)
+        if base is None:
+            return type(source).__name__ == "GlobalSource" or getattr(
+                source, "is_derefed_cell_contents", False
+            )
+        source = base
+    return False
+
+
+def _memory_order(value: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions of a tensor as they lie in memory, from outside in."""
+    strides = value.stride()
+    if not all(isinstance(s, int) for s in (*strides, *value.shape)):
+        return tuple(range(value.dim())) if value.is_contiguous() else _by_hint(value)
+    return tuple(sorted(range(value.dim()), key=lambda d: (-strides[d], d)))
+
+
+def _by_hint(value: torch.Tensor) -> tuple[int, ...]:
+    strides = [s if isinstance(s, int) else s.node.hint for s in value.stride()]
+    return tuple(sorted(range(value.dim()), key=lambda d: (-(strides[d] or 0), d)))
+
+
+def sweep(graph: fx.Graph) -> None:
+    """Remove operations without effects that nobody needs any more."""
+    for node in reversed(list(graph.nodes)):
+        did = operation(node)
+        if did is not None and not node.users and not did.writes and did.name in _PURE:
+            graph.erase_node(node)
+
+
+_PURE = frozenset((*CREATIONS, *VIEWS, *FUNCTIONS, *METHODS, *_PRODUCTS))
