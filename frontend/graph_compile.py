@@ -11,11 +11,12 @@ from ..ir.errors import GossamerError
 from .graph_attention import find
 from .graph_create import CREATIONS
 from .graph_match import Attention
+from .graph_memory import Memory
 from .graph_ops import operation, value_of
 from .graph_report import Compiled, Left, place
 from .graph_score import LOW
 from .graph_site import Site, numbers_in, tensors_in
-from .graph_tensor import PRODUCT, SIZE, LeftAlone, Opaque, Reader, size_term
+from .graph_tensor import SIZE, LeftAlone, Opaque, Reader, size_term
 from .graph_terms import kind_of, reads_in
 from .graph_views import VIEWS
 from .trace_torch import FUNCTIONS, METHODS
@@ -42,7 +43,7 @@ def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled
             continue
         parts.append(Compiled("attention", where))
     if any(isinstance(part, Compiled) for part in parts):
-        sweep(module.graph)
+        sweep(module.graph, reader.memory)
         module.recompile()
     if reason is not None and getattr(reason, "graph_break", False):
         parts.append(_broken(reason))
@@ -63,7 +64,7 @@ def replace(graph: fx.Graph, reader: Reader, match: Attention) -> None:
     terms = (match.score, match.prob)
     tensors = tensors_in(*terms) + (() if match.sinks is None else (match.sinks,))
     numbers = numbers_in(*terms, *sizes.values())
-    held = [reader.leaves[name] for name in tensors]
+    held = [reader.tensor_of(name) for name in tensors]
     _check_reads(match, reader)
     symbols = {_symbol(node): node for node in graph.nodes if _symbol(node) is not None}
     missing = [name for name in numbers if name not in symbols]
@@ -81,6 +82,7 @@ def replace(graph: fx.Graph, reader: Reader, match: Attention) -> None:
         given = (*match.tensors, *(symbols[name] for name in numbers), *held)
         call = graph.call_function(site, given)
     call.meta = dict(match.node.meta)
+    reader.memory.place[call] = reader.memory.place[match.node]
     match.node.replace_all_uses_with(call)
 
 
@@ -108,8 +110,6 @@ def _check_reads(match: Attention, reader: Reader) -> None:
     for node in nodes:
         if node in match.inside:
             raise LeftAlone("its mask depends on its scores")
-    if any(read[1].endswith(PRODUCT) for read in reads):
-        raise LeftAlone("its scores are those of another attention")
 
 
 def _symbol(node: fx.Node) -> str | None:
@@ -154,12 +154,15 @@ def _by_hint(value: torch.Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(value.dim()), key=lambda d: (-(strides[d] or 0), d)))
 
 
-def sweep(graph: fx.Graph) -> None:
-    """Remove operations without effects that nobody needs any more."""
+def sweep(graph: fx.Graph, memory: Memory) -> None:
+    """Remove operations that nobody needs any more, writes to what nobody sees among them."""
     for node in reversed(list(graph.nodes)):
         did = operation(node)
-        if did is not None and not node.users and not did.writes and did.name in _PURE:
+        if did is None or node.users or did.name not in _PURE or node not in memory.group:
+            continue
+        if not did.writes or memory.is_last_word(node):
             graph.erase_node(node)
+            del memory.group[node]
 
 
 _PURE = frozenset((*CREATIONS, *VIEWS, *FUNCTIONS, *METHODS, *_PRODUCTS))

@@ -75,7 +75,7 @@ def shared(
     base, roles = reader.leaves[term[1]], tuple(term[2:])
     if not all(is_role(role) for role in roles) or not is_whole(base, roles, sizes):
         return checked(reader, node, at), operand
-    return base, Operand(roles)
+    return reader.tensor_of(term[1]), Operand(roles)
 
 
 def is_role(index: Term) -> bool:
@@ -111,7 +111,7 @@ def check_whole(node: fx.Node, roles: Sequence[Term], sizes: dict[str, Any], wha
 
 
 def checked(reader: Reader, node: fx.Node, at: fx.Node) -> fx.Node:
-    reader.leaf(node, at)  # raises LeftAlone where it is written later
+    reader.check(node, at)
     return node
 
 

@@ -7,6 +7,7 @@ a new value of what it wrote to; what was derived from the group before is out o
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 from torch import fx
 
@@ -30,9 +31,22 @@ class Memory:
             else:
                 self.group[node] = node
 
-    def settled(self, node: fx.Node) -> bool:
-        """Whether nothing writes to a tensor after the node that gave it."""
-        return all(self.place[w] <= self.place[node] for w in self.writes[self.group[node]])
+    def settled(self, node: fx.Node, at: fx.Node) -> bool:
+        """Whether nothing writes to a tensor after the node `at`."""
+        return all(self.place[w] <= self.place[at] for w in self.writes[self.group[node]])
+
+    def sources(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The nodes whose work a node sees: those of its inputs, and those that wrote to them before."""
+        for source in node.all_input_nodes:
+            yield source
+            yield from (w for w in self.writes[self.group[source]] if self.place[w] < self.place[node])
+
+    def is_last_word(self, write: fx.Node) -> bool:
+        """Whether nobody sees what a node writes to a tensor that the graph has made."""
+        group = self.group[write]
+        members = [node for node, its in self.group.items() if its is group]
+        seen = any(self.place[user] > self.place[write] for node in members for user in node.users)
+        return not seen and group.op not in ("placeholder", "get_attr")
 
     def current(self, node: fx.Node, at: fx.Node) -> tuple[fx.Node, bool]:
         """(the node that gives what `node` holds when `at` reads it, whether it gives all of that).

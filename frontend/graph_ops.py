@@ -68,6 +68,8 @@ def operation(node: fx.Node) -> Operation | None:
     """What a node does; None where it is no operation of torch on tensors."""
     if node.op == "call_method":
         name = str(node.target)
+    elif node.op == "call_function" and node.target is getattr:
+        name = str(node.args[1])
     elif node.op == "call_function":
         name = _library(node.target)
     else:

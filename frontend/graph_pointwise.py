@@ -9,13 +9,15 @@ from torch import fx
 
 from .graph_ops import arguments, value_of
 from .graph_tensor import Opaque, Reader, Tensor, broadcast, kind_of_dtype
-from .graph_terms import tidy
+from .graph_terms import kind_of, number, tidy
+from .term import Term
 from .trace_operate import as_bool, as_int
 from .trace_torch import FUNCTIONS, METHODS
 from .trace_value import Value
 
 # A table of operations on indices, which a graph's tensors share but for these: reductions, or no operations.
 _OTHERS = frozenset(("dim", "numel", "squeeze", "astype", "cpu", "cuda", "equal"))
+LARGE = 1e4  # a factor whose products with the parts of a sum may lose what the sum has
 _FILLS = frozenset(("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"))
 _CASTS = frozenset(
     ("to", "type", "float", "double", "half", "bfloat16", "long", "int", "short", "char", "byte", "bool")
@@ -46,7 +48,19 @@ def pointwise(reader: Reader, node: fx.Node, name: str) -> Tensor | None:
     result = found(*first, *args, *last, **renamed)
     if not isinstance(result, Value):
         return None
-    return Tensor(shape, tidy(result.term), result.kind)
+    term = tidy(result.term)
+    if _cancels(term):
+        raise Opaque("a sum times a large number")
+    return Tensor(shape, term, result.kind)
+
+
+def _cancels(term: Term) -> bool:
+    """Whether a term multiplies a sum by a large number: expressions distribute, and the parts would cancel."""
+    if not isinstance(term, tuple) or term[0] != "mul" or kind_of(term) != "float":
+        return False
+    factors = [number(part) for part in term[1:]]
+    sums = [isinstance(part, tuple) and part[0] in ("add", "sub") for part in term[1:]]
+    return any(f is not None and abs(f) >= LARGE for f in factors) and any(sums)
 
 
 def _two_tensors(node: fx.Node) -> bool:

@@ -112,9 +112,10 @@ class Reader:
         self._known: dict[fx.Node, Tensor] = dict(aliases or {})
         self.inner = aliases is not None
         self.leaves: dict[str, fx.Node] = {}
+        self._read_at: dict[str, fx.Node] = {}
 
     def of(self, node: fx.Node) -> Tensor:
-        """Raises LeftAlone where the tensor does not exist any more when a kernel would read it."""
+        """Raises LeftAlone for what is no tensor that kernels can read."""
         if node not in self._known:
             self._known[node] = self._read(node)
         return self._known[node]
@@ -125,19 +126,19 @@ class Reader:
         return self.of(holder) if whole else self.leaf(node, at)
 
     def leaf(self, node: fx.Node, at: fx.Node | None = None) -> Tensor:
-        """The tensor of a node, read as it is."""
+        """The tensor of a node, read as it is when the node `at` runs, or when it is made.
+
+        Whether it still holds the same later is for `tensor_of` to say."""
         value = value_of(node)
         if self.inner:
             raise LeftAlone(f"{node.name} in its score_mod or mask_mod has no closed form")
         if not isinstance(value, torch.Tensor):
             raise LeftAlone(f"{node.name} is no tensor")
-        if not self.memory.settled(at or node):
-            raise LeftAlone(f"{node.name} is written in place later")
         dtype = dtype_name(value.dtype)
         if dtype is None:
             raise LeftAlone(f"{node.name} has dtype {value.dtype}, which kernels do not read")
-        name = LEAF + node.name
-        self.leaves[name] = node
+        name = LEAF + node.name + (f"@{at.name}" if at is not None else "")
+        self.leaves[name], self._read_at[name] = node, at or node
         shape = tuple(value.shape)
         indices = [0 if is_one(n) else axis(d) for d, n in enumerate(shape)] or [0]
         floats = dtype[0] == "f" or dtype == "bf16"
@@ -145,6 +146,19 @@ class Reader:
         if dtype == "bool":
             return Tensor(shape, ("ne", read, 0), "bool")
         return Tensor(shape, read, "float" if floats else "int")
+
+    def tensor_of(self, name: str) -> fx.Node:
+        """The node of a leaf that a kernel reads. Raises LeftAlone where it is written to before that."""
+        if name.endswith(PRODUCT):
+            raise LeftAlone("its scores are those of another attention")
+        node = self.leaves[name]
+        self.check(node, self._read_at[name])
+        return node
+
+    def check(self, node: fx.Node, at: fx.Node) -> None:
+        """Raise LeftAlone if something writes to a tensor after the node `at` has read it."""
+        if not self.memory.settled(node, at):
+            raise LeftAlone(f"{node.name} is written in place later")
 
     def product(self, node: fx.Node) -> Tensor:
         """The product of which a node's result is a part."""

@@ -145,6 +145,9 @@ def _compare(op: str, a: Term, b: Term) -> Term:
             condition, *sides = choice
             yes, no = (_compare(op, *((s, other) if i == 0 else (other, s))) for s in sides)
             return either(both(condition, yes), both(_not(condition), no))
+    pair = _pair(op, a, b)
+    if pair is not None:
+        return pair
     if "float" in (kind_of(a), kind_of(b)):
         return (op, a, b)
     difference = linear(("sub", a, b))
@@ -168,14 +171,50 @@ def _compute(op: str, *parts: Term) -> Term:
         if choice is not None and all(v is not None for j, v in enumerate(values) if j != i):
             sides = (_compute(op, *(*parts[:i], side, *parts[i + 1 :])) for side in choice[1:])
             return _where(choice[0], *sides)
+    pair = _pair(op, *parts)
+    if pair is not None:
+        return pair
     if not floats:
-        return from_linear(linear(term)) if op in ("add", "sub", "neg", "mul") else term
+        return from_linear(_rejoined(linear(term))) if op in ("add", "sub", "neg", "mul") else term
     neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1}.get(op)
     if neutral is not None and values[1] == neutral and kind_of(parts[0]) == "float":
         return parts[0]
     if op in ("add", "mul") and values[0] == neutral and kind_of(parts[1]) == "float":
         return parts[1]
     return term
+
+
+def _pair(op: str, *parts: Term) -> Term | None:
+    """An operation on two choices, if its results are two at most."""
+    choices = [_choice(p) for p in parts]
+    if len(choices) != 2 or None in choices:
+        return None
+    (c, *left), (d, *right) = choices  # type: ignore[misc]
+    found: dict[Term, Term] = {}
+    for first, x in ((c, left[0]), (_not(c), left[1])):
+        for second, y in ((d, right[0]), (_not(d), right[1])):
+            result = _tidy((op, x, y))
+            if number(result) is None:
+                return None
+            found[result] = either(found.get(result, FALSE), both(first, second))
+    if len(found) > 2:
+        return None
+    (chosen, condition), *rest = found.items()
+    if chosen in (TRUE, FALSE):
+        return found.get(TRUE, FALSE) if rest else chosen
+    return _where(condition, chosen, rest[0][0]) if rest else chosen
+
+
+def _rejoined(parts: Linear) -> Linear:
+    """n * (x // n) + x % n is x."""
+    for term, coefficient in list(parts.items()):
+        if not (isinstance(term, tuple) and term[0] == "mod" and isinstance(term[2], int)):
+            continue
+        quotient = ("floordiv", *term[1:])
+        if parts.get(quotient) == coefficient * term[2]:
+            rest = {t: c for t, c in parts.items() if t not in (term, quotient)}
+            return _rejoined(combined(rest, linear(term[1]), coefficient))
+    return parts
 
 
 def linear(term: Term) -> Linear:

@@ -86,7 +86,8 @@ def written(reader: Reader, product: Contraction, which: int, softmax: fx.Node) 
     value = values, Operand(tuple(0 if n is None else of_out[n] for n in value_labels))
     prob = replaced(held.term, inner, "prob")
     prob = rename(prob, {axis(d): role for d, role in enumerate(back)})
-    inside = _between(dot.node, softmax, "scores") | _between(softmax, product.node, "probabilities")
+    inside = _between(reader, dot.node, softmax, "scores")
+    inside |= _between(reader, softmax, product.node, "probabilities")
     parts = [query, shared(reader, *key, dot.node, sizes), shared(reader, *value, product.node, sizes)]
     indices = axes.in_indices(sizes)
     return Attention(
@@ -192,14 +193,14 @@ def _inverse(indices: tuple[Term, ...], roles: dict[str, str], rank: int) -> lis
     return found
 
 
-def _between(first: fx.Node, last: fx.Node, what: str) -> set[fx.Node]:
+def _between(reader: Reader, first: fx.Node, last: fx.Node, what: str) -> set[fx.Node]:
     """The nodes on the ways from one to another. Raises LeftAlone where something leaves these ways."""
     ways: set[fx.Node] = set()
 
     above: set[fx.Node] = set()
     stack = [last]
     while stack:
-        for source in stack.pop().all_input_nodes:
+        for source in reader.memory.sources(stack.pop()):
             if source not in above:
                 above.add(source)
                 if source is not first:

@@ -78,4 +78,7 @@ def _piece(graph: torch.fx.GraphModule) -> Any:
     return (lines[0], lines[-1]) if lines else None
 
 
+if "gossamer" not in torch._dynamo.list_backends(exclude_tags=()):
+    torch._dynamo.register_backend(compiler_fn=backend, name="gossamer")
+
 __all__ = ["Report", "backend", "jit"]
