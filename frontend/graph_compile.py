@@ -76,7 +76,7 @@ def replace(graph: fx.Graph, reader: Reader, match: Attention) -> None:
     order = _memory_order(value)
     site = Site(
         match.operands, match.axes, match.out, order, sizes, match.score, match.prob, low, match.empty,
-        numbers, tensors, constants, match.sinks,
+        numbers, tensors, constants, match.sinks, match.least,
     )  # fmt: skip
     with graph.inserting_before(match.node):
         given = (*match.tensors, *(symbols[name] for name in numbers), *held)
@@ -125,7 +125,7 @@ def _symbol(node: fx.Node) -> str | None:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """Whether a tensor belongs to a module or to the surroundings of the program, and is no argument of it."""
+    """Whether a tensor belongs to a module or to the surroundings of a program, and is no argument of it."""
     if node.op == "get_attr":
         return True
     source = getattr(node.meta.get("grapharg"), "source", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from .graph_match import Attention, checked, named_batch, operand_roles, shared
@@ -46,4 +47,5 @@ def fused(reader: Reader, node: fx.Node) -> Attention:
         sizes,
         tidy(rename(score, axes.in_indices(sizes))),
         empty="zero",
+        least=torch.finfo(value_of(node).dtype).min,
     )

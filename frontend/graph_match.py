@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,8 @@ class Attention:
     roles of the output. score, prob: what becomes of a score and a probability, over b, h, q, k, score, prob,
     the graph's tensors and its sizes. sizes: of the batch axes, q, k, d and e. empty: what the original gives
     rows of nothing but -inf, "nan" or "zero". inside: nodes that exist only when the original runs. sinks:
-    the name of a tensor of one more score a head, which takes part in the softmax and has no value."""
+    the name of a tensor of one more score a head, which takes part in the softmax and has no value.
+    least: the lowest number of the softmax's dtype; what is lower is -inf to it."""
 
     node: fx.Node
     tensors: tuple[fx.Node, fx.Node, fx.Node]
@@ -36,6 +38,7 @@ class Attention:
     empty: str = "nan"
     inside: set[fx.Node] = field(default_factory=set)
     sinks: str | None = None
+    least: float = -math.inf
 
 
 def named_batch(shape: tuple[Any, ...]) -> tuple[Axes, dict[str, str], dict[str, Any]]:

@@ -55,7 +55,7 @@ def pointwise(reader: Reader, node: fx.Node, name: str) -> Tensor | None:
 
 
 def _cancels(term: Term) -> bool:
-    """Whether a term multiplies a sum by a large number: expressions distribute, and the parts would cancel."""
+    """Whether a term multiplies a sum by a large number, which expressions would distribute: parts cancel."""
     if not isinstance(term, tuple) or term[0] != "mul" or kind_of(term) != "float":
         return False
     factors = [number(part) for part in term[1:]]

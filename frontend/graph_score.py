@@ -104,42 +104,52 @@ class Bound:
 
 
 def bind(
-    term: Term, sizes: Mapping[str, int], lengths: tuple[int, int], low: float, empty: str, plain: bool
+    term: Term,
+    sizes: Mapping[str, int],
+    lengths: tuple[int, int],
+    limits: tuple[float, float],
+    empty: str,
+    plain: bool,
 ) -> Bound:
     """The parts of a score at given sizes.
 
-    sizes: the values of $ names. lengths: (q_len, kv_len). low: see `split`. empty: what rows of nothing but
-    -inf give in the original. plain: whether probabilities are weighed as they come."""
+    sizes: the values of $ names. lengths: (q_len, kv_len). limits: what `split` takes for low, and the lowest
+    number that the original's softmax tells from -inf. empty: what rows of nothing but -inf give in the
+    original. plain: whether probabilities are weighed as they come, and share with no sink."""
+    low, least = limits
     found = split(term, low)
     mask, values, captures = _as_mask(found.mask, sizes)
-    proven = found.mask == TRUE or never_empty(mask, values, captures, *lengths)
-    finite = [f for f in found.fills if not math.isinf(f.value)]
-    if proven:
+    if found.mask == TRUE or never_empty(mask, values, captures, *lengths):
         empty = "none"
-    elif finite:
-        once = len({f.value for f in found.fills}) == 1
-        kept = [f for f in finite if f.added and f.value > ABSORBING]
-        if empty == "zero" and not plain:  # sinks take what these rows have to give
-            pass
-        elif plain and once and not kept and (len(finite) == 1 or not any(f.added for f in finite)):
+    elif any(f.value >= least for f in found.fills) and (plain or empty != "zero"):
+        if plain and _is_even(found.fills, least):
             empty = "mean"
         else:  # every pair takes part, with its low score
-            found = Split(TRUE, _bounded(term))
+            found = Split(TRUE, _bounded(term, least))
             mask, values, captures = TRUE, (), ()
     score, scale = _scaled(rename(found.score, sizes))
     mapped, score_captures = (None, ()) if score == "score" else _captured(score, "t")
     return Bound(mask, values, captures, mapped, score_captures, scale, empty)
 
 
-def _bounded(term: Term) -> Term:
-    """The term with its fills no lower than kernels tell apart from -inf."""
+def _is_even(fills: tuple[Fill, ...], least: float) -> bool:
+    """Whether all pairs of a row without any that attends have one and the same finite score."""
+    if len({f.value for f in fills}) > 1 or fills[0].value < least:
+        return False
+    if len(fills) > 1:  # one in the place of another is the same; one added to another is not
+        return not any(f.added for f in fills)
+    return not fills[0].added or fills[0].value <= ABSORBING
+
+
+def _bounded(term: Term, least: float) -> Term:
+    """The term with its finite fills no lower than kernels tell from -inf."""
     if not isinstance(term, tuple):
         return term
     value = number(term)
     if value is not None:
-        return constant(ABSORBING) if math.isfinite(value) and value < ABSORBING else term
+        return constant(ABSORBING) if least <= value < ABSORBING else term
     kept = len(term) - len(children(term))
-    return (*term[:kept], *map(_bounded, term[kept:]))
+    return (*term[:kept], *(_bounded(t, least) for t in term[kept:]))
 
 
 def _scaled(score: Term) -> tuple[Term, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,9 +40,10 @@ class Site:
         tensors: tuple[str, ...],
         constants: frozenset[str],
         sinks: str | None = None,
+        least: float = -math.inf,
     ) -> None:
         self.operands, self.axes, self.out, self.order, self.sizes = operands, axes, out, order, sizes
-        self.score, self.prob, self.low, self.empty = score, prob, low, empty
+        self.score, self.prob, self.low, self.least, self.empty = score, prob, low, least, empty
         self.numbers, self.tensors, self.constants, self.sinks = numbers, tensors, constants, sinks
         self._bound: dict[Any, Bound] = {}
         shares = [o.sharing(axes) for o in operands[1:]]
@@ -83,7 +85,7 @@ class Site:
         if known is None:
             term = with_closed_forms(self.score, held)
             plain = self.prob == "prob" and self.sinks is None
-            known = bind(term, numbers, lengths, self.low, self.empty, plain)
+            known = bind(term, numbers, lengths, (self.low, self.least), self.empty, plain)
             if len(self._bound) >= MAX_BOUND:
                 self._bound.clear()
             self._bound[key] = known

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from .graph_contract import Contraction, contraction
@@ -101,12 +102,13 @@ def written(reader: Reader, product: Contraction, which: int, softmax: fx.Node) 
         tidy(rename(prob, indices)),
         empty="nan" if sinks is None else "zero",
         inside={*inside, softmax, dot.node},
+        least=torch.finfo(value_of(softmax).dtype).min,
         sinks=None if sinks is None else _sinks_by_head(reader, sinks, softmax, roles, axes),
     )
 
 
 def _exponents(reader: Reader, softmax: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | None]:
-    """What a softmax is taken of, less a shift by row, which changes nothing: scores, and sinks behind them."""
+    """What a softmax is taken of, less a shift by row, which changes nothing: scores, sinks behind them."""
     node = arguments(softmax, "input")[0]
     while (did := operation(node)) is not None and did == Operation("sub"):
         kept, shift = node.args
