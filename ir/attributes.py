@@ -11,7 +11,7 @@ from .kernel import Span
 from .mask import Capture, Mask
 from .order import Order, OrderDim
 from .plan import Group, Lists, Loops, Schedule, Summary
-from .score import ProbMap, ScoreMap
+from .score import ProbGrad, ProbMap, ScoreGrad, ScoreMap
 from .sequences import Sequences
 from .text import dump, load, register
 
@@ -19,5 +19,17 @@ __all__ = ["dump", "load"]
 
 for _cls in (ACSR, Blocks, Capture, Dense, Group, Loops, Mask, Order, OrderDim, Progression):
     register(_cls)
-for _cls in (Lists, ProbMap, Remainder, Schedule, ScoreMap, Sequences, Span, StoredACSR, Summary):
+for _cls in (
+    Lists,
+    ProbGrad,
+    ProbMap,
+    Remainder,
+    Schedule,
+    ScoreGrad,
+    ScoreMap,
+    Sequences,
+    Span,
+    StoredACSR,
+    Summary,
+):
     register(_cls)
