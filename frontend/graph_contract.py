@@ -51,10 +51,8 @@ _NAMES = ("input", "other", "mat2", "tensor2", "batch1", "batch2")
 
 def _operands(node: fx.Node, first: int) -> tuple[fx.Node, fx.Node] | None:
     given = [*node.args, *(node.kwargs[k] for k in _NAMES if k in node.kwargs)][first:]
-    if len(given) != 2 or not all(isinstance(x, fx.Node) for x in given):
-        return None
-    ok = all(isinstance(value_of(x), torch.Tensor) for x in given)
-    return (given[0], given[1]) if ok else None
+    nodes = [x for x in given if isinstance(x, fx.Node) and isinstance(value_of(x), torch.Tensor)]
+    return (nodes[0], nodes[1]) if len(nodes) == len(given) == 2 else None
 
 
 def _matmul(node: fx.Node, first: int = 0) -> Contraction | None:
@@ -66,11 +64,11 @@ def _matmul(node: fx.Node, first: int = 0) -> Contraction | None:
         return None
     rank = max(map(len, shapes))
     batch = tuple(f"n{d}" for d in range(rank - 2))
-    labels = []
+    labels: list[Labels] = []
     for shape, ends in zip(shapes, (("r", "x"), ("x", "c")), strict=True):
         own = batch[rank - len(shape) :]
         labels.append((*_broadcast(own, shape, node), *ends))
-    return Contraction(node, *operands, *labels, (*batch, "r", "c"), "x")
+    return Contraction(node, *operands, labels[0], labels[1], (*batch, "r", "c"), "x")
 
 
 def _broadcast(labels: tuple[str, ...], shape: tuple[Any, ...], node: fx.Node) -> Labels:

@@ -68,7 +68,7 @@ class Operand:
                 tensor = tensor.squeeze(d)
                 continue
             if len(parts) == 2:
-                tensor = tensor.unflatten(d, (-1, parts[1][1]))
+                tensor = tensor.unflatten(d, (-1, int(parts[1][1] or 1)))
             names[:0] = [axis for axis, _ in parts]
         plain = [name[1] if isinstance(name, tuple) else name for name in names]
         order = [name for name in (*axes.batch, row) if name in plain]

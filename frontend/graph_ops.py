@@ -60,7 +60,14 @@ def _library(target: Any) -> str | None:
     name = getattr(target, "__name__", None)
     if name is None:
         return None
-    bases = (torch, torch.nn.functional, operator, torch.Tensor, torch.special, torch.linalg, torch._C._nn)
+    bases = (
+        torch,
+        torch.nn.functional,
+        operator,
+        torch.Tensor,
+        torch.special,
+        torch.linalg,
+    )
     return name if any(getattr(base, name, None) is target for base in bases) else None
 
 

@@ -8,7 +8,7 @@ negative numbers the mean of all values. isl proves that there is no such row, o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -132,7 +132,7 @@ def bind(
     return Bound(mask, values, captures, mapped, score_captures, scale, empty)
 
 
-def _is_even(fills: tuple[Fill, ...], least: float) -> bool:
+def _is_even(fills: Sequence[Fill], least: float) -> bool:
     """Whether all pairs of a row without any that attends have one and the same finite score."""
     if len({f.value for f in fills}) > 1 or fills[0].value < least:
         return False
@@ -208,7 +208,7 @@ def _apart(term: Term, sizes: Mapping[str, int]) -> tuple[dict[Term, int], int, 
     """The part of an integer that depends on indices, the rest's value, whether the rest is a literal."""
     parts = linear(term)
     rest = {t: c for t, c in parts.items() if t == 1 or (isinstance(t, str) and t in sizes)}
-    value = sum(c * (1 if t == 1 else sizes[t]) for t, c in rest.items())
+    value = sum(c * (1 if t == 1 else sizes[str(t)]) for t, c in rest.items())
     return {t: c for t, c in parts.items() if t not in rest}, value, rest.keys() <= {1}
 
 

@@ -60,19 +60,22 @@ class Site:
         q, k, v = (o.arranged(x, self.axes, row, sizes, full) for o, x, row, full in given)
         bound = self.bound(numbers, tensors, (q.shape[2], k.shape[2]))
         lse = bound.empty in ("nan", "mean")
+        maps: dict[str, Any] = {
+            "score_mod": to_score(bound, tensors),
+            "prob_mod": self._prob_mod(numbers, tensors),
+        }
         found: Any = attention(
             q,
             k,
             v,
             mask=to_mask(bound, tensors),
-            score_mod=to_score(bound, tensors),
-            prob_mod=self._prob_mod(numbers, tensors),
+            **maps,
             scale=bound.scale,
             sinks=None if self.sinks is None else tensors[self.sinks],
             enable_gqa=True,
             return_lse=lse,
         )
-        out = _with_empty_rows(*found, v, bound.empty) if lse else found
+        out = _with_empty_rows(found[0], found[1], v, bound.empty) if lse else found
         return back(out, self.axes, self.out, sizes, self.order)
 
     def bound(

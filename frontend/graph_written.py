@@ -112,8 +112,9 @@ def _exponents(reader: Reader, softmax: fx.Node, dim: int) -> tuple[fx.Node, fx.
     node = arguments(softmax, "input")[0]
     while (did := operation(node)) is not None and did == Operation("sub"):
         kept, shift = node.args
-        by_row = isinstance(shift, fx.Node) and is_one(value_of(shift).shape[dim - value_of(kept).dim()])
-        if not isinstance(kept, fx.Node) or not by_row:
+        if not isinstance(kept, fx.Node) or not isinstance(shift, fx.Node):
+            break
+        if not is_one(value_of(shift).shape[dim - value_of(kept).dim()]):
             break
         node = kept
     if did is None or did != Operation("cat"):
