@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.attention import attention as attention
+    from .frontend.huggingface import register_transformers as register_transformers
     from .frontend.jit import jit as jit
     from .frontend.kernel import AttentionSpec as AttentionSpec
     from .frontend.kernel import compile as compile
@@ -41,6 +42,7 @@ _NAMES: dict[str, str] = {
     "compile": "frontend.kernel",
     "jit": "frontend.jit",
     "load": "frontend.kernel",
+    "register_transformers": "frontend.huggingface",
     "sddmm": "frontend.splat",
     "sparse_softmax": "frontend.splat",
     "spmm": "frontend.splat",

@@ -159,3 +159,48 @@ def test_a_gpt_as_a_decorated_function():
         loss(ids), F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
     )
     assert len(loss.report().compiled) == 3
+
+
+# ---- training ----
+
+
+def gradients(call, parameters):
+    call().backward()
+    found = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return found
+
+
+def check_training(model, f, loss, atol=1e-10):
+    """Gradients of every parameter against those of the original, in float64."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        wanted = gradients(lambda: loss(model), parameters)
+        ours = gradients(lambda: loss(f), parameters)
+    for a, b in zip(ours, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=atol)
+
+
+def test_training_a_gpt():
+    model = GPT(layers=2).double().train()
+    for block in model.blocks:
+        block.drop.p = 0.0
+    ids = torch.randint(0, 61, (2, 24))
+    f = gossamer.jit(model)
+    check_training(model, f, lambda g: F.cross_entropy(g(ids).flatten(0, 1), ids.flatten()))
+    assert len(f.report().compiled) == 2 and not f.report().left
+
+
+@pytest.mark.parametrize("name", ["gemma2", "t5", "swin"])
+def test_training_models(name):
+    model, inputs, sites = model_of(name)
+    model = model.double()
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items() if k != "use_cache"}
+    more = {"use_cache": False} if "use_cache" in inputs else {}
+    f = gossamer.jit(model)
+    atol = 1e-6 if name == "gemma2" else 1e-10  # whose softmax is in float32 always
+    check_training(model, f, lambda g: (g(**wide, **more).last_hidden_state ** 2).mean(), atol)
+    assert len(f.report().compiled) == sites and not f.report().left
