@@ -53,6 +53,7 @@ _NAMES: dict[str, str] = {
 _MODULES = {
     "flex": "frontend.flex",
     "masks": "frontend.masks",
+    "operators": "frontend.operators",
     "testing": "frontend.testing",
 }
 

@@ -79,10 +79,10 @@ DERIVATIONS: dict[str, Derivation] = {}
 """By name: what a recipe says means the same in every process."""
 
 
-def derivation(compute: Callable[..., Any], *, waits: bool = False) -> str:
-    """Register `compute(source, *numbers)`; its name."""
-    DERIVATIONS[compute.__name__] = Derivation(compute, waits)
-    return compute.__name__
+def derivation(name: str, compute: Callable[..., Any], *, waits: bool = False) -> str:
+    """Register `compute(source, *numbers)`; returns the name."""
+    DERIVATIONS[name] = Derivation(compute, waits)
+    return name
 
 
 class Derived:

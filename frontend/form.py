@@ -13,11 +13,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from ..ir.errors import InputError
+from . import masks as masks  # registers how its tensors are derived
 from .captured import Constant, Derived, as_tensor
 from .mask import Mask, Signature
 from .score import ProbMod, ScoreMod
 from .softmax import Softmax
 from .term import Term
+
+VERSION = 1  # of the text of forms, which exported programs hold
 
 
 class Options(NamedTuple):
@@ -94,13 +98,20 @@ class Form(NamedTuple):
     @property
     def text(self) -> str:
         """The form as JSON, which `Form.parse` reads back."""
-        return json.dumps(self, separators=(",", ":"))
+        return json.dumps((VERSION, *self), separators=(",", ":"))
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def parse(text: str) -> Form:
-        """The form of its text."""
-        mask, score, prob, held, scaled, offset, options = _tuples(json.loads(text))
+        """The form of its text. Raises InputError for text that is none, or of another version."""
+        try:
+            version, *fields = _tuples(json.loads(text))
+        except (ValueError, TypeError):
+            version, fields = None, []
+        if version != VERSION or len(fields) != len(Form._fields):
+            fix = "Export the program again with this version of gossamer"
+            raise InputError("gossamer::attention.form", f"a form of version {VERSION}", repr(text[:60]), fix)
+        mask, score, prob, held, scaled, offset, options = fields
         maps = [None if part is None else Part(*part) for part in (score, prob)]
         return Form(Part(*mask), maps[0], maps[1], held, scaled, offset, Options(*options))
 

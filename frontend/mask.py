@@ -79,8 +79,8 @@ class Mask:
         """
         if is_compiled():
             raise UnsupportedError(
-                "Mask.trace inside torch.compile. Pass the function itself to gossamer.attention, or make the "
-                "Mask outside of what is compiled"
+                "Mask.trace inside torch.compile. Pass the function itself to gossamer.attention, or make "
+                "the Mask outside of what is compiled"
             )
         traced = trace_mask(mask_mod)
         return Mask(traced.term, traced.values, traced.tensors, traced.signature)  # type: ignore[arg-type]

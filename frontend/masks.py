@@ -195,7 +195,7 @@ def _ids_of(offsets: Any) -> Any:
     return torch.from_numpy(ids).to(offsets.device)
 
 
-IDS = derivation(_ids_of, waits=True)
+IDS = derivation("document ids", _ids_of, waits=True)
 
 
 @pure
@@ -371,7 +371,7 @@ def _selection(indices: Any, blocks: int, kept: tuple[int, ...]) -> Any:
     return table.scatter_(-1, listed, True)[..., :blocks].reshape(*shape, blocks).contiguous()
 
 
-SELECTION = derivation(_selection)
+SELECTION = derivation("selected blocks", _selection)
 
 
 def _check_selection(indices: Any, blocks: int) -> None:

@@ -84,9 +84,9 @@ def differentiate(
         placed,
         out,
         lse,
-        grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(),
+        grad_out,
         grad_lse,
-        frozenset(wanted),
+        wanted,
         deterministic=options.deterministic,
     )
     shapes = dict(zip((*INPUTS, *form.names), (query, key, value, *others), strict=True))

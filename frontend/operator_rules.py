@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction as SingleLevel
 
-from ..ir.errors import InputError, UnsupportedError
+from ..ir.errors import UnsupportedError
 from .form import Form
 from .operator import INPUTS, LIBRARY, attention_backward, differentiate, evaluate
 
@@ -26,10 +26,6 @@ def _save(
     ctx: Any, form: Form, integers: Any, numbers: Any, tensors: Sequence[Tensor], found: Sequence[Tensor]
 ) -> None:
     """Keep what the gradient needs: the inputs, the output and the LSE."""
-    if form.options.extra[:1] != ("lse",):
-        raise InputError(
-            "gossamer::attention.form", "the LSE among its results, which a gradient needs", form
-        )
     ctx.call = form, integers, numbers
     ctx.save_for_backward(found[0], found[1], *tensors)
     ctx.set_materialize_grads(False)
@@ -59,7 +55,24 @@ def _gradients(
     return [by_name.get(name) for name in names]
 
 
-class Attention(torch.autograd.Function):
+def _with_lse(form: Form) -> Form:
+    """The form whose results hold the LSE, second, as a gradient wants it."""
+    if form.options.extra[:1] == ("lse",):
+        return form
+    return form._replace(options=form.options._replace(extra=("lse", *form.options.extra)))
+
+
+def _asked(form: Form, found: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of results with the LSE, those of the form."""
+    return tuple(found) if len(found) == 1 + len(form.options.extra) else (found[0], *found[2:])
+
+
+def attend(form: Form, integers: Any, numbers: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(out, *extra) of an eager call whose gradient may be asked for. tensors: query, key, value, others."""
+    return _asked(form, _Attention.apply(_with_lse(form), integers, numbers, *tensors))  # type: ignore[arg-type]
+
+
+class _Attention(torch.autograd.Function):
     """An eager call, without text and dispatcher.
 
     Takes a form, integers, numbers, query, key, value and the other tensors."""
@@ -127,9 +140,10 @@ def _autograd(
     keys = keys & torch._C._after_autograd_keyset
     if not wants_gradient((query, key, value, *tensors)):
         return _below(FORWARD, keys, query, key, value, tensors, integers, numbers, form)
+    parsed = Form.parse(form)
     with enable_single_level_autograd_function():
-        given = (Form.parse(form), integers, numbers, query, key, value, *tensors)
-        return list(_Forward.apply(keys, *given))  # type: ignore[attr-defined]
+        given = (_with_lse(parsed), integers, numbers, query, key, value, *tensors)
+        return list(_asked(parsed, _Forward.apply(keys, *given)))  # type: ignore[attr-defined]
 
 
 def _autograd_backward(keys: Any, *arguments: Any) -> list[Tensor]:

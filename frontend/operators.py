@@ -16,7 +16,7 @@ from ..ir.errors import UnsupportedError
 from . import operator_vmap as operator_vmap
 from .form import Call, take_apart
 from .operator import attention
-from .operator_rules import Attention, wants_gradient
+from .operator_rules import attend, wants_gradient
 
 _TENSORS = (Tensor, torch.nn.Parameter)
 
@@ -36,22 +36,14 @@ def call_operator(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tupl
     """(out, *extra) of a call that is traced, or whose gradient may be asked for.
 
     Raises UnsupportedError for a gradient that does not exist."""
-    device = query.device
-    asked = call.options.extra
     differentiable = wants_gradient((query, key, value, *call.tensors))
-    if asked[:1] != ("lse",) and (differentiable or maybe_current_level() is not None):
-        call = call._replace(options=call.options._replace(extra=("lse", *asked)))
     if "block_table" not in call.held and key.shape[0] == 1 and query.shape[0] != 1:
         key, value = (t.expand(query.shape[0], -1, -1, -1) for t in (key, value))
-    form, tensors, integers, floats = take_apart(call, device)
+    form, tensors, integers, floats = take_apart(call, query.device)
     _refuse((query, key, value, *tensors), ("query", "key", "value", *form.names), differentiable)
     if is_traced((query, key, value, *tensors)):
-        found = attention(form, query, key, value, tensors, integers, floats)
-    else:
-        found = Attention.apply(form, integers, floats, query, key, value, *tensors)
-    if form.options.extra != asked:
-        found = (found[0], *found[2:])
-    return tuple(found)
+        return attention(form, query, key, value, tensors, integers, floats)
+    return attend(form, integers, floats, query, key, value, *tensors)
 
 
 def _refuse(tensors: Any, names: Any, differentiable: bool) -> None:

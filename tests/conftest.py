@@ -53,17 +53,6 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     reset()
 
 
-@pytest.fixture(scope="session")
-def dense_gradients() -> Any:
-    """Gradients of the dense formula: see dense_gradients.py."""
-    spec = spec_from_file_location("gossamer_tests_dense_gradients", ROOT / "tests" / "dense_gradients.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.install()
-    return module
-
-
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """`golden("triton/gemm.py", text)`: text is what tests/golden holds, or becomes it (--update-golden)."""

@@ -20,10 +20,8 @@ import gossamer
 from gossamer import masks
 from gossamer.flex import AuxRequest, create_block_mask, flex_attention
 from gossamer.frontend.form import Call, Form, Options, take_apart
-from gossamer.ir.errors import UnsupportedError
+from gossamer.ir.errors import InputError, UnsupportedError
 from gossamer.ir.plan import Schedule
-
-pytestmark = pytest.mark.usefixtures("dense_gradients")
 
 WINDOW = masks.sliding_window(7, 2)
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -60,7 +58,7 @@ def test_query_key_and_value() -> None:
 def test_only_what_is_asked_for_gets_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from gossamer.frontend import gradients as kernels
 
-    asked: list[frozenset[str]] = []
+    asked: list[list[str]] = []
     compute = kernels.gradients
     monkeypatch.setattr(
         kernels, "gradients", lambda *given, **more: asked.append(given[10]) or compute(*given, **more)
@@ -68,7 +66,7 @@ def test_only_what_is_asked_for_gets_one(name: str, monkeypatch: pytest.MonkeyPa
     inputs = dict(zip("qkv", tensors(requires_grad=False), strict=True))
     inputs[name].requires_grad_()
     gossamer.attention(*inputs.values(), mask=WINDOW).sum().backward()
-    assert asked == [frozenset(name)]
+    assert asked == [[name]]
     assert [n for n, t in inputs.items() if t.grad is not None] == [name]
 
 
@@ -350,10 +348,18 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(torch.ops.gossamer.attention_backward.default, backward)
 
 
-def test_a_form_without_an_lse_has_no_gradient() -> None:
-    form, others, integers, floats = parts(extra=())
-    with pytest.raises(ValueError, match="expected the LSE among its results"):
-        torch.ops.gossamer.attention(*tensors(), others, integers, floats, form.text)
+def test_a_form_without_an_lse_has_its_gradient() -> None:
+    form, others, integers, floats = parts(extra=("column_sums",))
+    q, k, v = tensors()
+    out, sums = torch.ops.gossamer.attention(q, k, v, others, integers, floats, form.text)
+    assert sums.shape == (2, 4, 24)
+    assert_same_gradients(out, F.scaled_dot_product_attention(q, k, v), (q, k, v))
+
+
+@pytest.mark.parametrize("text", ["", "window", "[0]", '[1,["true",[],[],[]]]', "1"])
+def test_what_is_no_form(text: str) -> None:
+    with pytest.raises(InputError, match=r"expected a form of version 1.*Export the program again"):
+        torch.ops.gossamer.attention(*tensors(requires_grad=False), [], [], [], text)
 
 
 def test_modes_see_one_operator() -> None:
