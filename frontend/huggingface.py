@@ -86,7 +86,7 @@ def make_mask(
     mask_function = masking_utils.add_offsets_to_mask_function(mask_function, *offsets)
     if not torch.compiler.is_compiling():
         with suppress(TraceError):
-            mask = Mask.trace(mask_function)
+            mask: Any = Mask.trace(mask_function)
             made = create_block_mask(mask, batch_size, None, q_length, kv_length, device)
             return PassMask.lazy(mask, (batch_size, 1), (q_length, kv_length), made.BLOCK_SIZE, made._recipe)
     return masking_utils.sdpa_mask(
@@ -159,7 +159,7 @@ def attention_forward(
     mask, bias = mask_of(attention_mask, query, key)
     if attention_mask is None and is_causal and query.shape[2] > 1:
         mask = causal_window(sliding_window - 1, 0) if sliding_window else causal()
-    found = attention(
+    found: Any = attention(
         query,
         key,
         value,
