@@ -71,9 +71,9 @@ def make_mask(
     """The mask of a forward pass, as AttentionMaskInterface asks for it.
 
     mask_function: of (batch, head, query, key), which count from q_offset and kv_offset. attention_mask:
-    which keys are no padding, (batch, kv_length) of bool, or None. Gives a `gossamer.flex.BlockMask`, which holds
-    a closed form; a tensor (batch, 1, q_length, kv_length) of bool inside torch.compile, which has no place
-    for other values, and where the function has no closed form."""
+    which keys are no padding, (batch, kv_length) of bool, or None. Gives a `gossamer.flex.BlockMask`, which
+    holds a closed form; a tensor (batch, 1, q_length, kv_length) of bool inside torch.compile, which has no
+    place for other values, and where the function has no closed form."""
     from transformers import masking_utils
 
     mask_function = mask_function or masking_utils.causal_mask_function
