@@ -10,6 +10,7 @@ from torch import fx
 from ..ir.errors import GossamerError
 from .graph_attention import find
 from .graph_create import CREATIONS
+from .graph_inline import is_whole, write_out
 from .graph_match import Attention
 from .graph_memory import Memory
 from .graph_ops import operation, value_of
@@ -27,8 +28,14 @@ _PRODUCTS = ("softmax", "matmul", "bmm", "mm", "einsum", "baddbmm", "scaled_dot_
 
 def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled | Left]]:
     """The graph with every attention that can be proven equal replaced, and what was found."""
-    reader = Reader(module.graph)
     parts: list[Compiled | Left] = []
+    for node in [node for node in module.graph.nodes if is_whole(node)]:
+        where = place([node])
+        try:
+            write_out(node)
+        except LeftAlone as why:
+            parts.append(Left("attention", where, str(why)))
+    reader = Reader(module.graph)
     reason = getattr(module, "compile_subgraph_reason", None)
     found = list(find(reader, module.graph))
     for node, match in found:

@@ -74,6 +74,9 @@ def place(nodes: Any) -> str:
         if found:
             file, line = (own or found)[-1]
             return f"{file}:{line}"
+        modules = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        if modules:  # a line of torch's own, which captures leave out
+            return "module " + re.sub(r"^L\['\w+'\]\.?", "", modules[-1])
     return "an unknown line"
 
 

@@ -347,3 +347,45 @@ def test_layers_with_windows_of_their_own_use_one_kernel():
     before = compilations()
     check(program, *inputs(torch.float64), sites=4)
     assert compilations() - before <= 2  # float64 and float32
+
+
+# ---- torch's own modules ----
+
+
+def test_modules_of_torch():
+    torch.manual_seed(0)
+    x = torch.randn(2, 20, 32, dtype=torch.float64)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dtype=torch.float64)
+    attention = torch.nn.MultiheadAttention(32, 4, batch_first=True, dtype=torch.float64).eval()
+
+    def attend(x):
+        return attention(x, x, x, need_weights=False)[0]
+
+    def cross(x):
+        return attention(x[:, :7], x, x * 2, attn_mask=torch.ones(7, 20, dtype=torch.bool).triu(3))[0]
+
+    for program in (attend, cross, layer.eval(), torch.nn.TransformerEncoder(layer, 1).eval()):
+        torch._dynamo.reset()
+        f = gossamer.jit(program)
+        torch.testing.assert_close(f(x), program(x))
+        assert len(f.report().compiled) == 1 and not f.report().left, f.report()
+
+
+def test_modules_of_torch_are_left_alone_where_something_would_be_lost():
+    attention = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    x = torch.randn(2, 20, 32)
+
+    def weights(x):
+        return attention(x, x, x)[1]
+
+    def both(x):
+        return attention(x, x, x)
+
+    def masked(x):
+        return layer(x, src_key_padding_mask=torch.arange(20) >= torch.tensor([[20], [13]]))
+
+    for program, why in ((weights, "used elsewhere"), (both, "used elsewhere"), (masked, "one operation")):
+        f = gossamer.jit(program)
+        torch.testing.assert_close(f(x), program(x), rtol=0, atol=0)
+        assert not f.report().compiled and why in str(f.report()), f.report()
