@@ -15,14 +15,16 @@ from .graph_match import Attention
 from .graph_memory import Memory
 from .graph_ops import operation, value_of
 from .graph_report import Compiled, Left, place
-from .graph_score import LOW
+from .graph_score import LOW, bind, split
 from .graph_site import Site, numbers_in, tensors_in
 from .graph_tensor import SIZE, LeftAlone, Opaque, Reader, size_term
-from .graph_terms import kind_of, reads_in
+from .graph_terms import kind_of, reads_in, tidy
 from .graph_views import VIEWS
+from .term import TRUE, constant
 from .trace_torch import FUNCTIONS, METHODS
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ZERO = constant(0.0)
 _PRODUCTS = ("softmax", "matmul", "bmm", "mm", "einsum", "baddbmm", "scaled_dot_product_attention")
 
 
@@ -78,6 +80,7 @@ def replace(graph: fx.Graph, reader: Reader, match: Attention) -> None:
     if missing:
         raise LeftAlone(f"a size ({missing[0]}) that is no input of the graph")
     value = value_of(match.node)
+    _check_prob(match)
     low = max(LOW, torch.finfo(value.dtype).min / 2)
     constants = frozenset(name for name, node in zip(tensors, held, strict=True) if _is_constant(node))
     order = _memory_order(value)
@@ -115,6 +118,27 @@ def _check_reads(match: Attention, reader: Reader) -> None:
     for node in nodes:
         if node in match.inside:
             raise LeftAlone("its mask depends on its scores")
+
+
+def _check_prob(match: Attention) -> None:
+    """Refuse probabilities that are changed where NaN, of rows without keys, might become something else."""
+    if match.prob == "prob" or match.empty != "nan":
+        return
+    found = split(match.score, LOW)
+    if found.mask == TRUE:
+        return
+    if match.prob in (
+        ("where", found.mask, "prob", ZERO),
+        ("where", tidy(("not", found.mask)), ZERO, "prob"),
+    ):
+        match.empty = "zero"
+        return
+    lengths = match.sizes["q"], match.sizes["k"]
+    if all(isinstance(n, int) for n in lengths) and not numbers_in(found.mask) and not tensors_in(found.mask):
+        bound = bind(match.score, {}, lengths, (LOW, match.least), "nan", plain=False)
+        if bound.empty == "none":
+            return
+    raise LeftAlone("its probabilities are changed, and there may be rows without keys")
 
 
 def _symbol(node: fx.Node) -> str | None:

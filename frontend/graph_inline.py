@@ -145,9 +145,7 @@ def write_out(node: fx.Node) -> None:
     recorded = _Recorder(node)
     for source in node.all_input_nodes:
         recorded.nodes[id(value_of(source))] = source
-    fake = next(
-        v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, torch._subclasses.FakeTensor)
-    )
+    fakes = [v for v in pytree.tree_leaves(values) if isinstance(v, torch._subclasses.FakeTensor)]
     try:
         with fakes[0].fake_mode, recorded:
             result = WHOLE[node.target](*values[0], **values[1])
@@ -166,7 +164,7 @@ def write_out(node: fx.Node) -> None:
 class _Recorder(TorchFunctionMode):
     """Writes the torch functions that are called into a graph, before a node.
 
-    nodes: of tensors, by identity. made: the nodes written. Tensors are kept alive, so that identities last."""
+    nodes: of tensors, by identity, for which tensors are kept alive. made: the nodes written."""
 
     def __init__(self, before: fx.Node) -> None:
         super().__init__()

@@ -36,6 +36,8 @@ class Axes:
         found: dict[str, Term] = dict.fromkeys(self.outer, "b")
         rest: Term = "h"
         for name in reversed(self.heads[1:]):
+            if not isinstance(sizes[name], int):
+                raise ValueError("its heads have several dimensions of sizes that are known at run time only")
             rest, found[name] = divided(rest, sizes[name], {})
         return found | ({self.heads[0]: rest} if self.heads else {})
 

@@ -7,13 +7,14 @@ order of dimensions, where the scale stands and how the mask is written make no 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from .graph_contract import Contraction, contraction
-from .graph_match import Attention, check_whole, is_role, shared
+from .graph_contract import Contraction, Labels, contraction
+from .graph_match import Attention, check_whole, checked, is_role, shared
 from .graph_operand import Axes, Operand
 from .graph_ops import Operation, arguments, operation, value_of
 from .graph_tensor import LeftAlone, Reader, axis, is_one
@@ -44,67 +45,100 @@ def weights_of(reader: Reader, product: Contraction) -> tuple[int, fx.Node] | No
 
 def written(reader: Reader, product: Contraction, which: int, softmax: fx.Node) -> Attention:
     """The attention written as a softmax between two products. Raises LeftAlone."""
-    weights, labels = product.operand(which)
-    values, value_labels = product.operand(1 - which)
+    scores = _scores(reader, softmax)
+    query, key, dot = scores.query, scores.key, scores.dot.node
+    value, prob, out = _weighed(reader, scores, product, which)
+    inside = _between(reader, dot, softmax, "scores") | _between(
+        reader, softmax, product.node, "probabilities"
+    )
+    parts = (
+        (checked(reader, query[0], dot), query[1]),
+        shared(reader, *key, dot, scores.sizes),
+        shared(reader, *value, product.node, scores.sizes),
+    )
+    indices = scores.axes.in_indices(scores.sizes)
+    score, prob = (tidy(rename(term, indices)) for term in (scores.term, prob))
+    empty = "nan" if scores.sinks is None else "zero"
+    return Attention(
+        product.node,
+        (parts[0][0], parts[1][0], parts[2][0]),
+        (parts[0][1], parts[1][1], parts[2][1]),
+        out,
+        scores.axes,
+        scores.sizes,
+        score,
+        prob,
+        empty=empty,
+        inside={*inside, softmax, dot},
+        least=torch.finfo(value_of(softmax).dtype).min,
+        sinks=scores.sinks,
+    )
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What a softmax is taken of, by the roles of its dimensions: a term of `score`, the product dot."""
+
+    softmax: fx.Node
+    dot: Contraction
+    query: tuple[fx.Node, Operand]
+    key: tuple[fx.Node, Operand]
+    roles: dict[str, str]
+    axes: Axes
+    sizes: dict[str, Any]
+    term: Term
+    sinks: str | None
+
+
+def _scores(reader: Reader, softmax: fx.Node) -> _Scores:
     dim = softmax_dim(softmax)
     assert dim is not None
-    given, sinks = _exponents(reader, softmax, dim)
-    scores = reader.operand(given, softmax)
-    dot, read = _dot(reader, scores.term, dim)
+    given, behind = _exponents(reader, softmax, dim)
+    tensor = reader.operand(given, softmax)
+    dot, read = _dot(reader, tensor.term, dim)
     queries, q_label, keys = _sides(dot, read, dim)
-    q_role = read[2 + dot.out.index(q_label)]
-    if not (q_role == 0 or isinstance(q_role, str)):
+    row = read[2 + dot.out.index(q_label)]
+    if not (row == 0 or isinstance(row, str)):
         raise LeftAlone("the rows of its scores are split")
-    names = [axis(d) for d, n in enumerate(scores.shape) if not is_one(n)]
-    roles = {axis(dim): "k"}
-    if q_role != 0:
-        roles[q_role] = "q"
+    names = [axis(d) for d, n in enumerate(tensor.shape) if not is_one(n)]
+    roles = {axis(dim): "k"} | ({} if row == 0 else {row: "q"})
     batch = [name for name in names if name not in roles]
     roles |= {name: f"a{i}" for i, name in enumerate(batch)}
     axes = Axes(tuple(f"a{i}" for i in range(len(batch))))
-    sizes = {roles[name]: scores.sizes[name] for name in names}
-    sizes.setdefault("q", 1)
-    sizes |= {"d": value_of(queries[0]).shape[queries[1].index(dot.summed)]}
-    of_dot = {label: rename(index, roles) for label, index in zip(dot.out, read[2:], strict=True)}
-    of_dot[dot.summed] = "d"
-    query, key = (
-        (node, Operand(tuple(0 if n is None else of_dot[n] for n in own))) for node, own in (queries, keys)
-    )
-    check_whole(dot.node, [of_dot[label] for label in dot.out], sizes, "scores")
-    # the product with the values
+    size = value_of(queries[0]).shape[queries[1].index(dot.summed)]
+    sizes = {"q": 1, "d": size} | {roles[name]: tensor.sizes[name] for name in names}
+    of = {label: rename(index, roles) for label, index in zip(dot.out, read[2:], strict=True)}
+    check_whole(dot.node, list(of.values()), sizes, "scores")
+    query, key = (_operand(*side, of | {dot.summed: "d"}) for side in (queries, keys))
+    term = rename(replaced(tensor.term, read, "score"), roles)
+    sinks = None if behind is None else _sinks_by_head(reader, behind, softmax, roles, axes)
+    return _Scores(softmax, dot, query, key, roles, axes, sizes, term, sinks)
+
+
+def _operand(node: fx.Node, labels: Labels, of: dict[str, Term]) -> tuple[fx.Node, Operand]:
+    return node, Operand(tuple(0 if label is None else of[label] for label in labels))
+
+
+def _weighed(
+    reader: Reader, scores: _Scores, product: Contraction, which: int
+) -> tuple[tuple[fx.Node, Operand], Term, tuple[Term, ...]]:
+    """The values, what becomes of a probability, and the roles of the result."""
+    weights, labels = product.operand(which)
+    values, value_labels = product.operand(1 - which)
     held = reader.operand(weights, product.node)
-    inner = next(r for r in reads_in(held.term) if reader.leaves[r[1]] is softmax)
-    back = _inverse(inner[2:], roles, len(held.shape))
-    of_out = {label: back[d] for d, label in enumerate(labels) if label is not None}
-    if of_out.get(product.summed) != "k":
+    inner = next(r for r in reads_in(held.term) if reader.leaves[r[1]] is scores.softmax)
+    back = _inverse(inner[2:], scores.roles, len(held.shape))
+    of = {label: back[d] for d, label in enumerate(labels) if label is not None}
+    if of.get(product.summed) != "k":
         raise LeftAlone("its probabilities are not summed over the keys")
-    own = [label for label in value_labels if label is not None and label not in of_out]
-    if len(own) != 1 or any(of_out.get(n) == "q" for n in value_labels if n is not None):
+    own = [label for label in value_labels if label is not None and label not in of]
+    if len(own) != 1 or any(of.get(label) == "q" for label in value_labels if label is not None):
         raise LeftAlone("its values depend on the query")
-    check_whole(weights, [back[d] for d in range(len(back))], sizes, "probabilities")
-    of_out[own[0]] = "e"
-    sizes["e"] = value_of(values).shape[value_labels.index(own[0])]
-    value = values, Operand(tuple(0 if n is None else of_out[n] for n in value_labels))
-    prob = replaced(held.term, inner, "prob")
-    prob = rename(prob, {axis(d): role for d, role in enumerate(back)})
-    inside = _between(reader, dot.node, softmax, "scores")
-    inside |= _between(reader, softmax, product.node, "probabilities")
-    parts = [query, shared(reader, *key, dot.node, sizes), shared(reader, *value, product.node, sizes)]
-    indices = axes.in_indices(sizes)
-    return Attention(
-        product.node,
-        tuple(p[0] for p in parts),  # type: ignore[arg-type]
-        tuple(p[1] for p in parts),  # type: ignore[arg-type]
-        tuple(of_out[label] for label in product.out),
-        axes,
-        sizes,
-        tidy(rename(rename(replaced(scores.term, read, "score"), roles), indices)),
-        tidy(rename(prob, indices)),
-        empty="nan" if sinks is None else "zero",
-        inside={*inside, softmax, dot.node},
-        least=torch.finfo(value_of(softmax).dtype).min,
-        sinks=None if sinks is None else _sinks_by_head(reader, sinks, softmax, roles, axes),
-    )
+    check_whole(weights, back, scores.sizes, "probabilities")
+    scores.sizes["e"] = value_of(values).shape[value_labels.index(own[0])]
+    of[own[0]] = "e"
+    prob = rename(replaced(held.term, inner, "prob"), {axis(d): role for d, role in enumerate(back)})
+    return _operand(values, value_labels, of), prob, tuple(of[label] for label in product.out)
 
 
 def _exponents(reader: Reader, softmax: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | None]:

@@ -389,3 +389,27 @@ def test_modules_of_torch_are_left_alone_where_something_would_be_lost():
         f = gossamer.jit(program)
         torch.testing.assert_close(f(x), program(x), rtol=0, atol=0)
         assert not f.report().compiled and why in str(f.report()), f.report()
+
+
+# ---- probabilities that are changed ----
+
+
+def test_probabilities_masked_again_give_zeros_where_there_are_no_keys():
+    def again(q, k, v, lengths):
+        kept = torch.arange(20) < lengths[:, None, None, None]
+        p = (q @ k.mT).masked_fill(~kept, -INF).softmax(-1)
+        return p.masked_fill(~kept, 0.0) @ v
+
+    check(again, *inputs(torch.float64), torch.tensor([0, 7]))
+
+
+def test_changed_probabilities_are_left_alone_where_rows_may_be_empty():
+    def halved(q, k, v, lengths):
+        kept = torch.arange(20) < lengths[:, None, None, None]
+        p = (q @ k.mT).masked_fill(~kept, -INF).softmax(-1)
+        return torch.where(torch.arange(20) < 10, p, 0.0) @ v
+
+    f = gossamer.jit(halved)
+    given = *inputs(torch.float64), torch.tensor([0, 7])
+    torch.testing.assert_close(f(*given), halved(*given), equal_nan=True)
+    assert "rows without keys" in str(f.report())
