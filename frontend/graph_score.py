@@ -125,6 +125,7 @@ def bind(
         if plain and _is_even(found.fills, least):
             empty = "mean"
         else:  # every pair takes part, with its low score
+            empty = empty if any(f.value < least for f in found.fills) else "none"
             found = Split(TRUE, _bounded(term, least))
             mask, values, captures = TRUE, (), ()
     score, scale = _scaled(rename(found.score, sizes))
