@@ -16,7 +16,7 @@ from .graph_terms import reads_in
 from .graph_written import weights_of, written
 
 
-def find(reader: Reader, graph: fx.Graph) -> Iterator[tuple[fx.Node, Attention | str]]:
+def find_attention(reader: Reader, graph: fx.Graph) -> Iterator[tuple[fx.Node, Attention | str]]:
     """Every attention of a graph, or why it is left alone, with the node that stands for it."""
     seen: set[fx.Node] = set()
     for node in list(graph.nodes):

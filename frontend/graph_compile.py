@@ -1,14 +1,15 @@
-"""A captured graph with its attention replaced: what is found becomes a call, what nobody needs then goes."""
+"""A captured graph with what is found in it replaced by calls, and without what nobody needs then."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..ir.errors import GossamerError
-from .graph_attention import find
+from .graph_attention import find_attention
 from .graph_create import CREATIONS
 from .graph_inline import is_whole, write_out
 from .graph_match import Attention
@@ -23,40 +24,48 @@ from .graph_views import VIEWS
 from .term import TRUE, constant
 from .trace_torch import FUNCTIONS, METHODS
 
+Find = Callable[[Reader, fx.Graph], Iterator[tuple[fx.Node, Any]]]
+Replace = Callable[[fx.Graph, Reader, Any], None]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ZERO = constant(0.0)
 _PRODUCTS = ("softmax", "matmul", "bmm", "mm", "einsum", "baddbmm", "scaled_dot_product_attention")
 
 
 def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled | Left]]:
-    """The graph with every attention that can be proven equal replaced, and what was found."""
-    parts: list[Compiled | Left] = []
-    for node in [node for node in module.graph.nodes if is_whole(node)]:
+    """The graph with everything that can be proven equal replaced, and what was found."""
+    parts: list[Compiled | Left] = list(_written_out(module.graph))
+    reader = Reader(module.graph)
+    for kind, (find, replace) in KINDS.items():
+        for node, match in list(find(reader, module.graph)):
+            parts.append(_replaced(kind, replace, reader, node, match))
+    if any(isinstance(part, Compiled) for part in parts):
+        sweep(module.graph, reader.memory)
+        module.recompile()
+    reason = getattr(module, "compile_subgraph_reason", None)
+    if reason is not None and getattr(reason, "graph_break", False):
+        parts.append(_broken(reason))
+    return module, parts
+
+
+def _written_out(graph: fx.Graph) -> Iterator[Left]:
+    """Take apart operations that hold a whole attention; those that cannot be."""
+    for node in [node for node in graph.nodes if is_whole(node)]:
         where = place([node])
         try:
             write_out(node)
         except LeftAlone as why:
-            parts.append(Left("attention", where, str(why)))
-    reader = Reader(module.graph)
-    reason = getattr(module, "compile_subgraph_reason", None)
-    found = list(find(reader, module.graph))
-    for node, match in found:
-        where = place([node])
-        if isinstance(match, str):
-            parts.append(Left("attention", where, match))
-            continue
-        try:
-            replace(module.graph, reader, match)
-        except (LeftAlone, Opaque, GossamerError, ValueError) as why:
-            parts.append(Left("attention", where, str(why)))
-            continue
-        parts.append(Compiled("attention", where))
-    if any(isinstance(part, Compiled) for part in parts):
-        sweep(module.graph, reader.memory)
-        module.recompile()
-    if reason is not None and getattr(reason, "graph_break", False):
-        parts.append(_broken(reason))
-    return module, parts
+            yield Left("attention", where, str(why))
+
+
+def _replaced(kind: str, replace: Replace, reader: Reader, node: fx.Node, match: Any) -> Compiled | Left:
+    where = place([node])
+    if isinstance(match, str):
+        return Left(kind, where, match)
+    try:
+        replace(node.graph, reader, match)
+    except (LeftAlone, Opaque, GossamerError, ValueError) as why:
+        return Left(kind, where, str(why))
+    return Compiled(kind, where)
 
 
 def _broken(reason: Any) -> Left:
@@ -66,7 +75,7 @@ def _broken(reason: Any) -> Left:
     return Left("graph", where, f"the capture ends here: {first[0] if first else 'no reason given'}")
 
 
-def replace(graph: fx.Graph, reader: Reader, match: Attention) -> None:
+def replace_attention(graph: fx.Graph, reader: Reader, match: Attention) -> None:
     """Put a Site in the place of an attention. Raises LeftAlone or Opaque, and changes nothing then."""
     _check(match)
     sizes = {name: size_term(n) for name, n in match.sizes.items()}
@@ -195,3 +204,6 @@ def sweep(graph: fx.Graph, memory: Memory) -> None:
 
 
 _PURE = frozenset((*CREATIONS, *VIEWS, *FUNCTIONS, *METHODS, *_PRODUCTS))
+
+# Kind -> (what finds it: nodes that stand for it, with a match or why it is left alone; what replaces it).
+KINDS: dict[str, tuple[Find, Replace]] = {"attention": (find_attention, replace_attention)}

@@ -8,6 +8,7 @@ of the buffer, and looks again at one that has changed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import weakref
 from functools import lru_cache
 from typing import Any
@@ -21,15 +22,23 @@ from .term import Term, constant, rename
 from .term_expr import from_expr
 
 MOST = 1 << 26  # entries of a buffer that is still worth looking at
-_FORMS: dict[int, tuple[Any, int, Term | None]] = {}
+MOST_FORMS = 4096
+_FORMS: dict[tuple[int, int], Term | None] = {}
+_SERIALS: dict[int, tuple[Any, int]] = {}
+_COUNTER = itertools.count()
 
 
 def identity(tensor: torch.Tensor) -> tuple[int, int] | None:
     """What changes when a tensor is replaced or written to; None where torch does not count."""
     try:
-        return id(tensor), tensor._version
+        version = tensor._version
     except RuntimeError:  # torch's inference tensors
         return None
+    place = id(tensor)
+    known = _SERIALS.get(place)
+    if known is None or known[0]() is not tensor:
+        _SERIALS[place] = known = (weakref.ref(tensor), next(_COUNTER))
+    return known[1], version
 
 
 def closed_form(tensor: torch.Tensor) -> Term | None:
@@ -37,14 +46,11 @@ def closed_form(tensor: torch.Tensor) -> Term | None:
     now = identity(tensor)
     if now is None:
         return None
-    known = _FORMS.get(now[0])
-    if known is None or known[0]() is not tensor or known[1] != now[1]:
-        _FORMS[now[0]] = known = (
-            weakref.ref(tensor, lambda _: _FORMS.pop(now[0], None)),
-            now[1],
-            _look(tensor),
-        )
-    return known[2]
+    if now not in _FORMS:
+        if len(_FORMS) >= MOST_FORMS:
+            _FORMS.clear()
+        _FORMS[now] = _look(tensor)
+    return _FORMS[now]
 
 
 def _look(tensor: torch.Tensor) -> Term | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -125,7 +126,7 @@ def encoder_layer(
 
 WHOLE: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: multi_head_attention,
-    torch._transformer_encoder_layer_fwd: encoder_layer,
+    torch._transformer_encoder_layer_fwd: encoder_layer,  # pyright: ignore[reportPrivateImportUsage]
 }
 
 
@@ -141,7 +142,7 @@ def write_out(node: fx.Node) -> None:
         raise LeftAlone("its output is not used")
     if 1 in parts and parts[1].users:
         raise LeftAlone("its probabilities are used elsewhere too")
-    values = fx.node.map_arg((node.args, node.kwargs), value_of)
+    values: Any = map_arg((node.args, node.kwargs), value_of)
     recorded = _Recorder(node)
     for source in node.all_input_nodes:
         recorded.nodes[id(value_of(source))] = source

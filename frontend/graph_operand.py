@@ -59,6 +59,10 @@ class Operand:
                     found[name] = 1
         return tuple(found.values())
 
+    def is_arranged(self, axes: Axes, row: str) -> bool:
+        """Whether the tensor is (B or 1, H, length, size) as it is."""
+        return is_plain(self.roles, axes, row)
+
     def arranged(
         self, tensor: torch.Tensor, axes: Axes, row: str, sizes: Mapping[str, int], full: bool
     ) -> Any:
@@ -90,6 +94,15 @@ class Operand:
         if len(heads) != 1:
             tensor = tensor.flatten(outer, count - 1) if heads else tensor.unsqueeze(outer)
         return tensor if outer else tensor.unsqueeze(0)
+
+
+def is_plain(roles: Sequence[Term], axes: Axes, row: str) -> bool:
+    """Whether roles are those of (B or 1, H, length, size), H shared by query heads or not."""
+    if len(roles) != 4 or len(axes.batch) > 2:
+        return False
+    heads = [(name, role) for name in axes.heads for role in (roles[1],) if isinstance(role, tuple)]
+    shared = any(role[0] == "floordiv" and role[1] == name for name, role in heads)
+    return roles[0] in (0, *axes.outer) and (shared or roles[1] in (0, *axes.heads)) and roles[2] in (0, row)
 
 
 def is_grouped(sharing: Sequence[int], axes: Axes) -> bool:

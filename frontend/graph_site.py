@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from .attention import attention
 from .graph_constant import identity, with_closed_forms
-from .graph_operand import Axes, Operand, back, is_grouped
+from .graph_operand import Axes, Operand, back, is_grouped, is_plain
 from .graph_score import Bound, bind, signature, to_mask, to_score
 from .graph_terms import linear, names_in, reads_in
 from .score import ProbMod
 from .term import Term, rename, rewrite
 
+PER_CALL: Any = object()
 MAX_BOUND = 256  # calls with different sizes or constants that are remembered
+
+
+class _Sizes(dict[str, int]):
+    """The values of sizes, worked out as they are asked for."""
+
+    def __init__(self, terms: Mapping[str, Term], numbers: dict[str, int]) -> None:
+        self.terms, self.numbers = terms, numbers
+
+    def __missing__(self, name: str) -> int:
+        value = self[name] = evaluate(self.terms[name], self.numbers)
+        return value
+
+
+class _Ready(NamedTuple):
+    """What a call needs: its parts, with the mask and the map made where they hold no tensors of the call.
+
+    mask, score: PER_CALL where they do."""
+
+    bound: Bound
+    mask: Any
+    score: Any
 
 
 class Site:
@@ -45,54 +67,64 @@ class Site:
         self.operands, self.axes, self.out, self.order, self.sizes = operands, axes, out, order, sizes
         self.score, self.prob, self.low, self.least, self.empty = score, prob, low, least, empty
         self.numbers, self.tensors, self.constants, self.sinks = numbers, tensors, constants, sinks
-        self._bound: dict[Any, Bound] = {}
+        self._bound: dict[Any, _Ready] = {}
         shares = [o.sharing(axes) for o in operands[1:]]
         self._full = shares[0] != shares[1] or not is_grouped(shares[0], axes)
+        rows = ("q", "k", "k")
+        fulls = (True, self._full, self._full)
+        self._arrange = tuple(
+            (o, row, full and set(o.sharing(axes)) - {1}, o.is_arranged(axes, row))
+            for o, row, full in zip(operands, rows, fulls, strict=True)
+        )
+        self._as_it_is = is_plain(out, axes, "q") and list(order) == [0, 1, 2, 3]
         self.__name__ = "gossamer_attention"
 
     def __call__(self, query: Any, key: Any, value: Any, *others: Any) -> torch.Tensor:
         count = len(self.numbers)
         numbers = dict(zip(self.numbers, map(int, others[:count]), strict=True))
         tensors = dict(zip(self.tensors, others[count:], strict=True))
-        sizes = {name: evaluate(term, numbers) for name, term in self.sizes.items()}
-        rows = ("q", "k", "k")
-        given = zip(self.operands, (query, key, value), rows, (True, self._full, self._full), strict=True)
-        q, k, v = (o.arranged(x, self.axes, row, sizes, full) for o, x, row, full in given)
-        bound = self.bound(numbers, tensors, (q.shape[2], k.shape[2]))
-        lse = bound.empty in ("nan", "mean")
-        maps: dict[str, Any] = {
-            "score_mod": to_score(bound, tensors),
-            "prob_mod": self._prob_mod(numbers, tensors),
-        }
-        found: Any = attention(
-            q,
-            k,
-            v,
-            mask=to_mask(bound, tensors),
-            **maps,
-            scale=bound.scale,
-            sinks=None if self.sinks is None else tensors[self.sinks],
-            enable_gqa=True,
-            return_lse=lse,
+        sizes = _Sizes(self.sizes, numbers)
+        q, k, v = (
+            x if plain and not full else o.arranged(x, self.axes, row, sizes, bool(full))
+            for (o, row, full, plain), x in zip(self._arrange, (query, key, value), strict=True)
         )
-        out = _with_empty_rows(found[0], found[1], v, bound.empty) if lse else found
-        return back(out, self.axes, self.out, sizes, self.order)
+        ready = self.ready(numbers, tensors, (q.shape[2], k.shape[2]))
+        empty = ready.bound.empty
+        lse = empty in ("nan", "mean")
+        maps: dict[str, Any] = {
+            "mask": to_mask(ready.bound, tensors) if ready.mask is PER_CALL else ready.mask,
+            "score_mod": to_score(ready.bound, tensors) if ready.score is PER_CALL else ready.score,
+            "prob_mod": self._prob_mod(numbers, tensors),
+            "sinks": None if self.sinks is None else tensors[self.sinks],
+        }
+        scale = ready.bound.scale
+        found: Any = attention(q, k, v, **maps, scale=scale, enable_gqa=True, return_lse=lse)
+        out = _with_empty_rows(found[0], found[1], v, empty) if lse else found
+        return out if self._as_it_is else back(out, self.axes, self.out, sizes, self.order)
 
-    def bound(
+    def ready(
         self, numbers: dict[str, int], tensors: dict[str, torch.Tensor], lengths: tuple[int, int]
-    ) -> Bound:
+    ) -> _Ready:
         """The mask and maps of a call, worked out once for the same sizes and constants."""
-        held = {name: tensors[name] for name in self.constants}
-        key = (tuple(numbers.values()), lengths, tuple(map(identity, held.values())))
+        held = [tensors[name] for name in self.constants]
+        key = (tuple(numbers.values()), lengths, tuple(map(identity, held)))
         known = self._bound.get(key)
         if known is None:
-            term = with_closed_forms(self.score, held)
-            plain = self.prob == "prob" and self.sinks is None
-            known = bind(term, numbers, lengths, (self.low, self.least), self.empty, plain)
+            bound = self.bound(numbers, dict(zip(self.constants, held, strict=True)), lengths)
+            mask = PER_CALL if bound.captures else to_mask(bound, {})
+            score = PER_CALL if bound.score_captures else to_score(bound, {})
             if len(self._bound) >= MAX_BOUND:
                 self._bound.clear()
-            self._bound[key] = known
+            self._bound[key] = known = _Ready(bound, mask, score)
         return known
+
+    def bound(
+        self, numbers: dict[str, int], constants: dict[str, torch.Tensor], lengths: tuple[int, int]
+    ) -> Bound:
+        """The mask and maps at these sizes, and for these tensors of the model."""
+        term = with_closed_forms(self.score, constants)
+        plain = self.prob == "prob" and self.sinks is None
+        return bind(term, numbers, lengths, (self.low, self.least), self.empty, plain)
 
     def _prob_mod(self, numbers: dict[str, int], tensors: dict[str, torch.Tensor]) -> ProbMod | None:
         if self.prob == "prob":

@@ -109,7 +109,8 @@ def _scores(reader: Reader, softmax: fx.Node) -> _Scores:
     sizes = {"q": 1, "d": size} | {roles[name]: tensor.sizes[name] for name in names}
     of = {label: rename(index, roles) for label, index in zip(dot.out, read[2:], strict=True)}
     check_whole(dot.node, list(of.values()), sizes, "scores")
-    query, key = (_operand(*side, of | {dot.summed: "d"}) for side in (queries, keys))
+    of[dot.summed] = "d"
+    query, key = (_operand(node, labels, of) for node, labels in (queries, keys))
     term = rename(replaced(tensor.term, read, "score"), roles)
     sinks = None if behind is None else _sinks_by_head(reader, behind, softmax, roles, axes)
     return _Scores(softmax, dot, query, key, roles, axes, sizes, term, sinks)
