@@ -28,6 +28,7 @@ Find = Callable[[Reader, fx.Graph], Iterator[tuple[fx.Node, Any]]]
 Replace = Callable[[fx.Graph, Reader, Any], None]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ZERO = constant(0.0)
+_WRAPS = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")
 _PRODUCTS = ("softmax", "matmul", "bmm", "mm", "einsum", "baddbmm", "scaled_dot_product_attention")
 
 
@@ -41,10 +42,22 @@ def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled
     if any(isinstance(part, Compiled) for part in parts):
         sweep(module.graph, reader.memory)
         module.recompile()
+    for body in _bodies(module):
+        parts += compile_graph(body)[1]
     reason = getattr(module, "compile_subgraph_reason", None)
     if reason is not None and getattr(reason, "graph_break", False):
         parts.append(_broken(reason))
     return module, parts
+
+
+def _bodies(module: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graphs within a graph that run as they are: those of activation checkpoints and the like."""
+    names = [
+        str(node.args[0].target)
+        for node in module.graph.nodes
+        if node.op == "call_function" and str(node.target) in _WRAPS and isinstance(node.args[0], fx.Node)
+    ]
+    return [getattr(module, name) for name in dict.fromkeys(names)]
 
 
 def _written_out(graph: fx.Graph) -> Iterator[Left]:

@@ -204,3 +204,23 @@ def test_training_models(name):
     atol = 1e-6 if name == "gemma2" else 1e-10  # whose softmax is in float32 always
     check_training(model, f, lambda g: (g(**wide, **more).last_hidden_state ** 2).mean(), atol)
     assert len(f.report().compiled) == sites and not f.report().left
+
+
+def test_checkpointed_blocks():
+    model = GPT(layers=2).double().train()
+    for block in model.blocks:
+        block.drop.p = 0.0
+
+    def forward(ids):
+        x = model.tokens(ids) + model.places(torch.arange(ids.shape[1]))
+        for block in model.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return model.head(model.norm(x))
+
+    ids = torch.randint(0, 61, (2, 24))
+    f = gossamer.jit(forward)
+    parameters = list(model.parameters())
+    with torch.enable_grad():
+        ours, wanted = (gradients(lambda g=g: (g(ids) ** 2).mean(), parameters) for g in (f, forward))
+    torch.testing.assert_close(ours, wanted, rtol=1e-7, atol=1e-10)
+    assert len(f.report().compiled) == 2 and not f.report().left
