@@ -119,6 +119,10 @@ def replace_attention(graph: fx.Graph, reader: Reader, match: Attention) -> None
 
 
 def _check(match: Attention) -> None:
+    if value_of(match.node).requires_grad and any(value_of(x).requires_grad for x in match.tensors[:2]):
+        inside = [value for node in match.inside if isinstance(value := value_of(node), torch.Tensor)]
+        if not all(value.requires_grad for value in inside if value.is_floating_point()):
+            raise LeftAlone("gradients stop inside it")
     values = [value_of(node) for node in match.tensors]
     dtypes = {v.dtype for v in values}
     if len(dtypes) > 1 or not dtypes <= set(FLOATS):

@@ -19,7 +19,7 @@ from torch import fx
 from ..ir.errors import GossamerError
 from .graph_memory import Memory
 from .graph_ops import Operation, operation, value_of
-from .graph_terms import size_of, tidy
+from .graph_terms import reads_in, size_of, tidy
 from .term import Term, constant, rename
 from .trace_capture import Trace
 from .trace_tensor import dtype_name
@@ -174,9 +174,15 @@ class Reader:
                 found = self._operate(node, did)
             except (Opaque, GossamerError, TypeError, ValueError, IndexError):
                 found = None  # no term, or one that nobody has a rule for: read what it computes
-            if found is not None and size_of(found.term) <= MAX_SIZE:
+            if found is not None and size_of(found.term) <= MAX_SIZE and not self._cuts(node, found.term):
                 return found
         return self.leaf(node)
+
+    def _cuts(self, node: fx.Node, term: Term) -> bool:
+        """Whether gradients stop at a node, by `detach` or `no_grad`, that its operands would have."""
+        if value_of(node).requires_grad or self.inner:
+            return False
+        return any(value_of(self.leaves[read[1]]).requires_grad for read in reads_in(term))
 
     def _operate(self, node: fx.Node, did: Operation) -> Tensor | None:
         from .graph_create import CREATIONS

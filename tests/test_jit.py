@@ -413,3 +413,56 @@ def test_changed_probabilities_are_left_alone_where_rows_may_be_empty():
     given = *inputs(torch.float64), torch.tensor([0, 7])
     torch.testing.assert_close(f(*given), halved(*given), equal_nan=True)
     assert "rows without keys" in str(f.report())
+
+
+# ---- gradients that stop ----
+
+
+def detached_probabilities(q, k, v, bias):
+    return (q @ k.mT + bias).softmax(-1).detach() @ v
+
+
+def detached_scores(q, k, v, bias):
+    return ((q @ k.mT).detach() + bias).softmax(-1) @ v
+
+
+def detached_bias(q, k, v, bias):
+    return (q @ k.mT + (bias * 2).detach()).softmax(-1) @ v
+
+
+def probabilities_without_gradients(q, k, v, bias):
+    with torch.no_grad():
+        p = (q @ k.mT + bias).softmax(-1)
+    return p @ v
+
+
+def bias_without_gradients(q, k, v, bias):
+    with torch.no_grad():
+        bias = bias * 2
+    return (q @ k.mT + bias).softmax(-1) @ v
+
+
+STOPS = [
+    detached_probabilities,
+    detached_scores,
+    detached_bias,
+    probabilities_without_gradients,
+    bias_without_gradients,
+]
+
+
+@pytest.mark.parametrize("program", STOPS, ids=lambda p: p.__name__)
+def test_gradients_stop_where_they_did(program):
+    def gradients(f):
+        given = [*inputs(torch.float64), torch.randn(20, 20, dtype=torch.float64, generator=generator)]
+        given = [x.requires_grad_() for x in given]
+        f(*given).square().sum().backward()
+        return [x.grad if x.grad is not None else torch.zeros_like(x) for x in given]
+
+    with torch.enable_grad():
+        generator = torch.Generator().manual_seed(0)
+        wanted = gradients(program)
+        generator = torch.Generator().manual_seed(0)
+        f = gossamer.jit(program)
+        torch.testing.assert_close(gradients(f), wanted, rtol=1e-9, atol=1e-11)
+    assert len(f.report().compiled) == ("bias" in program.__name__), f.report()
