@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.attention import attention as attention
+    from .frontend.huggingface import register_transformers as register_transformers
+    from .frontend.jit import jit as jit
     from .frontend.kernel import AttentionSpec as AttentionSpec
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
@@ -38,7 +40,9 @@ _NAMES: dict[str, str] = {
     "ScoreMod": "frontend.score",
     "attention": "frontend.attention",
     "compile": "frontend.kernel",
+    "jit": "frontend.jit",
     "load": "frontend.kernel",
+    "register_transformers": "frontend.huggingface",
     "sddmm": "frontend.splat",
     "sparse_softmax": "frontend.splat",
     "spmm": "frontend.splat",

@@ -54,6 +54,7 @@ def checks(mask: Mask, expr: Expr, *, attending: bool) -> tuple[Check, ...]:
             for index, size in zip(r.args[1:], sizes(r.args[0], len(r.args) - 1), strict=True):
                 with suppress(QuotaExceeded), quota(MAX_OPERATIONS):
                     bad = _outside(index, size, domain)
+                    bad = bad and _whatever_is_read(bad, [name for name, _ in mask.lets])
                     if bad is not None and not bad.is_empty():
                         some = domain.project_out_except([*SIZES.values()], [PARAM]).params()
                         holds = bad.complement().gist(some).coalesce()
@@ -118,3 +119,12 @@ def _outside(index: Expr, size: sympy.Symbol, domain: isl.Set) -> isl.Set | None
         at = bad.find_dim_by_name(PARAM, name)
         bad = bad.project_out(PARAM, at, 1) if at >= 0 else bad
     return bad.params().coalesce()
+
+
+def _whatever_is_read(bad: isl.Set, lets: list[str]) -> isl.Set:
+    """Where a read is outside for every value of integers that a kernel reads itself; others it clamps."""
+    for name in lets:
+        at = bad.find_dim_by_name(PARAM, name)
+        if at >= 0:
+            bad = bad.complement().project_out(PARAM, at, 1).complement().coalesce()
+    return bad

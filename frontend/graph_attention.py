@@ -1,0 +1,75 @@
+"""Attention in a graph, found by what it computes, and why some of it is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import fx
+
+from .graph_contract import contraction
+from .graph_flex import flex, is_flex
+from .graph_fused import fused
+from .graph_match import Attention
+from .graph_ops import arguments, operation
+from .graph_tensor import LeftAlone, Opaque, Reader
+from .graph_terms import reads_in
+from .graph_written import weights_of, written
+
+
+def find_attention(reader: Reader, graph: fx.Graph) -> Iterator[tuple[fx.Node, Attention | str]]:
+    """Every attention of a graph, or why it is left alone, with the node that stands for it."""
+    seen: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        did = operation(node)
+        if did is None:
+            if is_flex(node):
+                yield node, _attempt(lambda node=node: flex(reader, node))
+            continue
+        if did.name == "scaled_dot_product_attention":
+            yield node, _attempt(lambda node=node: fused(reader, node))
+            continue
+        product = contraction(node)
+        if product is None:
+            continue
+        try:
+            weights = weights_of(reader, product)
+        except LeftAlone:
+            continue
+        if weights is not None:
+            seen.add(weights[1])
+            yield weights[1], _attempt(lambda p=product, w=weights: written(reader, p, *w))
+    for node in graph.nodes:
+        did = operation(node)
+        if did is not None and did.name == "softmax" and node not in seen and _of_products(reader, node):
+            yield node, _why_alone(reader, node)
+
+
+def _attempt(match: Callable[[], Attention]) -> Attention | str:
+    try:
+        return match()
+    except (LeftAlone, Opaque, ValueError) as reason:
+        return str(reason)
+
+
+def _of_products(reader: Reader, softmax: fx.Node) -> bool:
+    try:
+        term = reader.operand(arguments(softmax, "input")[0], softmax).term
+    except LeftAlone:
+        return False
+    return any(contraction(reader.leaves[r[1]]) is not None for r in reads_in(term))
+
+
+def _why_alone(reader: Reader, softmax: fx.Node) -> str:
+    for user in _descendants(softmax, 6):
+        did = operation(user)
+        if did is not None and did.name == "dropout":
+            training = arguments(user, "input", "p", "training")[2]
+            if training is not False:
+                return "dropout in training, whose random numbers are the framework's"
+    return "its probabilities are not summed over the keys with values"
+
+
+def _descendants(node: fx.Node, depth: int) -> Iterator[fx.Node]:
+    for user in node.users if depth else ():
+        yield user
+        yield from _descendants(user, depth - 1)

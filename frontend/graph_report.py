@@ -1,0 +1,86 @@
+"""What became of a captured program: the parts that are compiled, and those that are left, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A part that gossamer computes. kind: "attention". where: file:line of the user's program."""
+
+    kind: str
+    where: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"compiled {self.kind} at {self.where}"
+
+
+@dataclass(frozen=True)
+class Left:
+    """A part that is left to the framework, and why."""
+
+    kind: str
+    where: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"left {self.kind} at {self.where}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """compiled, left: the parts, in the order of the program. Its text has one line for each.
+
+    A program that was captured anew, for other shapes or types, reports the last capture of each piece."""
+
+    compiled: tuple[Compiled, ...] = ()
+    left: tuple[Left, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [str(part) for part in (*self.compiled, *self.left)]
+        return "\n".join(lines) or "nothing captured that gossamer compiles"
+
+
+@dataclass
+class Findings:
+    """What was found in the pieces that a program was captured in, by piece."""
+
+    pieces: dict[Any, list[Compiled | Left]] = field(default_factory=dict)
+
+    def report(self) -> Report:
+        """The parts found so far. The program is captured when it is first called."""
+        parts = [part for piece in self.pieces.values() for part in piece]
+        return Report(
+            tuple(p for p in parts if isinstance(p, Compiled)), tuple(p for p in parts if isinstance(p, Left))
+        )
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_LIBRARY = re.compile(r"[\\/](torch|gossamer)[\\/]")
+
+
+def place(nodes: Any) -> str:
+    """file:line of the innermost line of the user's program that made one of these nodes."""
+    for node in nodes:
+        found = list(frames(node))
+        own = [f for f in found if not _LIBRARY.search(f[0])]
+        if found:
+            file, line = (own or found)[-1]
+            return f"{file}:{line}"
+        modules = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        if modules:  # a line of torch's own, which captures leave out
+            return "module " + re.sub(r"^L\['\w+'\]\.?", "", modules[-1])
+    return "an unknown line"
+
+
+def frames(node: fx.Node) -> Iterator[tuple[str, int]]:
+    """The files and lines that a node was captured from, from outside in."""
+    for match in _FRAME.finditer(node.meta.get("stack_trace") or ""):
+        yield match["file"], int(match["line"])

@@ -1,0 +1,84 @@
+"""`gossamer.jit`: whole PyTorch models and functions, with the attention inside them compiled.
+
+TorchDynamo captures the program; its graphs arrive here as FX graphs of torch operations. What computes
+attention is found by what it computes (frontend/graph_attention.py) and replaced by `gossamer.attention`; the
+rest runs as it is. What cannot be proven equal is left alone, and the report says why.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ..ir.errors import InputError, MissingDependencyError
+
+try:
+    import torch
+    import torch._dynamo
+except ImportError:
+    raise MissingDependencyError("torch", "torch", "gossamer.jit") from None
+
+from .graph_compile import compile_graph
+from .graph_report import Findings, Report
+
+
+def jit(target: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False) -> Any:
+    """A model or function whose attention gossamer computes: `gossamer.jit(model)`, or `@gossamer.jit`.
+
+    Args:
+        target: a torch.nn.Module, which stays as it is and shares its parameters with the result, or a
+            function.
+        dynamic: as `torch.compile` has it: None captures anew for other sizes once, then for all of them.
+        fullgraph: raise where the program cannot be captured in one piece, instead of running that line in
+            Python between two pieces.
+
+    Returns:
+        A module or function that is called as the original. Its `report()` gives a Report of what is
+        compiled, and of what is left to PyTorch and why; programs are captured when they are called.
+
+    Results are those of the original up to rounding: intermediate scores are not rounded to 16 bits. Rows
+    without any key give what the original gives them. What is left runs in eager mode.
+
+    Raises:
+        InputError: target is neither a module nor callable.
+    """
+    if target is None:
+        return functools.partial(jit, dynamic=dynamic, fullgraph=fullgraph)
+    if not callable(target):
+        raise InputError("gossamer.jit", "a torch.nn.Module or a function", type(target).__name__)
+    findings = Findings()
+    compiled: Any = torch.compile(target, backend=backend_of(findings), dynamic=dynamic, fullgraph=fullgraph)
+    if isinstance(target, torch.nn.Module):
+        compiled.__dict__["report"] = findings.report  # beside the attributes that it forwards to the module
+    else:
+        compiled.report = findings.report
+    return compiled
+
+
+def backend_of(findings: Findings) -> Callable[..., Any]:
+    """A backend of torch.compile that notes what it finds."""
+
+    def gossamer(graph: torch.fx.GraphModule, example_inputs: Any, **options: Any) -> Callable[..., Any]:
+        compiled, parts = compile_graph(graph)
+        findings.pieces[_piece(graph)] = parts
+        return compiled.forward
+
+    return gossamer
+
+
+def backend(graph: torch.fx.GraphModule, example_inputs: Any, **options: Any) -> Callable[..., Any]:
+    """`torch.compile(backend="gossamer")`."""
+    return backend_of(Findings())(graph, example_inputs, **options)
+
+
+def _piece(graph: torch.fx.GraphModule) -> Any:
+    """What identifies a piece of a program when it is captured anew: its first and last lines."""
+    lines = [n.meta.get("stack_trace") for n in graph.graph.nodes if n.op not in ("placeholder", "output")]
+    return (lines[0], lines[-1]) if lines else None
+
+
+if "gossamer" not in torch._dynamo.list_backends(exclude_tags=()):
+    torch._dynamo.register_backend(compiler_fn=backend, name="gossamer")
+
+__all__ = ["Report", "backend", "jit"]
