@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
     from .frontend.mask import Mask as Mask
+    from .frontend.moe import experts as experts
+    from .frontend.moe import moe as moe
+    from .frontend.routing import Routing as Routing
+    from .frontend.routing import route as route
     from .frontend.schedules import tune as tune
     from .frontend.score import ProbMod as ProbMod
     from .frontend.score import ScoreMod as ScoreMod
@@ -34,11 +38,15 @@ _NAMES: dict[str, str] = {
     "ACSRTensor": "frontend.splat",
     "Mask": "frontend.mask",
     "ProbMod": "frontend.score",
+    "Routing": "frontend.routing",
     "Schedule": "ir.plan",
     "ScoreMod": "frontend.score",
     "attention": "frontend.attention",
     "compile": "frontend.kernel",
+    "experts": "frontend.moe",
     "load": "frontend.kernel",
+    "moe": "frontend.moe",
+    "route": "frontend.routing",
     "sddmm": "frontend.splat",
     "sparse_softmax": "frontend.splat",
     "spmm": "frontend.splat",

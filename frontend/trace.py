@@ -30,6 +30,7 @@ __all__ = [
     "kv_length",
     "maximum",
     "minimum",
+    "trace_activation",
     "trace_mask",
     "trace_prob",
     "trace_score",
@@ -80,7 +81,13 @@ class _Recorded:
 
 _MEMO: OrderedDict[Any, tuple[_Recorded, ...]] = OrderedDict()
 _FUNCTIONS, _VARIANTS = 512, 8
-LETTERS = {"mask_mod": ("p", "c"), "score_mod": ("s", "t"), "prob_mod": ("x", "w")}
+LETTERS = {
+    "mask_mod": ("p", "c"),
+    "score_mod": ("s", "t"),
+    "prob_mod": ("x", "w"),
+    "activation": ("a", "t"),
+}
+FLOATS = frozenset(("score", "prob", "x0", "x1"))  # arguments that are floats
 """What the numbers and the tensors that each kind of function captures are called."""
 
 
@@ -99,6 +106,12 @@ def trace_prob(function: Callable[..., Any]) -> Traced:
     return _trace(function, "prob_mod", ("prob", "b", "h", "q", "k"))
 
 
+def trace_activation(function: Callable[..., Any], arguments: int) -> Traced:
+    """What `activation(gate, up) -> float` makes of x0 and x1, or `activation(x)` of x0. Raises
+    TraceError."""
+    return _trace(function, "activation", ("x0", "x1")[:arguments])
+
+
 def kv_length(index: Value) -> Value:
     """The number of keys, kv_len, as an expression beside an index of the same trace."""
     return Value(index.trace, "kv_len", "int")
@@ -112,7 +125,7 @@ def _trace(function: Callable[..., Any], role: str, names: tuple[str, ...]) -> T
         if replayed is not None:
             return replayed
     trace = Trace(role, float_params=role != "mask_mod")
-    indices = [Value(trace, name, "float" if name in ("score", "prob") else "int") for name in names]
+    indices = [Value(trace, name, "float" if name in FLOATS else "int") for name in names]
     result = _result(trace, _call(trace, function, code, indices), code)
     _check_size(trace, result.term, code)
     recorded, tensors = _finish(trace, result)
@@ -127,7 +140,7 @@ def _trace(function: Callable[..., Any], role: str, names: tuple[str, ...]) -> T
 
 def _call(trace: Trace, function: Callable[..., Any], code: Any, indices: list[Value]) -> Any:
     first = f"{indices[0].term}, " if len(indices) == 5 else ""
-    given = f"{first}b, h, q_idx, kv_idx"
+    given = f"{first}b, h, q_idx, kv_idx" if len(indices) > 3 else ("x", "gate, up")[len(indices) - 1]
     positional = _positional(function)
     if positional is not None and not positional[0] <= len(indices) <= positional[1]:
         raise at_definition(
@@ -173,7 +186,7 @@ _KINDS = {"int": "an integer", "float": "a float", "bool": "a truth value", "Non
 
 def _result(trace: Trace, result: Any, code: Any) -> Value:
     """The function's result as an expression of the kind that its role asks for."""
-    like = f"{trace.role.removesuffix('_mod')} * 2"
+    like = "gate * up" if trace.role == "activation" else f"{trace.role.removesuffix('_mod')} * 2"
     wanted, like = ("bool", "q_idx >= kv_idx") if trace.role == "mask_mod" else ("float", like)
     known = type(result) in (Value, Captured) or is_number(result) or getattr(result, "shape", None) == ()
     value = value_of(trace, result) if known else None

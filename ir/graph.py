@@ -24,6 +24,8 @@ What `fuse` makes of them; passes attach their plans. `sinks`: whether an operan
     column_sums  sddmm, score_map and reduce of q, k and rows whose log-sum-exp is known: what each key
                  gets from all queries
 
+Operations over rows in groups (experts): ir/ragged.py.
+
 Runtime numbers and captured tensors of a mask, then of a score map, then of a probability map, are
 further operands, in the order in which these name them. Semantics: graph_interpret.py; rules:
 graph_verify.py; text: graph_text.py.

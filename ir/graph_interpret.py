@@ -17,6 +17,7 @@ from .evaluate import evaluate, round_to
 from .graph import Graph, Op, Value
 from .graph_verify import verify
 from .mask import Mask
+from .ragged_interpret import RULES as RAGGED
 from .score import ProbMap, ScoreMap
 
 Array = np.ndarray
@@ -233,4 +234,5 @@ RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
     "row_lse": _row_lse,
     "weigh": _weigh,
     "column_sums": _column_sums,
+    **RAGGED,
 }

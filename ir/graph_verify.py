@@ -18,6 +18,7 @@ from .errors import VerifyError
 from .graph import Extent, Graph, Op, Value
 from .graph_text import FORMATS, op_text
 from .mask import Mask
+from .ragged_verify import SHAPES as RAGGED
 from .score import ProbMap, ScoreMap
 
 REDUCTIONS = ("sum", "max", "min", "mean")
@@ -290,5 +291,6 @@ SHAPES: dict[str, Callable[[_Checker], tuple[Shape, ...]]] = {
     "row_lse": _row_lse,
     "weigh": _weigh,
     "column_sums": _column_sums,
+    **RAGGED,
 }
 """For each kind of operation, the shapes of its results; checks operands and attributes on the way."""

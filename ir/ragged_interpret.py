@@ -1,0 +1,97 @@
+"""NumPy semantics of the operations over ragged groups (see ir/ragged.py); `graph_interpret` calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from .evaluate import evaluate
+from .graph import Op
+
+Array = np.ndarray
+Operands = list[Any]
+
+
+def _group(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    experts, top_k = op.attr("experts"), x[0].shape[1]
+    ids = x[0].reshape(-1)
+    kept = np.flatnonzero((ids >= 0) & (ids < experts))
+    order = kept[np.argsort(ids[kept], kind="stable")]
+    tokens, place = np.zeros(ids.size, np.int32), np.full(ids.size, -1, np.int32)
+    tokens[: order.size] = order // max(top_k, 1)
+    place[order] = np.arange(order.size)
+    bounds = np.zeros(experts + 1, np.int32)
+    bounds[1:] = np.cumsum(np.bincount(ids[kept], minlength=experts))
+    return tokens, bounds, place.reshape(x[0].shape)
+
+
+def _gather(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    rows, tokens = x
+    return (rows[tokens] if len(rows) else np.zeros((len(tokens), rows.shape[1]), rows.dtype),)
+
+
+def _grouped_matmul(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    a, w, bounds, *bias = x
+    w = w.swapaxes(1, 2) if op.attr("transpose_b") else w
+    out = np.zeros((len(a), w.shape[2]), floats)
+    for e, (start, end) in enumerate(pairwise(bounds)):
+        out[start:end] = a[start:end].astype(floats) @ w[e].astype(floats)
+        if bias:
+            out[start:end] += bias[0][e].astype(floats)
+    return (out,)
+
+
+def _split(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    (value,) = x
+    if op.attr("interleaved"):
+        return value[..., 0::2], value[..., 1::2]
+    half = value.shape[-1] // 2
+    return value[..., :half], value[..., half:]
+
+
+def _combine(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    y, place, *rest = x
+    if len(rest) == 1:
+        taken = np.where(place[..., None] >= 0, y[np.maximum(place, 0)].astype(floats), floats(0))
+        return ((np.where(place >= 0, rest[0], 0).astype(floats)[..., None] * taken).sum(1),)
+    starts, weights = rest
+    out = np.zeros((len(starts) - 1, y.shape[1]), floats)
+    for t, (start, end) in enumerate(pairwise(starts)):
+        rows = place[start:end]
+        out[t] = (weights[rows].astype(floats)[:, None] * y[rows].astype(floats)).sum(0)
+    return (out,)
+
+
+def _grouped_gemm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    a, w, bounds, *rest = x
+    if op.attr("gathers"):
+        (a,) = _gather(op, [a, rest[0]], floats)
+        rest = rest[1:]
+    (found,) = _grouped_matmul(op, [a, w, bounds, *rest], floats)
+    halves, expr = op.attr("halves"), op.attr("expr")
+    parts = (found,)
+    if halves is not None:
+        parts = _split(op.with_attrs(interleaved=halves == "interleaved"), [found], floats)
+    if expr is None:
+        return (parts[0],)
+    found = evaluate(expr, {f"x{i}": part for i, part in enumerate(parts)}, floats=floats)
+    return (_kept(np.broadcast_to(found, parts[0].shape), bounds),)
+
+
+def _kept(value: Array, bounds: Array) -> Array:
+    """The rows of groups; zeros in those of nobody, whatever the map makes of them."""
+    inside = (np.arange(len(value)) < bounds[-1])[:, None]
+    return np.where(inside, value, value.dtype.type(0))
+
+
+RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
+    "group": _group,
+    "gather": _gather,
+    "grouped_matmul": _grouped_matmul,
+    "split": _split,
+    "combine": _combine,
+    "grouped_gemm": _grouped_gemm,
+}

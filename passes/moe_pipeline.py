@@ -1,0 +1,90 @@
+"""The passes of layers of experts, in order, from a spec to a program. See passes/pipeline.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..ir.errors import InputError
+from ..ir.expr import integer
+from ..ir.graph import Graph
+from ..ir.graph_text import to_text
+from ..ir.kernel import Kernel, Program, Tensor
+from .moe_build import build_experts, build_groups
+from .moe_combine import combine_kernel
+from .moe_fuse import fuse_experts
+from .moe_gemm import gemm_kernel, slots
+from .moe_group import group_kernels
+from .moe_schedule import schedule_experts
+from .moe_spec import ExpertsSpec
+
+Watcher = Callable[[str, Any], None]
+
+
+def compile_experts(spec: ExpertsSpec, watch: Watcher | None = None) -> Program:
+    """From a spec to the kernels of the whole layer."""
+    return lower_experts(run_experts(build_experts(spec), spec, watch), spec)
+
+
+def compile_groups(spec: ExpertsSpec) -> Program:
+    """From a spec to the kernels that sort its entries by expert."""
+    return lower_experts(build_groups(spec), spec)
+
+
+def run_experts(graph: Graph, spec: ExpertsSpec, watch: Watcher | None = None) -> Graph:
+    """The graph fused and scheduled; `watch(name, graph)` sees each result."""
+    for name, apply in (("fuse", fuse_experts), ("schedule", lambda g: schedule_experts(g, spec))):
+        graph = apply(graph)
+        if watch is not None:
+            watch(name, graph)
+    return graph
+
+
+def lower_experts(graph: Graph, spec: ExpertsSpec) -> Program:
+    """The kernels of a scheduled graph, in launch order."""
+    blocked = _blocked(graph)
+    kernels: list[Kernel] = []
+    kept: list[Tensor] = []
+    for op in graph.ops:
+        match op.kind:
+            case "group":
+                made, between = group_kernels(graph, op, padded=not spec.is_cpu)
+                kernels += made
+                kept += between
+            case "grouped_gemm":
+                kernels.append(gemm_kernel(graph, op, spec, blocked))
+            case "combine":
+                kernels.append(combine_kernel(graph, op, spec))
+            case _:
+                raise InputError("lower_experts", "a graph that is fused and scheduled", to_text(graph))
+    written = {t.name: t for k in kernels for t in k.tensors if t.role == "out"}
+    known = {t.name for t in kept} | set(graph.outputs)
+    for name, tensor in written.items():
+        if name not in known:
+            kept.append(_sized(graph, tensor))
+    return Program(tuple(kernels), tuple(kept), to_text(graph))
+
+
+def _blocked(graph: Graph) -> frozenset[str]:
+    """Intermediates that one grouped_gemm leaves to another by row tiles of the same size."""
+    names = set()
+    for op in graph.of_kind("grouped_gemm"):
+        made = graph.producer(op.inputs[0])
+        if made is not None and made.kind == "grouped_gemm" and not op.attr("gathers"):
+            tilings = made.attr("tiling"), op.attr("tiling")
+            if all(t.blocked for t in tilings) and tilings[0].rows == tilings[1].rows:
+                names.add(op.inputs[0])
+    return frozenset(names)
+
+
+def _sized(graph: Graph, tensor: Tensor) -> Tensor:
+    """An intermediate with its extents as expressions of those of the call."""
+    entries = integer("entries")
+    if tensor.shape[0] == "slots":
+        op = graph.producer(tensor.name)
+        assert op is not None
+        experts = int(graph.values[op.inputs[1]].shape[0])
+        rows = slots(entries, op.attr("tiling").rows, experts)
+        return Tensor(tensor.name, tensor.dtype, (rows, *tensor.shape[1:]), unit=2)
+    shape = tuple(entries if n == "entries" else n for n in tensor.shape)
+    return Tensor(tensor.name, tensor.dtype, shape, unit=tensor.unit)
