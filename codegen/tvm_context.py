@@ -14,7 +14,6 @@ from .tvm_layout import Piece, Tile, Workspace, pieces, walk
 from .tvm_names import Names
 from .tvm_text import Lines
 
-
 Place = tuple[str, tuple[Expr, ...]]  # a tensor and an index
 
 

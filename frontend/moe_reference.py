@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -91,6 +92,5 @@ def _rows(given: dict[str, Any], experts: int) -> list[tuple[Any, Any]]:
     if "ids" in given:
         found = [torch.where(given["ids"] == e) for e in range(experts)]
         return [(tokens, given["weights"][tokens, place]) for tokens, place in found]
-    bounds = given["bounds"].tolist()
-    pairs = zip(bounds[:-1], bounds[1:], strict=True)
+    pairs = pairwise(given["bounds"].tolist())
     return [(given["tokens"][a:b].long(), given["weights"][a:b]) for a, b in pairs]

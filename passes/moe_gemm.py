@@ -12,7 +12,7 @@ Leaves alone: nothing; an operation without a tiling is an error.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -224,19 +224,23 @@ class _Builder:
     def _column_tile(self, n_tile: Expr) -> list[Stmt]:
         head: list[Stmt] = [Compute("col", "i32", ("n",), n_tile * self.tiling.cols + N)]
         if self.tiling.resident:
-            products: list[Stmt] = []
-            for part in self.parts:
-                for k in range(self.steps):
-                    products.append(
-                        self._load_matrix(part, f"{part.matrix}_{k}", sympy.Integer(k * self.step))
-                    )
-                    products.append(self._dot(part, f"A{k}", f"{part.matrix}_{k}", accumulate=k > 0))
+            products = [s for part in self.parts for k in range(self.steps) for s in self._sum_part(part, k)]
             return [*head, *products, *self._end()]
         at = self.step * integer("u")
         loads = [self._load_matrix(part, part.matrix, at) for part in self.parts]
         dots = [self._dot(part, "A", part.matrix, accumulate=True) for part in self.parts]
         zero = [Compute(part.acc, self.acc, ("i", "n"), sympy.Float(0.0)) for part in self.parts]
         return [*head, *zero, self._for(self.steps, [*self._load_rows("A", at), *loads, *dots]), *self._end()]
+
+    def _sum_part(self, part: _Part, k: int) -> list[Stmt]:
+        """Part k of the sum of a product, added up on its own: errors of rounding grow with its length."""
+        matrix = f"{part.matrix}_{k}"
+        load = self._load_matrix(part, matrix, sympy.Integer(k * self.step))
+        if k == 0:
+            return [load, self._dot(part, f"A{k}", matrix, accumulate=False)]
+        more = replace(part, acc=f"{part.acc}_{k}")
+        total = Compute(part.acc, self.acc, ("i", "n"), real(part.acc) + real(more.acc), declares=False)
+        return [load, self._dot(more, f"A{k}", matrix, accumulate=False), total]
 
     def _dot(self, part: _Part, rows: str, matrix: str, *, accumulate: bool) -> Dot:
         more = {"accumulate": accumulate, "declares": not accumulate, "precision": self.spec.precision}

@@ -72,19 +72,17 @@ def _blocked(graph: Graph) -> frozenset[str]:
         made = graph.producer(op.inputs[0])
         if made is not None and made.kind == "grouped_gemm" and not op.attr("gathers"):
             tilings = made.attr("tiling"), op.attr("tiling")
-            if all(t.blocked for t in tilings) and tilings[0].rows == tilings[1].rows:
+            if all(t and t.blocked for t in tilings) and tilings[0].rows == tilings[1].rows:
                 names.add(op.inputs[0])
     return frozenset(names)
 
 
 def _sized(graph: Graph, tensor: Tensor) -> Tensor:
     """An intermediate with its extents as expressions of those of the call."""
-    entries = integer("entries")
-    if tensor.shape[0] == "slots":
-        op = graph.producer(tensor.name)
-        assert op is not None
-        experts = int(graph.values[op.inputs[1]].shape[0])
-        rows = slots(entries, op.attr("tiling").rows, experts)
-        return Tensor(tensor.name, tensor.dtype, (rows, *tensor.shape[1:]), unit=2)
-    shape = tuple(entries if n == "entries" else n for n in tensor.shape)
-    return Tensor(tensor.name, tensor.dtype, shape, unit=tensor.unit)
+    if tensor.shape[0] != "slots":
+        return Tensor(tensor.name, tensor.dtype, tensor.shape, unit=tensor.unit)
+    op = graph.producer(tensor.name)
+    assert op is not None
+    experts = int(graph.values[op.inputs[1]].shape[0])
+    rows = slots(integer("entries"), op.attr("tiling").rows, experts)
+    return Tensor(tensor.name, tensor.dtype, (rows, *tensor.shape[1:]), unit=2)

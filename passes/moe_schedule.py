@@ -14,17 +14,19 @@ from __future__ import annotations
 
 from ..ir.graph import Graph, Op
 from ..ir.ragged import Tiling
-from .moe_spec import ExpertsSpec
+from .devices import device_of
+from .moe_spec import BYTES, ExpertsSpec
 
 CPU_ROWS = {"few": 16, "some": 32, "many": 32}
 CPU_COLS = 32
-CPU_INNER = 256  # a row tile of so many features lies in the nearest cache
+CPU_INNER = 128  # summed one after another; sums of more are added up, which keeps rounding errors small
 # (rows, columns of each half where there are two, summed extent of a step, warps, stages) by load
 GPU = {
     "few": (16, 64, 128, 4, 4),
     "some": (64, 64, 64, 4, 4),
     "many": (128, 128, 64, 8, 3),
 }
+SHARED = 64 * 1024  # bytes that a program has at least, on GPUs that are not described
 GPU_PLAIN = {  # products without halves have half the columns to hold
     "few": (16, 64, 256, 4, 4),
     "some": (64, 128, 64, 4, 4),
@@ -50,22 +52,33 @@ def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
     inner = graph.values[op.inputs[0]].shape[1]
     assert isinstance(inner, int) and isinstance(columns, int)
     if spec.is_cpu:
-        step = _divisor(inner, CPU_INNER)
+        step = _part(inner, CPU_INNER)
         meta = (("in_place", 1),)
         return Tiling(CPU_ROWS[spec.load], min(CPU_COLS, columns), step, True, blocked=True, meta=meta)
     rows, cols, step, warps, stages = (GPU if op.attr("halves") else GPU_PLAIN)[spec.load]
     size = {"f64": 4, "f32": 2}.get(spec.dtype, 1)
     cols = max(16, cols // size)
     step = max(32, step // size)
+    chip = getattr(device_of(spec.target), "chip", None)
+    room = chip.shared_program if chip else SHARED
+    while True:
+        held = (rows + cols * (2 if op.attr("halves") else 1)) * step * BYTES[spec.dtype]
+        if held * stages <= room or stages == 2 == cols // 8:
+            break
+        stages, cols = (stages - 1, cols) if stages > 2 else (stages, max(16, cols // 2))
     wide = min(8 if spec.load == "many" else 1 << 20, -(-columns // cols))
-    meta = (("stages", stages if size == 1 else 2), ("warps", warps))
+    meta = (("stages", stages), ("warps", warps))
     return Tiling(rows, cols, step, wide=wide, meta=meta)
 
 
-def _divisor(extent: int, least: int) -> int:
-    """The smallest divisor of an extent that is not below `least` and leaves at most 16 parts.
+def _part(extent: int, least: int) -> int:
+    """An extent cut into parts of this size, the last of which may be smaller: equal parts if that can be,
+    of at least `least`, and no more than 16 of them.
 
-    >>> _divisor(512, 256), _divisor(7168, 256), _divisor(300, 256), _divisor(65536, 256)
-    (256, 448, 300, 4096)
+    >>> _part(512, 128), _part(7168, 128), _part(300, 128), _part(257, 128), _part(100, 128)
+    (128, 448, 150, 129, 100)
     """
-    return next(n for n in range(min(least, extent), extent + 1) if extent % n == 0 and extent // n <= 16)
+    least = max(least, -(-extent // 16))
+    even = [n for n in range(least, min(2 * least, extent) + 1) if extent % n == 0]
+    parts = max(1, extent // least)
+    return even[0] if even else -(-extent // parts)
