@@ -169,7 +169,8 @@ class Body:
         guard, masks = self._mask(speller, stmt.guard, axes)
         arguments = [pointer, self._full(value, dtype, axes)]
         arguments += [f"mask={masks}"] if guard else []
-        self._line(f"tl.store({', '.join(arguments)})")
+        arguments += ['sem="relaxed"'] if stmt.adds else []
+        self._line(f"tl.{'atomic_add' if stmt.adds else 'store'}({', '.join(arguments)})")
 
     def _address(self, speller: Speller, tensor: str, index: tuple[Expr, ...], axes: tuple[str, ...]) -> str:
         pointer = speller.pointer(self.scope.tensors[tensor], index)

@@ -45,6 +45,8 @@ def store(ctx: Context, stmt: Store) -> None:
     tensor = _tensor(ctx, stmt.tensor)
     axes = storage_order(stmt.axes, ctx.kernel.lanes)
     index, along = _walk_along(ctx, tensor, stmt.index, axes)
+    if stmt.adds and along is not None and not _unit_step(ctx, tensor, index, along):
+        along = None  # one element for every lane: vectors would keep one lane's sum
     narrow = TENSOR_DTYPES[tensor.dtype]
     value = stmt.value
     source: Tile | None = None
@@ -65,7 +67,8 @@ def store(ctx: Context, stmt: Store) -> None:
                 if source
                 else ctx.printer(value, dtype=_wide(tensor)).text(value, _wide(tensor))
             )
-            ctx.out.line(f"{place} = {_cast(text, source.storage if source else _wide(tensor), narrow)}")
+            text = _cast(text, source.storage if source else _wide(tensor), narrow)
+            ctx.out.line(f"{place} = {f'{place} + {text}' if stmt.adds else text}")
 
     _guarded(ctx, axes, along, stmt.guard, _wide(tensor), write, None)
 

@@ -44,8 +44,9 @@ class Problem:
     """Checked inputs of one attention: its sizes, dtype name and device, and the three tensors.
 
     paged: key and value are pages, whose length is kv_len. pairs: the extents of b, h, q and k that a mask
-    sees, None where sequences differ. contiguous: for each tensor, whether its last dimension has stride 1.
-    aligned: whether every address and row lies on a multiple of 16 bytes, which GPU kernels are compiled for
+    sees, None where sequences differ. one_key_batch: whether key and value came once for all batches.
+    contiguous: for each tensor, whether its last dimension has stride 1. aligned: whether every address and
+    row lies on a multiple of 16 bytes, which GPU kernels are compiled for
     or not."""
 
     __slots__ = (
@@ -57,6 +58,7 @@ class Problem:
         "heads",
         "key",
         "kv_len",
+        "one_key_batch",
         "pairs",
         "q_len",
         "qk_size",
@@ -81,7 +83,8 @@ class Problem:
             raise InputError(
                 "attention.key", f"the query's head size {self.qk_size} in the last dimension", size
             )
-        if kv_batch != self.batch and not paged:
+        self.one_key_batch = kv_batch != self.batch and not paged
+        if self.one_key_batch:
             if kv_batch != 1:
                 raise InputError("attention.key", f"batch {self.batch} (the query's) or 1", kv_batch)
             self.key, self.value = (t.expand(self.batch, -1, -1, -1) for t in (self.key, self.value))

@@ -91,7 +91,7 @@ class ScoreMod:
             Capture(f"{tensor}{i}", dtype, rank) for i, (dtype, rank) in enumerate(self._signature)
         )
         floats = frozenset([self.argument, *(name for name, kind in params if kind == "float")])
-        kind = {cls.argument: cls for cls in (ScoreMap, ProbMap)}[self.argument]
+        kind = {cls.word: cls for cls in (ScoreMap, ProbMap)}[self.argument]
         return kind(to_expr(self._term, floats), params, captures)
 
     @property

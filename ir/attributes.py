@@ -12,7 +12,7 @@ from .mask import Capture, Mask
 from .order import Order, OrderDim
 from .plan import Group, Lists, Loops, Schedule, Summary
 from .ragged import Tiling
-from .score import ProbMap, ScoreMap
+from .score import ProbGrad, ProbMap, ScoreGrad, ScoreMap
 from .sequences import Sequences
 from .text import dump, load, register
 
@@ -20,5 +20,18 @@ __all__ = ["dump", "load"]
 
 for _cls in (ACSR, Blocks, Capture, Dense, Group, Loops, Mask, Order, OrderDim, Progression):
     register(_cls)
-for _cls in (Lists, ProbMap, Remainder, Schedule, ScoreMap, Sequences, Span, StoredACSR, Summary, Tiling):
+for _cls in (
+    Lists,
+    ProbGrad,
+    ProbMap,
+    Remainder,
+    Schedule,
+    ScoreGrad,
+    ScoreMap,
+    Sequences,
+    Span,
+    StoredACSR,
+    Summary,
+    Tiling,
+):
     register(_cls)

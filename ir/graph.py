@@ -15,6 +15,21 @@ are few, so that a pass or a gradient needs one rule each and none for attention
     reduce       `op` (sum, max, min, mean) over `axis`
     map          elementwise, by the expression `expr` of x0, x1, ...
 
+What `differentiate` adds (passes/differentiate.py), for gradients of the above:
+
+    renormalize  scores, their rows' log-sum-exp [, sinks] -> probabilities
+    map_grad     what a score or probability map was given, the scores, the gradient of what it gave -> the
+                 gradient of what it was given, by `grad`; zero where a score is -inf
+    softmax_grad p, the gradient dp, rows delta -> p * (dp - delta)
+    row_dot      a, b -> the sum of a * b over the last axis
+    row_shift    rows delta, the gradient of the log-sum-exp, the log-sum-exp [, sinks] -> delta less what
+                 that gradient adds to the gradients of scores, over p
+    sink_grad    rows' log-sum-exp, sinks, delta -> what each row adds to the gradient of its head's sink
+    capture_grad as map_grad -> the gradient of a captured tensor: values of `grads`, added up at `indices`
+
+There, `sddmm` has an attribute `outside`, the value where the mask does not hold, and `spmm` may be
+`transposed`: p [B, Hq, M, N] x a [B, Hq, M, E] -> [B, heads, N, E], summed over query heads of a key head.
+
 What `fuse` makes of them; passes attach their plans. `sinks`: whether an operand of sinks follows.
 
     attention    sddmm, score_map, softmax, prob_map and spmm of q, k, v; the results of spmm and, if
@@ -23,6 +38,10 @@ What `fuse` makes of them; passes attach their plans. `sinks`: whether an operan
     weigh        sddmm, score_map, prob_map and spmm of q, k, v and rows whose log-sum-exp is known
     column_sums  sddmm, score_map and reduce of q, k and rows whose log-sum-exp is known: what each key
                  gets from all queries
+    grad_delta   of q, k, v and what `given` names: rows delta and, if asked for, those of the sinks
+    grad_rows    likewise: the gradient of q, and both of these
+    grad_columns the gradients of k and v
+    grad_captures  the gradients of captured tensors, `of` a map
 
 Operations over rows in groups (experts): ir/ragged.py.
 

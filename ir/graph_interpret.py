@@ -7,11 +7,12 @@ result to its dtype once. Scores are held densely, -inf where the mask does not 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from . import gradient_interpret as gradients
 from .errors import InputError, UnsupportedError
 from .evaluate import evaluate, round_to
 from .graph import Graph, Op, Value
@@ -44,10 +45,16 @@ def interpret(graph: Graph, arguments: Mapping[str, Any]) -> dict[str, Array]:
         values[value.name] = _bind(value, np.asarray(arguments[value.name]), lengths)
     with np.errstate(all="ignore"):
         for op in graph.ops:
-            results = RULES[op.kind](op, [values[i] for i in op.inputs], _floats(graph, op))
+            sized = replace(op, outputs=tuple(_sized(v, lengths) for v in op.outputs))
+            results = RULES[op.kind](sized, [values[i] for i in op.inputs], _floats(graph, op))
             for value, result in zip(op.outputs, results, strict=False):
                 values[value.name] = np.asarray(round_to(result, value.dtype))
     return {name: values[name] for name in graph.outputs}
+
+
+def _sized(value: Value, lengths: dict[str, int]) -> Value:
+    """A value with numbers for the names of its extents."""
+    return replace(value, shape=tuple(lengths.get(n, n) if isinstance(n, str) else n for n in value.shape))
 
 
 def _bind(value: Value, array: Array, lengths: dict[str, int]) -> Array:
@@ -93,7 +100,7 @@ def _scores(op: Op, q: Array, k: Array, operands: Operands, floats: type) -> Arr
     b, h, q_at, k_at = _grid(product.shape)
     q_len, kv_len = product.shape[2:]
     attends = mask.evaluate(b, h, q_at, k_at, params, captures, q_len, kv_len)
-    return np.where(attends, product, floats(-np.inf))
+    return np.where(attends, product, floats(op.attr("outside", -np.inf)))
 
 
 def _mapped(score: ScoreMap, scores: Array, operands: Operands, floats: type) -> Array:
@@ -159,6 +166,8 @@ def _reweighed(
 
 def _spmm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     weights = x[0].astype(floats)
+    if op.attr("transposed"):
+        return (gradients.transposed(weights, x[1].astype(floats), int(op.output.shape[1])),)
     return (weights @ _heads(x[1], weights.shape[1]).astype(floats),)
 
 
@@ -221,6 +230,59 @@ def _column_sums(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     return (_weights_of(of.scores, lse.astype(floats), of.sinks).sum(2),)
 
 
+def _renormalize(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    return (
+        _weights_of(*(operand.astype(floats) for operand in x[:2]), x[2].astype(floats) if x[2:] else None),
+    )
+
+
+def _map_grad(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    given, scores, grad, *rest = x
+    of, pairs = op.attr("grad"), (given.astype(floats), scores, grad.astype(floats))
+    return (gradients.mapped(of, *pairs, rest, floats),)
+
+
+def _capture_grad(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    given, scores, grad, *rest = x
+    pairs, reads = (given.astype(floats), scores, grad.astype(floats)), (op.attr("grads"), op.attr("indices"))
+    shape = tuple(map(int, op.output.shape))
+    return (gradients.scattered(*reads, shape, pairs, rest, floats),)
+
+
+def _softmax_grad(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    p, dp, delta = (operand.astype(floats) for operand in x)
+    return (p * (dp - delta[..., None]),)
+
+
+def _row_dot(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    return ((x[0].astype(floats) * x[1].astype(floats)).sum(-1),)
+
+
+def _row_shift(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    delta, dlse, lse, *sinks = (operand.astype(floats) for operand in x)
+    return (gradients.shifted(delta, dlse, lse, sinks[0] if sinks else None),)
+
+
+def _sink_grad(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    lse, sinks, delta = (operand.astype(floats) for operand in x)
+    return (gradients.sink_rows(lse, sinks, delta),)
+
+
+def _fused_gradient(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    """q, k, v, what is `given`, the runtime values of the mask and of both maps."""
+    heads, names = x[1].shape[1], op.attr("given")
+    q, k, v = x[0].astype(floats), *(_heads(t, x[0].shape[1]).astype(floats) for t in x[1:3])
+    given = {name: value.astype(floats) for name, value in zip(names, x[3:], strict=False)}
+    rest = x[3 + len(names) :]
+    raw = _scores(op, q, k, rest, floats)
+    rest = rest[sum(map(len, _runtime(op.attr("mask"), rest))) :]
+    scores = _mapped(op.attr("score"), raw, rest, floats)
+    values = rest[: sum(map(len, _runtime(op.attr("score"), rest)))]
+    weights = _weights_of(scores, given["lse"], given.get("sinks"))
+    made = gradients.Gradients(op, q, k, v, raw, scores, weights, given, values, rest[len(values) :], floats)
+    return gradients.FUSED[op.kind](made, [value.shape for value in op.outputs], heads)
+
+
 RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
     "matmul": _matmul,
     "sddmm": _sddmm,
@@ -235,4 +297,12 @@ RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
     "weigh": _weigh,
     "column_sums": _column_sums,
     **RAGGED,
+    "renormalize": _renormalize,
+    "map_grad": _map_grad,
+    "capture_grad": _capture_grad,
+    "softmax_grad": _softmax_grad,
+    "row_dot": _row_dot,
+    "row_shift": _row_shift,
+    "sink_grad": _sink_grad,
+    **dict.fromkeys(gradients.FUSED, _fused_gradient),
 }

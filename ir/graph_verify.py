@@ -14,6 +14,7 @@ import networkx as nx
 import sympy
 
 from . import expr as E
+from . import gradient_shapes as gradients
 from .errors import VerifyError
 from .graph import Extent, Graph, Op, Value
 from .graph_text import FORMATS, op_text
@@ -37,7 +38,7 @@ def verify(graph: Graph) -> None:
                 _fail("order", f"%{name} is used before it is made; known: {', '.join(known)}", where)
         if op.kind not in SHAPES:
             _fail("operands", f"expected an operation ({', '.join(SHAPES)}); got {op.kind!r}", where)
-        expected = SHAPES[op.kind](_Checker(op, tuple(known[i] for i in op.inputs), where))
+        expected = SHAPES[op.kind](Checker(op, tuple(known[i] for i in op.inputs), where))
         _results(op, expected, where)
         for value in op.outputs:
             _define(known, value, where)
@@ -70,7 +71,9 @@ def _define(known: dict[str, Value], value: Value, where: str) -> None:
 
 def _results(op: Op, expected: tuple[Shape, ...], where: str) -> None:
     shapes = tuple(v.shape for v in op.outputs)
-    optional = op.kind in ("softmax", "attention", "row_lse") and 1 <= len(shapes) < len(expected)
+    optional = op.kind in ("softmax", "attention", "row_lse", *gradients.FEWER) and 1 <= len(shapes) < len(
+        expected
+    )
     if len(shapes) != len(expected) and not optional:
         _fail("type", f"expected {len(expected)} result(s); got {len(shapes)}", where)
     for value, shape in zip(op.outputs, expected, strict=False):
@@ -82,7 +85,7 @@ def _show(shape: Shape) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-class _Checker:
+class Checker:
     """One operation with the types of its operands."""
 
     def __init__(self, op: Op, operands: tuple[Value, ...], where: str) -> None:
@@ -101,7 +104,7 @@ class _Checker:
                 self.fail("type", f"%{value.name}: expected {rank} dimensions; got {_show(shape)}")
         return shapes
 
-    def same(self, what: str, a: Extent, b: Extent) -> None:
+    def same(self, what: str, a: Extent | Shape, b: Extent | Shape) -> None:
         if a != b:
             self.fail("type", f"expected one {what}; got {a} and {b}")
 
@@ -150,7 +153,7 @@ def runtime_operands(holder: Mask | ScoreMap) -> list[tuple[str, int]]:
     return [*((p, 0) for p in params), *((c.name, c.rank) for c in holder.captures)]
 
 
-def _matmul(c: _Checker) -> tuple[Shape, ...]:
+def _matmul(c: Checker) -> tuple[Shape, ...]:
     a, b = c.shapes(2)
     c.captured(2)
     if min(len(a), len(b)) < 2:
@@ -163,23 +166,24 @@ def _matmul(c: _Checker) -> tuple[Shape, ...]:
     return ((*batch, a[-2], columns),)
 
 
-def _sddmm(c: _Checker) -> tuple[Shape, ...]:
+def _sddmm(c: Checker) -> tuple[Shape, ...]:
     q, k = c.shapes(2, (4, 4))
     c.captured(2, c.attr("mask", Mask, needed=False))
     c.attr("scale", (int, float), needed=False)
+    c.attr("outside", (int, float), needed=False)
     c.same("batch", q[0], k[0])
     c.heads(q[1], k[1])
     c.same("head size", q[3], k[3])
     return ((q[0], q[1], q[2], k[2]),)
 
 
-def _score_map(c: _Checker) -> tuple[Shape, ...]:
+def _score_map(c: Checker) -> tuple[Shape, ...]:
     (scores,) = c.shapes(1, (4,))
     c.captured(1, c.attr("score", ScoreMap))
     return (scores,)
 
 
-def _softmax(c: _Checker) -> tuple[Shape, ...]:
+def _softmax(c: Checker) -> tuple[Shape, ...]:
     (scores,) = c.shapes(1)
     if not scores:
         c.fail("type", "expected at least 1 dimension; got a number")
@@ -191,7 +195,7 @@ def _softmax(c: _Checker) -> tuple[Shape, ...]:
     return scores, scores[:-1], scores[:-1]
 
 
-def _prob_map(c: _Checker) -> tuple[Shape, ...]:
+def _prob_map(c: Checker) -> tuple[Shape, ...]:
     probabilities, scores = c.shapes(2, (4, 4))
     c.captured(2, c.attr("prob", ProbMap))
     if probabilities != scores:
@@ -199,16 +203,21 @@ def _prob_map(c: _Checker) -> tuple[Shape, ...]:
     return (probabilities,)
 
 
-def _spmm(c: _Checker) -> tuple[Shape, ...]:
+def _spmm(c: Checker) -> tuple[Shape, ...]:
     p, v = c.shapes(2, (4, 4))
     c.captured(2)
     c.same("batch", p[0], v[0])
+    if c.attr("transposed", bool, needed=False):
+        heads = c.attr("heads", (int, str))
+        c.same("shape of rows", p[:3], v[:3])
+        c.heads(p[1], heads)
+        return ((p[0], heads, p[3], v[3]),)
     c.heads(p[1], v[1])
     c.same("number of keys", p[3], v[2])
     return ((*p[:3], v[3]),)
 
 
-def _reduce(c: _Checker) -> tuple[Shape, ...]:
+def _reduce(c: Checker) -> tuple[Shape, ...]:
     (x,) = c.shapes(1)
     c.captured(1)
     if c.attr("op", str) not in REDUCTIONS:
@@ -219,7 +228,7 @@ def _reduce(c: _Checker) -> tuple[Shape, ...]:
     return ((*x[:axis], *x[axis + 1 :]),)
 
 
-def _map(c: _Checker) -> tuple[Shape, ...]:
+def _map(c: Checker) -> tuple[Shape, ...]:
     expr = c.attr("expr", sympy.Basic)
     names = {f"x{i}" for i in range(len(c.operands))}
     stray = sorted(s.name for s in E.symbols(expr) if s.name not in names)
@@ -237,7 +246,7 @@ def _map(c: _Checker) -> tuple[Shape, ...]:
     return (tuple(reversed(out)),)
 
 
-def _fused(c: _Checker, tensors: str) -> list[Shape]:
+def _fused(c: Checker, tensors: str) -> list[Shape]:
     """The shapes of the first operands of a fused operation: q, k and what the word names of v and lse."""
     names = ["q", "k", *tensors.split()]
     q, k, *rest = shapes = c.shapes(len(names), tuple(3 if n == "lse" else 4 for n in names))
@@ -258,27 +267,27 @@ def _fused(c: _Checker, tensors: str) -> list[Shape]:
     return shapes
 
 
-def _attention(c: _Checker) -> tuple[Shape, ...]:
+def _attention(c: Checker) -> tuple[Shape, ...]:
     q, _, v = _fused(c, "v")
     return (*q[:3], v[3]), q[:3], q[:3]
 
 
-def _row_lse(c: _Checker) -> tuple[Shape, ...]:
+def _row_lse(c: Checker) -> tuple[Shape, ...]:
     q, _ = _fused(c, "")
     return q[:3], q[:3]
 
 
-def _weigh(c: _Checker) -> tuple[Shape, ...]:
+def _weigh(c: Checker) -> tuple[Shape, ...]:
     q, _, v, _ = _fused(c, "v lse")
     return ((*q[:3], v[3]),)
 
 
-def _column_sums(c: _Checker) -> tuple[Shape, ...]:
+def _column_sums(c: Checker) -> tuple[Shape, ...]:
     q, k, _ = _fused(c, "lse")
     return ((*q[:2], k[2]),)
 
 
-SHAPES: dict[str, Callable[[_Checker], tuple[Shape, ...]]] = {
+SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
     "matmul": _matmul,
     "sddmm": _sddmm,
     "score_map": _score_map,
@@ -292,5 +301,6 @@ SHAPES: dict[str, Callable[[_Checker], tuple[Shape, ...]]] = {
     "weigh": _weigh,
     "column_sums": _column_sums,
     **RAGGED,
+    **gradients.SHAPES,
 }
 """For each kind of operation, the shapes of its results; checks operands and attributes on the way."""

@@ -113,13 +113,17 @@ class Load:
 
 @dataclass(frozen=True)
 class Store:
-    """`store tensor[index] = value over axes where guard`; value is converted to the tensor's dtype."""
+    """`store tensor[index] = value over axes where guard`; value is converted to the tensor's dtype.
+
+    adds (`+=`): the value is added to the element. Coordinates of a tile may then meet at one element, and
+    on a GPU grid cells too: the order of additions is open. On a CPU cells add to elements of their own."""
 
     tensor: str
     index: tuple[Expr, ...]
     value: Expr
     axes: tuple[str, ...]
     guard: Expr = sympy.true
+    adds: bool = False
 
 
 @dataclass(frozen=True)

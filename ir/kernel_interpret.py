@@ -245,6 +245,9 @@ class _Machine:
         dtype = next(t.dtype for t in self.kernel.tensors if t.name == s.tensor)
         value = np.broadcast_to(round_to(self.full(s.value, s.axes, dtype), dtype), self.shape(s.axes))
         at = tuple(i[allowed] for i in index)
+        if s.adds:
+            np.add.at(tensor, at, value[allowed])
+            return
         flat = sum(i * stride for i, stride in zip(at, _strides(tensor.shape), strict=True))
         if np.unique(flat).size < np.size(flat):
             self.fail(f"two coordinates of one tile write the same element of {s.tensor}")

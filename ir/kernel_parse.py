@@ -214,11 +214,13 @@ class _Reader:
     def store(self) -> K.Store:
         c = self.cursor
         tensor, index = self.place()
-        c.expect("=")
+        adds = c.take("+=")
+        if not adds:
+            c.expect("=")
         value = c.expr(self.scope, "over")
         axes = self.over()
         guard = c.expr(self.scope) if c.take("where") else sympy.true
-        return K.Store(tensor, index, value, axes, guard)
+        return K.Store(tensor, index, value, axes, guard, adds)
 
     def loop(self) -> K.For:
         c = self.cursor

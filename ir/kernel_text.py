@@ -108,7 +108,8 @@ def _statement(statement: K.Stmt, indent: str) -> Iterator[str]:
             head = f"tile {statement.dst}: {statement.dtype}[{', '.join(statement.axes)}] = load "
             yield f"{indent}{head}{_index(statement.tensor, statement.index)}{_guard(statement)}"
         case K.Store():
-            head = f"store {_index(statement.tensor, statement.index)} = {text_of(statement.value)}"
+            sign = "+=" if statement.adds else "="
+            head = f"store {_index(statement.tensor, statement.index)} {sign} {text_of(statement.value)}"
             guard = f" where {text_of(statement.guard)}" if statement.guard != sympy.true else ""
             yield f"{indent}{head}{_over(statement.axes)}{guard}"
         case K.Dot():

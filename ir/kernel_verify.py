@@ -267,7 +267,9 @@ class _Verifier:
         self.expression(s.value, dtype_kind(tensor.dtype), s.axes)
         self.expression(s.guard, "bool", s.axes)
         reached = {a for i in s.index for symbol in E.symbols(i) for a in self.scope[symbol.name].axes}
-        if set(s.axes) - reached:
+        if s.adds and tensor.role != "inout":
+            self.fail("store", f"expected a tensor of role inout to add to; got {s.tensor!r} of role out")
+        if set(s.axes) - reached and not s.adds:
             lost = ", ".join(sorted(set(s.axes) - reached))
             self.fail(
                 "store", f"the index does not depend on {lost}: several coordinates would write one element"

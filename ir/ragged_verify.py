@@ -12,37 +12,37 @@ from .graph import Extent
 from .ragged import HALVES
 
 if TYPE_CHECKING:
-    from .graph_verify import _Checker
+    from .graph_verify import Checker
 
 Shape = tuple[Extent, ...]
 
 
-def _count(c: _Checker, *counts: int) -> None:
+def _count(c: Checker, *counts: int) -> None:
     if len(c.operands) not in counts:
         c.fail("operands", f"expected {' or '.join(map(str, counts))}; got {len(c.operands)}")
 
 
-def _integers(c: _Checker, *places: int) -> None:
+def _integers(c: Checker, *places: int) -> None:
     for value in (c.operands[p] for p in places):
         if value.dtype not in ("i32", "i64"):
             c.fail("type", f"%{value.name}: expected i32 or i64; got {value.dtype}")
 
 
-def _group(c: _Checker) -> tuple[Shape, ...]:
+def _group(c: Checker) -> tuple[Shape, ...]:
     (ids,) = c.shapes(1, (2,))
     _count(c, 1)
     _integers(c, 0)
     return ("rows",), (c.attr("experts", int) + 1,), ids
 
 
-def _gather(c: _Checker) -> tuple[Shape, ...]:
+def _gather(c: Checker) -> tuple[Shape, ...]:
     x, tokens = c.shapes(2, (2, 1))
     _count(c, 2)
     _integers(c, 1)
     return ((tokens[0], x[1]),)
 
 
-def _product(c: _Checker, a: Shape, w: Shape, bounds: Shape) -> Extent:
+def _product(c: Checker, a: Shape, w: Shape, bounds: Shape) -> Extent:
     """The number of columns of a by the matrices w."""
     inner, columns = (w[2], w[1]) if c.attr("transpose_b", bool, needed=False) else (w[1], w[2])
     c.same("summed extent", a[1], inner)
@@ -51,12 +51,12 @@ def _product(c: _Checker, a: Shape, w: Shape, bounds: Shape) -> Extent:
     return columns
 
 
-def _bias(c: _Checker, bias: Shape, w: Shape, columns: Extent) -> None:
+def _bias(c: Checker, bias: Shape, w: Shape, columns: Extent) -> None:
     c.same("number of groups", bias[0], w[0])
     c.same("number of columns", bias[1], columns)
 
 
-def _grouped_matmul(c: _Checker) -> tuple[Shape, ...]:
+def _grouped_matmul(c: Checker) -> tuple[Shape, ...]:
     _count(c, 3, 4)
     a, w, bounds, *bias = c.shapes(len(c.operands), (2, 3, 1, 2))
     _integers(c, 2)
@@ -66,7 +66,7 @@ def _grouped_matmul(c: _Checker) -> tuple[Shape, ...]:
     return ((a[0], columns),)
 
 
-def _split(c: _Checker) -> tuple[Shape, ...]:
+def _split(c: Checker) -> tuple[Shape, ...]:
     (x,) = c.shapes(1)
     _count(c, 1)
     c.attr("interleaved", bool, needed=False)
@@ -74,13 +74,13 @@ def _split(c: _Checker) -> tuple[Shape, ...]:
     return half, half
 
 
-def _half(c: _Checker, extent: Extent) -> int:
+def _half(c: Checker, extent: Extent) -> int:
     if not isinstance(extent, int) or extent % 2:
         c.fail("type", f"expected an even number of columns; got {extent}")
     return extent // 2
 
 
-def _combine(c: _Checker) -> tuple[Shape, ...]:
+def _combine(c: Checker) -> tuple[Shape, ...]:
     _count(c, 3, 4)
     ragged = len(c.operands) == 4
     y, place, *rest = c.shapes(len(c.operands), (2, 1, 1, 1) if ragged else (2, 2, 2))
@@ -94,7 +94,7 @@ def _combine(c: _Checker) -> tuple[Shape, ...]:
     return ((place[0], y[1]),)
 
 
-def _grouped_gemm(c: _Checker) -> tuple[Shape, ...]:
+def _grouped_gemm(c: Checker) -> tuple[Shape, ...]:
     gathers, biased = (bool(c.attr(name, bool, needed=False)) for name in ("gathers", "biased"))
     _count(c, 3 + gathers + biased)
     ranks = (2, 3, 1, *([1] if gathers else []), *([2] if biased else []))
@@ -113,7 +113,7 @@ def _grouped_gemm(c: _Checker) -> tuple[Shape, ...]:
     return ((rest[0][0] if gathers else a[0], columns),)
 
 
-SHAPES: dict[str, Callable[[_Checker], tuple[Shape, ...]]] = {
+SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
     "group": _group,
     "gather": _gather,
     "grouped_matmul": _grouped_matmul,

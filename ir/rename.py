@@ -30,18 +30,21 @@ def canonical(value: T) -> T:
     return _Renamer(value).kernel()
 
 
-def exchange_extents(kernel: K.Kernel, a: str, b: str) -> K.Kernel:
-    """The kernel with two named extents of its tensors exchanged everywhere."""
-    names = {a: b, b: a}
+def exchange(kernel: K.Kernel, *pairs: tuple[str, str]) -> K.Kernel:
+    """The kernel with the two names of each pair, of extents or tensors of integers, exchanged everywhere."""
+    names = {old: new for a, b in pairs for old, new in ((a, b), (b, a))}
     symbols = {symbol_of(old, "i64"): symbol_of(new, "i64") for old, new in names.items()}
 
     def change(value: Any) -> Any:
         if isinstance(value, sympy.Basic):
             return value.xreplace(symbols)
         if isinstance(value, K.Tensor):
-            return replace(
-                value, shape=tuple(names.get(n, n) if isinstance(n, str) else n for n in value.shape)
-            )
+            shape = tuple(names.get(n, n) if isinstance(n, str) else n for n in value.shape)
+            return replace(value, name=names.get(value.name, value.name), shape=shape)
+        if isinstance(value, K.Let):
+            value = replace(value, name=names.get(value.name, value.name))
+        if isinstance(value, K.Load):
+            value = replace(value, tensor=names.get(value.tensor, value.tensor))
         if isinstance(value, tuple):
             return tuple(map(change, value))
         if is_dataclass(value) and not isinstance(value, type):

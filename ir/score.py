@@ -1,7 +1,7 @@
 """Score maps and probability maps: what happens to a score before the softmax, to a probability after it.
 
-    score map := "score(" [param ("," param)*] [";" capture ("," capture)*] ")" "{" expression "}"
-    prob map  := "prob(" [param ("," param)*] [";" capture ("," capture)*] ")" "{" expression "}"
+    map       := word "(" [param ("," param)*] [";" capture ("," capture)*] ")" "{" expression "}"
+    word      := "score" | "prob" | "score_grad" | "prob_grad"
     param     := name ":" ("int" | "float")
     capture   := name ":" dtype "[" rank "]"
 
@@ -10,7 +10,8 @@ The expression is a float over `score` (already scaled), the batch `b`, the quer
 
     score(s0: float; t0: f32[1]) { score + s0 * (k - q) * t0[h] }
 
-A probability map is the same over `prob`, with numbers `x0, ...` and tensors `w0, ...`.
+A probability map is the same over `prob`, with numbers `x0, ...` and tensors `w0, ...`. Their gradients,
+`score_grad(...)` and `prob_grad(...)`, are expressions of `grad`, the gradient of what the map gives, too.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ class ScoreMap:
     0.0
     """
 
-    argument: ClassVar[str] = "score"
-    """The name of what is mapped, and the first word of the text."""
+    word: ClassVar[str] = "score"
+    """The first word of the text."""
+    arguments: ClassVar[tuple[str, ...]] = ("score",)
+    """The names of what is mapped."""
 
     expr: Expr
     params: tuple[tuple[str, str], ...] = ()
@@ -61,14 +64,14 @@ class ScoreMap:
         """Deterministic text; `ScoreMap.parse` reads it back to an equal one."""
         params = ", ".join(f"{name}: {kind}" for name, kind in self.params)
         captures = "; " + ", ".join(map(str, self.captures)) if self.captures else ""
-        return f"{self.argument}({params}{captures}) {{ {to_text(self.expr)} }}"
+        return f"{self.word}({params}{captures}) {{ {to_text(self.expr)} }}"
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """The map of a text. Raises ParseError when malformed, VerifyError when it breaks a rule."""
         head = _HEAD.fullmatch(text)
-        if head is None or head["argument"] != cls.argument:
-            expected = f"{cls.argument}(s0: float; t0: f32[1]) {{ expression }}"
+        if head is None or head["word"] != cls.word:
+            expected = f"{cls.word}(s0: float; t0: f32[1]) {{ expression }}"
             raise ParseError(f"expected {expected}; got {text!r}")
         numbers, _, tensors = head["header"].partition(";")
         params = tuple((name, number) for name, number in _fields(_PARAM, "a param like s0: float", numbers))
@@ -76,7 +79,7 @@ class ScoreMap:
             Capture(name, dtype, int(rank))
             for name, dtype, rank in _fields(_CAPTURE, "a capture like t0: f32[1]", tensors)
         )
-        names: dict[str, Expr] = {cls.argument: real(cls.argument), **{n: integer(n) for n in INDICES}}
+        names: dict[str, Expr] = {a: real(a) for a in cls.arguments} | {n: integer(n) for n in INDICES}
         names |= {**_symbols(params), **{c.name: c.symbol for c in captures}}
         return cls(parse(head["body"], names), params, captures)
 
@@ -91,22 +94,25 @@ class ScoreMap:
         captures: Sequence[np.ndarray] = (),
         *,
         floats: type = np.float64,
+        grad: np.ndarray | float = 0.0,
     ) -> np.ndarray:
         """The mapped values, of the shape to which all arguments broadcast, computed in `floats`.
+
+        grad: of a gradient, the gradient of what the map gives.
 
         Raises InputError when the values do not fit params and captures, or when a captured tensor is
         read outside its bounds at a point that is asked for.
         """
         if len(params) != len(self.params):
             names = ", ".join(name for name, _ in self.params)
-            raise InputError(
-                f"{self.argument} map", f"{len(self.params)} numbers for ({names})", tuple(params)
-            )
+            raise InputError(f"{self.word} map", f"{len(self.params)} numbers for ({names})", tuple(params))
         ranks = tuple(np.ndim(a) for a in captures)
         if ranks != tuple(c.rank for c in self.captures):
             expected = f"tensors for ({', '.join(map(str, self.captures))})"
-            raise InputError(f"{self.argument} map", expected, f"ranks {ranks}")
-        values: dict[str, Any] = {"b": b, "h": h, "q": q, "k": k, self.argument: np.asarray(score, floats)}
+            raise InputError(f"{self.word} map", expected, f"ranks {ranks}")
+        values: dict[str, Any] = {"b": b, "h": h, "q": q, "k": k}
+        given = zip(self.arguments, (score, grad), strict=False)
+        values |= {name: np.asarray(value, floats) for name, value in given}
         for (name, number), value in zip(self.params, params, strict=True):
             values[name] = floats(value) if number == "float" else int(value)
         values |= {c.name: a for c, a in zip(self.captures, captures, strict=True)}
@@ -114,7 +120,7 @@ class ScoreMap:
             found = evaluate(self.expr, values, floats=floats)
         except InterpretError as error:
             expected = "captured tensors that cover every index read from them"
-            raise InputError(f"{self.argument} map", expected, str(error)) from None
+            raise InputError(f"{self.word} map", expected, str(error)) from None
         shape = np.broadcast_shapes(*(np.shape(v) for v in (score, b, h, q, k)))
         return np.broadcast_to(np.asarray(found, floats), shape)
 
@@ -128,7 +134,8 @@ class ProbMap(ScoreMap):
     0.125
     """
 
-    argument: ClassVar[str] = "prob"
+    word: ClassVar[str] = "prob"
+    arguments: ClassVar[tuple[str, ...]] = ("prob",)
 
     @property
     def is_linear(self) -> bool:
@@ -137,7 +144,27 @@ class ProbMap(ScoreMap):
         >>> ProbMap.parse("prob() { max(prob - 0.1, 0) }").is_linear
         False
         """
-        return _is_linear(self.expr, real(self.argument))
+        return _is_linear(self.expr, real(self.arguments[0]))
+
+
+@dataclass(frozen=True)
+class ScoreGrad(ScoreMap):
+    """What a gradient `grad` of a mapped score becomes, for the score or for what the map reads.
+
+    >>> ScoreGrad.parse("score_grad(s0: float) { grad * (1 - tanh(score / s0) ** 2) }").word
+    'score_grad'
+    """
+
+    word: ClassVar[str] = "score_grad"
+    arguments: ClassVar[tuple[str, ...]] = ("score", "grad")
+
+
+@dataclass(frozen=True)
+class ProbGrad(ScoreMap):
+    """Likewise of a mapped probability."""
+
+    word: ClassVar[str] = "prob_grad"
+    arguments: ClassVar[tuple[str, ...]] = ("prob", "grad")
 
 
 def _is_linear(expr: Expr, x: Expr) -> bool:
@@ -157,13 +184,13 @@ def _is_linear(expr: Expr, x: Expr) -> bool:
 
 def verify(score_map: ScoreMap) -> None:
     """Check the rules of this level; raise VerifyError naming the first one broken."""
-    argument = score_map.argument
-    what = f"a {argument} map"
+    arguments = ", ".join(score_map.arguments)
+    what = f"a {score_map.word} map"
     names = [*(n for n, _ in score_map.params), *(c.name for c in score_map.captures)]
-    taken = {*INDICES, argument}
+    taken = {*INDICES, *score_map.arguments}
     if len({*names, *taken}) != len(names) + len(taken):
         raise VerifyError(
-            f"names of {what} are distinct and none of {argument}, b, h, q, k; got {', '.join(names)}"
+            f"names of {what} are distinct and none of {arguments}, b, h, q, k; got {', '.join(names)}"
         )
     for name, number in score_map.params:
         if number not in KINDS:
@@ -179,16 +206,19 @@ def verify(score_map: ScoreMap) -> None:
     for r in score_map.expr.atoms(read, readf):
         c = captures.get(r.args[0])
         if c is None:
-            raise VerifyError(
-                f"{to_text(r)} reads a tensor that the {argument} map does not declare with this kind"
-            )
+            raise VerifyError(f"{to_text(r)} reads a tensor that {what} does not declare with this kind")
         if len(r.args) - 1 != c.rank:
             raise VerifyError(f"{to_text(r)} reads {c} with {len(r.args) - 1} indices")
-    known = {real(argument), *map(integer, INDICES), *captures, *_symbols(score_map.params).values()}
+    known = {
+        *map(real, score_map.arguments),
+        *map(integer, INDICES),
+        *captures,
+        *_symbols(score_map.params).values(),
+    }
     unknown = score_map.expr.free_symbols - known - {sympy.Symbol(d) for d in DTYPES}
     if unknown:
         raise VerifyError(
-            f"{what}'s symbols are {argument}, b, h, q, k, its params or its captures; got "
+            f"{what}'s symbols are {arguments}, b, h, q, k, its params or its captures; got "
             + ", ".join(sorted(map(str, unknown)))
         )
 
@@ -197,7 +227,7 @@ def _symbols(params: Sequence[tuple[str, str]]) -> dict[str, sympy.Symbol]:
     return {name: integer(name) if number == "int" else real(name) for name, number in params}
 
 
-_HEAD = re.compile(r"\s*(?P<argument>score|prob)\((?P<header>[^)]*)\)\s*\{(?P<body>.*)\}\s*", re.DOTALL)
+_HEAD = re.compile(r"\s*(?P<word>\w+)\((?P<header>[^)]*)\)\s*\{(?P<body>.*)\}\s*", re.DOTALL)
 _PARAM = re.compile(r"(\w+)\s*:\s*(\w+)")
 _CAPTURE = re.compile(r"(\w+)\s*:\s*(\w+)\[(\d+)\]")
 

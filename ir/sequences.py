@@ -18,7 +18,7 @@ Values outside what memory holds are clamped, so that kernels never leave a tens
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from .errors import VerifyError
 
@@ -56,6 +56,13 @@ class Sequences:
     def uneven(self) -> bool:
         """Whether a length or position depends on the sequence, so that the host does not know it."""
         return bool(self.q_bounds or self.kv_lens or self.q_offset in INTEGERS)
+
+    @property
+    def transposed(self) -> Sequences:
+        """The same with queries and keys exchanged, where both are stored alike."""
+        if self.block_table or self.kv_lens:
+            raise VerifyError(f"sequences: pages and shorter keys have no transposed form; got {self}")
+        return replace(self, q_bounds=self.kv_bounds, kv_bounds=self.q_bounds)
 
 
 PLAIN = Sequences()

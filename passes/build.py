@@ -93,8 +93,8 @@ def _rows(spec: AttentionSpec) -> tuple[tuple[str, bool], ...]:
 def spec_of(graph: Graph, op: Op) -> AttentionSpec:
     """The spec of a fused operation; its score map holds the scale."""
     q = graph.values[op.inputs[0]]
-    weighs = op.kind in ("attention", "weigh")
-    sinks_at = {"attention": 3, "row_lse": 2, "weigh": 4, "column_sums": 3}[op.kind]
+    weighs = op.kind in ("attention", "weigh") or op.attr("given") is not None
+    sinks_at = _sinks_at(op)
     return AttentionSpec(
         mask=op.attr("mask"),
         score_map=op.attr("score"),
@@ -102,19 +102,28 @@ def spec_of(graph: Graph, op: Op) -> AttentionSpec:
         qk_size=int(q.shape[3]),
         v_size=int(graph.values[op.inputs[2]].shape[3] if weighs else q.shape[3]),
         contiguous=op.attr("contiguous"),
-        return_lse=op.kind == "row_lse" or len(op.outputs) > 1,
-        return_max=len(op.outputs) > 1 + (op.kind == "attention"),
+        return_lse=op.kind == "row_lse" or (op.kind == "attention" and len(op.outputs) > 1),
+        return_max=op.kind in ("attention", "row_lse") and len(op.outputs) > 1 + (op.kind == "attention"),
         target=op.attr("target"),
         precision=op.attr("precision"),
         monotone=frozenset(op.attr("monotone")),
         positive=op.attr("positive"),
-        sinks=graph.values[op.inputs[sinks_at]].dtype if op.attr("sinks") else None,
+        sinks=None if sinks_at is None else graph.values[op.inputs[sinks_at]].dtype,
         prob_map=op.attr("prob"),
         sequences=op.attr("sequences", PLAIN),
         aligned=op.attr("aligned"),
         few=op.attr("few", 0),
         group=op.attr("group", 1),
     )
+
+
+def _sinks_at(op: Op) -> int | None:
+    """Where among its operands an operation has sinks, if it has any."""
+    given = op.attr("given")
+    if given is not None:
+        return 3 + given.index("sinks") if "sinks" in given else None
+    at = {"attention": 3, "row_lse": 2, "weigh": 4, "column_sums": 3}
+    return at[op.kind] if op.attr("sinks") else None
 
 
 def _names(*values: Value) -> tuple[str, ...]:

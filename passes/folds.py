@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import sympy
 
 from ..ir.expr import INF, Expr, exp2, integer, log2, maximum, minimum, real, sum_of, where
-from ..ir.kernel import Compute, Dot, If, Load, Reduce, Stmt, Store, Tensor
+from ..ir.graph import Op
+from ..ir.kernel import Compute, Dot, GridDim, If, Load, Reduce, Stmt, Store, Tensor
 from ..ir.plan import Schedule
 from .operands import Operands, Transposed
 from .rounding import together
@@ -38,7 +39,9 @@ SINK = real("sink")
 
 @dataclass(frozen=True)
 class Part:
-    """One kernel of an operation: first and last say where it stands among those that share a state."""
+    """One kernel of an operation: first and last say where it stands among those that share a state.
+
+    op: the operation, for folds that its attributes describe further."""
 
     spec: AttentionSpec
     schedule: Schedule
@@ -48,6 +51,7 @@ class Part:
     scale: Expr
     first: bool
     last: bool
+    op: Op | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,10 @@ class Fold:
     """What a kernel does beside computing scores. Methods return statements; nothing is decided here."""
 
     values = False  # whether it reads v
+    keeps_products = False  # whether it reads R, the products of queries and keys before the score map
+    walks = True  # whether it looks at tiles of pairs
+    members = False  # whether a program walks over all query heads of a key head
+    direction = "fwd"
 
     def __init__(self, part: Part) -> None:
         self.spec, self.over, self.at = part.spec, part.over, part.at
@@ -110,13 +118,24 @@ class Fold:
             self._set("sink", axes, minimum(SINK, -self.lowest / 2) * LOG2E),
         ]
 
+    @classmethod
+    def walks_for(cls, op: Op) -> bool:
+        """Whether the operation looks at tiles of pairs at all."""
+        return True
+
+    def placed(
+        self, grid: tuple[GridDim, ...], body: tuple[Stmt, ...]
+    ) -> tuple[tuple[GridDim, ...], tuple[Stmt, ...]]:
+        """Grid and body of the kernel, from what they are for one row tile a program."""
+        return grid, body
+
     # what is shared -------------------------------------------------------------------------------
 
     def begin(self) -> list[Stmt]:
+        """The state before the first tile."""
         if self.first:
-            starts: list[Stmt] = [Compute(c.tile, self.acc, c.axes, c.start) for c in self.state()]
-            return [*self.prepare(), *starts]
-        return [*self.prepare(), *map(self._resume, self.state())]
+            return [Compute(c.tile, self.acc, c.axes, c.start) for c in self.state()]
+        return [*map(self._resume, self.state())]
 
     def _resume(self, c: Carried) -> Stmt:
         if not isinstance(c.kept, str):
@@ -307,13 +326,18 @@ class ColumnSums(Fold):
     at: Transposed
 
     def reads(self) -> list[Tensor]:
-        return [Tensor("lse", self.spec.lse_dtype, ("B", "Hq", "kv_len"), "in", 2), *super().reads()]
+        return [self.at.per_column("lse", self.spec.lse_dtype), *super().reads()]
 
     def state(self) -> list[Carried]:
         return [Carried("C", ("i",), sympy.S.Zero, "column_sums")]
 
+    def _resume(self, c: Carried) -> Stmt:
+        b, _, row = self.at.safe_row
+        return Load("C", self.acc, ("i",), "column_sums", (b, H, row))
+
     def results(self) -> list[Tensor]:
-        return [self._result("column_sums", self.spec.lse_dtype)]
+        shape = ("B", "Hq", "q_len")
+        return [Tensor("column_sums", self.spec.lse_dtype, shape, "out" if self.first else "inout", 2)]
 
     def step(self) -> list[Stmt]:
         load = Load("N", self.acc, ("j",), "lse", self.at.column, self.over.valid_col)
@@ -325,13 +349,5 @@ class ColumnSums(Fold):
         ]
 
     def end(self) -> list[Stmt]:
-        return [self._store("column_sums", real("C"))]
-
-
-FOLDS: dict[str, type[Fold]] = {
-    "attention": Attention,
-    "row_lse": RowLse,
-    "weigh": Weigh,
-    "column_sums": ColumnSums,
-}
-"""The fold of each fused operation."""
+        b, _, row = self.at.row
+        return [Store("column_sums", (b, H, row), real("C"), ("i",), self.over.valid_row)]

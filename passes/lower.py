@@ -16,10 +16,12 @@ from dataclasses import replace
 import sympy
 
 from ..ir.expr import INF, Expr, integer, real, where
+from ..ir.graph import Op
 from ..ir.kernel import Axis, Compute, Dot, GridDim, If, Kernel, Let, Load, Reduce, Scalar, Stmt, Tensor
 from ..ir.plan import Group, Loops, Schedule
-from ..ir.rename import exchange_extents
-from .folds import FOLDS, LOG2E, Part
+from ..ir.rename import exchange
+from .fold_table import FOLDS
+from .folds import LOG2E, Part
 from .lower_lists import list_kernels
 from .operands import Operands, Transposed
 from .rounding import together
@@ -32,36 +34,58 @@ D_AXIS = integer("d")
 Plan = tuple[Group, Schedule, Loops]
 
 
+# What queries and keys call alike; exchanged in kernels whose rows are keys.
+ALIKE = (("q_len", "kv_len"), ("q_total", "kv_total"), ("q_bounds", "kv_bounds"))
+
+
 def lower_operation(
-    kind: str, spec: AttentionSpec, plans: tuple[Plan, ...]
+    op: Op, spec: AttentionSpec, plans: tuple[Plan, ...]
 ) -> tuple[tuple[Kernel, ...], tuple[Tensor, ...]]:
     """The kernels of one fused operation in launch order, and the lists of tiles that they share."""
     kernels: list[Kernel] = []
     lists: list[Tensor] = []
-    builders = [_Builder(kind, spec, plan, n, len(plans)) for n, plan in enumerate(plans)]
+    transposed = op.kind in TRANSPOSED
+    spec = _transposed(spec) if transposed else spec
+    if not FOLDS[op.kind].walks_for(op):
+        plans = plans[:1]
+    builders = [_Builder(op, spec, plan, n, len(plans)) for n, plan in enumerate(plans)]
     for plan, builder in zip(plans, builders, strict=True):
         kernel = builder.kernel()
-        if builder.over.lists is not None:
+        if builder.over.lists is not None and builder.fold.walks:
             kernels += list_kernels(plan, spec.sequences, kernel, builder.over.lists)
             lists += builder.over.lists.intermediates()
         kernels.append(kernel)
     if builders[-1].split:
-        kernels.append(merge(kind, spec, builders[-1].schedule, builders[-1].at))
-    if kind in TRANSPOSED:
-        kernels = [exchange_extents(kernel, "q_len", "kv_len") for kernel in kernels]
+        kernels.append(merge(op.kind, spec, builders[-1].schedule, builders[-1].at))
+    if transposed:
+        kernels = [exchange(kernel, *ALIKE) for kernel in kernels]
         lists = [replace(t, shape=tuple(map(_exchanged_extent, t.shape))) for t in lists]
     return tuple(kernels), tuple(lists)
 
 
+def _transposed(spec: AttentionSpec) -> AttentionSpec:
+    """The spec as kernels whose rows are keys see it: what it says of queries it says of keys."""
+    score, prob = (m and replace(m, expr=exchanged(m.expr)) for m in (spec.score_map, spec.prob_map))
+    return replace(spec, score_map=score, prob_map=prob, sequences=spec.sequences.transposed)
+
+
 def _exchanged_extent(extent: int | str | Expr) -> int | str | Expr:
-    return exchanged(extent) if isinstance(extent, sympy.Basic) else extent
+    names = {integer(old): integer(new) for a, b in ALIKE for old, new in ((a, b), (b, a))}
+    return extent.xreplace(names) if isinstance(extent, sympy.Basic) else extent
+
+
+def label_of(op: Op) -> str:
+    """What an operation is called among those of a program."""
+    of = op.attr("of")
+    return op.kind if of is None else f"{op.kind}_of_{of.word}"
 
 
 class _Builder:
     """Builds the kernel of one group. Every method returns statements; nothing is decided here."""
 
-    def __init__(self, kind: str, spec: AttentionSpec, plan: Plan, index: int, total: int) -> None:
+    def __init__(self, op: Op, spec: AttentionSpec, plan: Plan, index: int, total: int) -> None:
         group, schedule, loops = plan
+        kind = op.kind
         self.kind, self.spec, self.schedule, self.loops = kind, spec, schedule, loops
         self.index, self.total = index, total
         self.split = schedule.split
@@ -71,7 +95,9 @@ class _Builder:
             spec = replace(spec, sinks=None)  # they join at the end, once
         flat = spec.target_kind != "cpu"
         self.suffix = f"_{index}" if total > 1 else ""
-        lists = f"tiles{'' if kind == 'attention' else f'_{kind}'}{self.suffix}"
+        self.label = label_of(op)
+        lists = f"tiles{'' if kind == 'attention' else f'_{self.label}'}{self.suffix}"
+        fold = FOLDS[kind]
         self.over = Scaffold(
             group,
             schedule,
@@ -80,14 +106,12 @@ class _Builder:
             spec.sequences,
             heads=spec.group,
             flat=flat,
+            members=fold.members,
             lists=lists,
             narrow=frozenset(c.name for c in spec.capture_tensors if c.dtype != "i64"),
         )
-        fold = FOLDS[kind]
-        if kind in TRANSPOSED:
-            self.at: Operands = Transposed(spec, self.over)
-        else:
-            self.at = Operands(spec, self.over, values=fold.values)
+        operands = Transposed if kind in TRANSPOSED else Operands
+        self.at = operands(spec, self.over, values=fold.values)
         self.acc = spec.accumulator
         self.wide = (
             spec.target_kind != "cpu"
@@ -98,13 +122,10 @@ class _Builder:
         plain = score == real("score") * SCALE
         self.folded = plain and not self.wide  # the scale goes into the rows once
         self.late = plain and self.wide and spec.positive  # it follows the maximum, and joins the exponent
-        score = exchanged(score) if kind in TRANSPOSED else score
-        self.score = self.over.bind(together(score, self.acc), attending=True).xreplace(
-            {real("score"): real("S")}
-        )
+        self.score = self.over.bind(together(score, self.acc), attending=True)
         first, last = self.split or index == 0, self.split or index == total - 1
         scale = SCALE * LOG2E if self.late else sympy.S.One
-        self.fold = fold(Part(spec, schedule, self.over, self.at, self.operand, scale, first, last))
+        self.fold = fold(Part(spec, schedule, self.over, self.at, self.operand, scale, first, last, op))
 
     def kernel(self) -> Kernel:
         rows = self.over.rows
@@ -116,15 +137,21 @@ class _Builder:
         axes += [self._feature("e", self.spec.v_size)] if self.fold.values else []
         axes += self.over.axes
         end = leave(self.fold, self.index) if self.split else self.fold.end()
-        loop = [*self.shares, *self.over.loop(self._tile())]
-        body = [*self._rows(), *self.fold.begin(), *loop, *end]
+        tiles = [*self.shares, *self.over.loop(self._tile())] if self.fold.walks else []
+        rows, prepare = self.over.make_rows, self.fold.prepare()
+        if self.over.members:
+            rows, tiles = self.over.each_member([*prepare, *tiles])
+            prepare = []
+        body = [*self.at.head, *rows, *self._load_rows(), *prepare, *self.fold.begin(), *tiles, *end]
+        grid = (*self.over.grid(), *([GridDim("split", SPLITS)] if self.split else []))
+        grid, framed = self.fold.placed(grid, self.over.framed(body))
         return Kernel(
-            name=f"{self.kind}_{self.spec.format}_fwd{self.suffix}",
+            name=f"{self.label}_{self.spec.format}_{self.fold.direction}{self.suffix}",
             args=self._arguments(),
-            grid=(*self.over.grid(), *([GridDim("split", SPLITS)] if self.split else [])),
+            grid=grid,
             axes=tuple(axes),
             lanes=None if self.wide else "i",
-            body=self.over.framed(body),
+            body=framed,
             meta=self.schedule.meta,
             comment=self._comment(),
         )
@@ -142,18 +169,21 @@ class _Builder:
 
     def _arguments(self) -> tuple[Tensor | Scalar, ...]:
         args: list[Tensor | Scalar] = [*self.at.inputs, *self.fold.reads(), *self.spec.capture_tensors]
-        args += [] if self.over.lists is None else self.over.lists.tensors("in")
+        if self.over.lists is not None and self.fold.walks:
+            args += self.over.lists.tensors("in")
         args += partials(self.fold, "inout") if self.split else self.fold.results()
         splits = [Scalar("splits", "i64")] if self.split else []
         args += [*self.at.scalars, *splits, *(Scalar(name, "i64") for name in self.spec.params)]
         args += [Scalar(name, kind) for name, kind in self.spec.map_params]
         return tuple(args)
 
-    def _rows(self) -> list[Stmt]:
+    def _load_rows(self) -> list[Stmt]:
+        if not self.fold.walks:
+            return []
         rows = self.at.rows
         load = Load(rows.tile, self.operand, ("i", "d"), rows.tensor, (*rows.at, D_AXIS))
         fold = self._set(rows.tile, self.operand, ("i", "d"), real(rows.tile) * SCALE * LOG2E)
-        return [*self.at.head, *self.over.make_rows, load, *([fold] if self.folded else [])]
+        return [load, *([fold] if self.folded else [])]
 
     def _tile(self) -> list[Stmt]:
         """What happens to one key tile: scores, the mask where it cuts, the fold's step."""
@@ -182,20 +212,20 @@ class _Builder:
 
     def _scores(self) -> list[Stmt]:
         rows, cols = self.at.rows, self.at.cols
-        at = (*cols.at, D_AXIS)
+        at, ij, mapped = (*cols.at, D_AXIS), ("i", "j"), not (self.folded or self.late)
+        kept = mapped and self.fold.keeps_products
+        products = "R" if kept else "S"
         out: list[Stmt] = [
             Load(cols.tile, self.operand, ("j", "d"), cols.tensor, at, self.over.valid_col),
-            Dot("S", self.acc, ("i", "j"), rows.tile, cols.tile, "d", precision=self.spec.precision),
+            Dot(products, self.acc, ij, rows.tile, cols.tile, "d", precision=self.spec.precision),
         ]
-        if self.folded or self.late:
+        if not mapped:
             return out
-        if isinstance(self.score, sympy.Add):
-            # As one product, sympy would distribute log2(e): differences of large, rounded numbers.
-            out.append(self._set("S", self.acc, ("i", "j"), self.score))
-            out.append(self._set("S", self.acc, ("i", "j"), real("S") * LOG2E))
-        else:
-            out.append(self._set("S", self.acc, ("i", "j"), self.score * LOG2E))
-        return out
+        score = self.score.xreplace({real("score"): real(products)})
+        # As one product, sympy would distribute log2(e): differences of large, rounded numbers.
+        steps = [score, real("S") * LOG2E] if isinstance(score, sympy.Add) else [score * LOG2E]
+        made = [self._set("S", self.acc, ij, step) for step in steps]
+        return [*out, replace(made[0], declares=kept), *made[1:]]
 
     def _set(self, name: str, dtype: str, axes: tuple[str, ...], expr: Expr) -> Compute:
         return Compute(name, dtype, axes, expr, declares=False)

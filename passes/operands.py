@@ -7,7 +7,7 @@ from here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 
@@ -82,15 +82,38 @@ class Operands:
 class Transposed(Operands):
     """The same where rows are keys and columns queries (passes/transpose.py): q_len is the length of keys.
 
-    column: the index of a tile's column in what is stored per query."""
+    column: the index of a tile's column in what is stored per query; column_extents: of those tensors."""
 
-    def __init__(self, spec: AttentionSpec, over: Scaffold) -> None:
-        super().__init__(spec, over, values=False)
-        q, k, *_ = self.inputs
+    def __init__(self, spec: AttentionSpec, over: Scaffold, *, values: bool = False) -> None:
+        unit_q, unit_k, unit_v = (3 if u else None for u in spec.contiguous)
+        self.spec, align = spec, spec.align
+        where = self.sequences = over.sequences
+        packed = bool(where.q_bounds)
+        rows = (1, "Hk", "q_total") if packed else ("B", "Hk", "q_len")
+        self.row_extents: tuple[int | str, ...] = rows
+        self.column_extents = (1, "Hq", "kv_total") if packed else ("B", "Hq", "kv_len")
+        v = (Tensor("v", spec.dtype, (*rows, spec.v_size), "in", unit_v, align),)
         self.inputs = (
-            replace(q, shape=("B", "Hq", "kv_len", spec.qk_size)),
-            replace(k, shape=("B", "Hk", "q_len", spec.qk_size)),
+            Tensor("q", spec.dtype, (*self.column_extents, spec.qk_size), "in", unit_q, align),
+            Tensor("k", spec.dtype, (*rows, spec.qk_size), "in", unit_k, align),
+            *(v if values else ()),
+            *sq.tensors(where),
         )
-        self.rows = Operand("K", "k", (B, HK, over.safe_row))
-        self.cols = Operand("Q", "q", (B, H, COL))
-        self.column: Index = (B, H, COL)
+        self.scalars = sq.scalars(where)
+        self.query_head = H
+        shared = Let("hk", floordiv(H, floordiv(integer("Hq"), integer("Hk"))))
+        self.head = [] if over.members else [shared]
+
+        def at(row: Expr) -> Index:
+            return (ONLY, HK, sq.Q_START + row) if packed else (B, HK, row)
+
+        self.row, self.safe_row = at(ROW), at(over.safe_row)
+        self.column: Index = (ONLY, H, sq.KV_START + COL) if packed else (B, H, COL)
+        self.rows, self.values = Operand("K", "k", self.safe_row), Operand("V", "v", self.safe_row)
+        self.cols = Operand("Q", "q", self.column)
+
+    def per_column(self, name: str, dtype: str, *inner: int) -> Tensor:
+        """A tensor with one entry, or one row of `inner` entries, for every query."""
+        shape = (*self.column_extents, *inner)
+        align = self.spec.row_align(dtype, *inner) if inner else 1
+        return Tensor(name, dtype, shape, "in", len(shape) - 1, align)

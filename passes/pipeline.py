@@ -20,14 +20,16 @@ from .align import align_mask
 from .build import build, spec_of
 from .decompose import decompose as terms_of
 from .delinearize import widths
-from .folds import FOLDS
-from .fuse import fuse
-from .lower import lower_operation
+from .differentiate import differentiate
+from .fold_table import FOLDS
+from .fuse import fuse as fuse_forward
+from .fuse_gradients import fuse_gradients
+from .lower import label_of, lower_operation
 from .normalize import normalize_mask
 from .programs import order_programs
 from .reads import checks
 from .schedule import check, choose
-from .spec import AttentionSpec
+from .spec import AttentionSpec, Gradient
 from .tile import plan
 from .transpose import transpose
 from .uniform import uniform as uniform_mask
@@ -66,6 +68,11 @@ def align(graph: Graph) -> Graph:
     return _masked(graph, lambda op: op.with_attrs(groups=align_mask(op.attr("mask"), op.attr("terms"))))
 
 
+def fuse(graph: Graph) -> Graph:
+    """Chains of primitives as fused operations: those of an attention, or those of its gradients."""
+    return fuse_gradients(fuse_forward(graph))
+
+
 def schedule(graph: Graph) -> Graph:
     """Tile sizes and hints for every group that has none."""
 
@@ -76,7 +83,7 @@ def schedule(graph: Graph) -> Graph:
             raise InputError("schedule", f"{len(groups)} schedules, one a group", len(given))
         for group, chosen in zip(groups, given, strict=False):
             check(spec, group, chosen)
-        return op.with_attrs(schedules=given or tuple(choose(spec, group) for group in groups))
+        return op.with_attrs(schedules=given or tuple(choose(spec, group, op.kind) for group in groups))
 
     return _fused(graph, rule)
 
@@ -137,9 +144,9 @@ def inserted(
 
 def lower(graph: Graph) -> Program:
     """The kernels of a planned graph of one attention. Raises InputError for a graph that holds others."""
-    kinds = [op.kind for op in graph.ops]
+    labels = [label_of(op) for op in graph.ops]
     planned = all(op.kind in FOLDS and op.attr("loops") is not None for op in graph.ops)
-    if not planned or len({*kinds}) != len(kinds) or not {"attention", "weigh"} & {*kinds}:
+    if not planned or len({*labels}) != len(labels) or labels == ["row_lse"]:
         raise InputError("lower", "a graph of one attention that has passed `tile`", graph_text(graph))
     kernels: list[Kernel] = []
     lists: list[Tensor] = []
@@ -147,12 +154,12 @@ def lower(graph: Graph) -> Program:
     for op in graph.ops:
         spec = spec_of(graph, op)
         plans = tuple(zip(op.attr("groups"), op.attr("schedules"), op.attr("loops"), strict=True))
-        made, shared = lower_operation(op.kind, spec, plans)
+        made, shared = lower_operation(op, spec, plans)
         kernels += made
         lists += shared
         guards |= dict.fromkeys(_guards(spec))
     return Program(
-        tuple(kernels), (*_intermediates(graph, kernels), *lists), graph_text(graph), tuple(guards)
+        tuple(kernels), (*_intermediates(graph, kernels, lists), *lists), graph_text(graph), tuple(guards)
     )
 
 
@@ -169,29 +176,34 @@ def _guards(spec: AttentionSpec) -> Iterator[tuple[str, str]]:
         yield to_text(c.fails), f"{c.text} reads outside its tensor: expected {to_text(c.holds)}"
 
 
-def _intermediates(graph: Graph, kernels: list[Kernel]) -> tuple[Tensor, ...]:
-    """What kernels pass on to each other and the graph does not return."""
+def _intermediates(graph: Graph, kernels: list[Kernel], lists: list[Tensor]) -> tuple[Tensor, ...]:
+    """What kernels pass on to each other beside lists, and the graph does not return."""
+    known = {*graph.outputs, *(t.name for t in lists)}
     written: dict[str, Tensor] = {}
     for kernel in kernels:
         written |= {t.name: t for t in kernel.tensors if t.role != "in" and t.name not in written}
     groups = sum(any(s.name == "splits" for s in k.scalars) for k in kernels)
     slots = {"slots": groups * integer("splits") if groups > 1 else "splits"}  # see `split`
-    kept = [
+    return tuple(
         replace(t, shape=tuple(slots.get(n, n) if isinstance(n, str) else n for n in t.shape))
         for t in written.values()
-        if t.role == "inout"
-    ]
-    return (*kept, *([written["lse"]] if "lse" in written and not _returns_lse(graph) else []))
+        if t.name not in known
+    )
 
 
-def _returns_lse(graph: Graph) -> bool:
-    made = [op.outputs[op.kind == "attention"] for op in graph.ops if op.kind in ("attention", "row_lse")]
-    return any(value.name in graph.outputs for value in made)
+def compile_spec(
+    spec: AttentionSpec,
+    schedules: Any = None,
+    watch: Watcher | None = None,
+    gradient: Gradient | None = None,
+) -> Program:
+    """From a spec to kernels. schedules: one Schedule, or one a group, in place of the defaults.
 
-
-def compile_spec(spec: AttentionSpec, schedules: Any = None, watch: Watcher | None = None) -> Program:
-    """From a spec to kernels. schedules: one Schedule, or one a group, in place of the defaults."""
-    graph = build(spec)
+    gradient: which gradients the kernels give, in place of the attention itself."""
+    if gradient is not None:
+        graph = differentiate(build(spec.differentiable), gradient.wanted, gradient.given)
+    else:
+        graph = build(spec)
     if schedules is not None:
         given = schedules if isinstance(schedules, tuple) else (schedules,)
         graph = graph.map_ops(lambda op: op.with_attrs(schedules=given) if op.kind == "sddmm" else None)
@@ -199,7 +211,8 @@ def compile_spec(spec: AttentionSpec, schedules: Any = None, watch: Watcher | No
 
 
 def _masked(graph: Graph, rule: Callable[[Op], Op]) -> Graph:
-    return graph.map_ops(lambda op: rule(op) if op.attr("mask") is not None else None)
+    """The rule applied to every mask; products that are sampled where scores are take over theirs."""
+    return graph.map_ops(lambda op: rule(op) if op.attr("mask") and op.attr("outside") is None else None)
 
 
 def _fused(graph: Graph, rule: Callable[[Op], Op]) -> Graph:

@@ -55,7 +55,8 @@ class Scaffold:
     """The tiles and loops of one planned group.
 
     heads: how many query heads, those of one key head, a row tile holds of every query, side by side.
-    query_head: the head of a row; a tile [i] where there are several. flat: whether loops over a box of key
+    query_head: the head of a row; a tile [i] where there are several. members: whether a program has a key
+    head for its own and walks over its query heads, see `each_member`. flat: whether loops over a box of key
     tiles are one loop, as GPUs like it. lists: what its lists of key tiles are called, if any. narrow: names
     of captured tensors whose integers fit 32 bits. head: statements before all others. axes: what those
     need. mask_cols: statements over the keys of a tile that only `attends` needs."""
@@ -70,10 +71,12 @@ class Scaffold:
         *,
         heads: int = 1,
         flat: bool = False,
+        members: bool = False,
         lists: str = "tiles",
         narrow: frozenset[str] = frozenset(),
     ) -> None:
         self.floats, self.sequences, self.heads, self.flat = floats, sequences, heads, flat
+        self.members = members
         self.group, self.schedule, self.loops, self.order = group, schedule, loops, group.order
         self.boxes = len(self.order.dims) > 1
         self.rows, self.cols = heads * math.prod(schedule.rows), math.prod(schedule.cols)
@@ -121,7 +124,8 @@ class Scaffold:
         batch = () if self.sequences.q_bounds else (GridDim("b", integer("B")),)
         if self.loops.programs == "reversed":
             tiles[0] = replace(tiles[0], name="back0")
-        head = GridDim("h", integer("Hq")) if self.heads == 1 else GridDim("hk", integer("Hk"))
+        shared = self.members or self.heads > 1
+        head = GridDim("hk", integer("Hk")) if shared else GridDim("h", integer("Hq"))
         rows = (*tiles, *residues)
         if self.loops.programs == "heads":
             return (head, *rows, *batch)
@@ -152,6 +156,25 @@ class Scaffold:
         """Rows from one tile of the outermost dimension to the next."""
         inner = math.prod(dim.width or 1 for dim in self.order.dims[1:])
         return self.order.dims[0].row_stride * self.schedule.rows[0] * inner
+
+    def each_member(self, body: list[Stmt]) -> tuple[list[Stmt], list[Stmt]]:
+        """(statements before, the loop): body once for each query head of a program's key head.
+
+        What is made of rows stands before the loop, unless it depends on the query head."""
+        before: list[Stmt] = []
+        inside: list[Stmt] = []
+        late = {H}
+        for s in self.make_rows:
+            assert isinstance(s, (Let, Compute)), "rows are made of integers and elementwise tiles"
+            moved = bool(s.expr.free_symbols & late)
+            (inside if moved else before).append(s)
+            if moved:
+                name = s.name if isinstance(s, Let) else s.dst
+                late |= {integer(name), real(name), sympy.Symbol(name)}
+        count = floordiv(integer("Hq"), integer("Hk"))
+        head = Let("h", HK * count + integer("member"))
+        loop = For("member", (Span(sympy.Integer(0), count),), (head, *inside, *body))
+        return before, [loop]
 
     def first_key(self, page: int) -> Expr | None:
         """The first key of a tile whose keys follow each other within one page; None when they may not."""

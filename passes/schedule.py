@@ -29,6 +29,7 @@ from .distance import anchor, bounds
 from .footprint import shared_bytes
 from .machine import Device
 from .measured import measured
+from .schedule_gradients import choose_gradient
 from .spec import AttentionSpec
 from .tile_count import BYTES
 
@@ -44,14 +45,16 @@ HINTS = {
 LISTS = ("none", "all", "open")
 
 
-def choose(spec: AttentionSpec, group: Group) -> Schedule:
-    """The default schedule of a group on a target.
+def choose(spec: AttentionSpec, group: Group, kind: str = "attention") -> Schedule:
+    """The default schedule of a group of an operation of this kind on a target.
 
     Raises UnsupportedError for head sizes of which no tile fits the target."""
     if spec.few:
         return _choose_few(spec, group)
     if spec.target_kind == "cpu":
         return _choose_cpu(spec, group)
+    if kind.startswith("grad_"):
+        return choose_gradient(spec, group, kind)
     device = devices.device_of(spec.target)
     if device is None or device.chip is None:
         return _choose_unknown(spec, group)

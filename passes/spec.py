@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import sympy
+
 from ..ir.errors import InputError, UnsupportedError
-from ..ir.expr import integer, real
+from ..ir.expr import integer, maximum, minimum, read, real
 from ..ir.kernel import Tensor
-from ..ir.mask import Mask
+from ..ir.mask import Capture, Mask
 from ..ir.score import ProbMap, ScoreMap
 from ..ir.sequences import PLAIN, Sequences
 
@@ -21,6 +23,17 @@ DTYPES = ("f16", "bf16", "f32", "f64")
 BYTES = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 ALIGN = 16  # bytes of the widest load of one GPU thread
 LEAST_SCALE = 2.0**-100  # a scale from here on orders scores as their products do, in f32 too
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Which gradients of an attention kernels give.
+
+    wanted: inputs: "q", "k", "v", "sinks" and captured tensors by name. given: results whose gradients come
+    in: "o", and "lse" if that has one."""
+
+    wanted: tuple[str, ...]
+    given: tuple[str, ...] = ("o",)
 
 
 @dataclass(frozen=True)
@@ -132,6 +145,22 @@ class AttentionSpec:
         score, prob = (m and replace(m, expr=m.expr.xreplace(at)) for m in (self.score_map, self.prob_map))
         mask = replace(self.mask, predicate=self.mask.predicate.xreplace(at))
         return replace(self, mask=mask, score_map=score, prob_map=prob)
+
+    @property
+    def differentiable(self) -> AttentionSpec:
+        """The same attention as its gradients are taken of: with the log-sum-exp of every row, one head a
+        tile, and lengths of keys in the mask. Raises UnsupportedError for pages."""
+        if self.sequences.block_table:
+            raise UnsupportedError("gradients of an attention over pages: pass keys and values without pages")
+        plain = replace(self, few=0, group=1, return_lse=True, return_max=False, return_column_sums=False)
+        if not self.sequences.kv_lens:
+            return plain
+        dtype, name = self.sequences.kv_lens, integer("kv_lens")
+        length = maximum(read(name, integer("b")), sympy.Integer(0))
+        inside = self.mask.predicate.xreplace({integer("kv_len"): minimum(length, integer("kv_len"))})
+        captures = (*self.mask.captures, Capture("kv_lens", dtype, 1))
+        mask = replace(self.mask, predicate=sympy.And(inside, integer("k") < length), captures=captures)
+        return replace(plain, mask=mask, sequences=replace(self.sequences, kv_lens=""))
 
     @property
     def maps(self) -> tuple[ScoreMap, ...]:

@@ -30,7 +30,8 @@ from ..ir.kernel import (
     Tensor,
 )
 from ..ir.plan import Loops, Schedule
-from .folds import FOLDS, LOWEST, Fold, Part
+from .fold_table import FOLDS
+from .folds import LOWEST, Fold, Part
 from .operands import Index, Operands
 from .scaffold import B, H
 from .spec import AttentionSpec
@@ -116,7 +117,7 @@ def merge(kind: str, spec: AttentionSpec, schedule: Schedule, at: Operands) -> K
         grid=(GridDim("row", rows), GridDim("h", heads), GridDim("b", batch)),
         axes=(Axis("z", CHUNK, CHUNK), Axis("i", 1, 1), Axis("e", spec.v_size, extent)),
         lanes=None if wide else "e",
-        body=(*fold.begin(), _combine(fold), *fold.end()),
+        body=(*fold.prepare(), *fold.begin(), _combine(fold), *fold.end()),
         meta=(("stages", 1), ("warps", 4)) if wide else (),
         comment=(f"the splits of {kind}, merged",),
     )

@@ -24,7 +24,7 @@ from .align import align_mask
 from .decompose import decompose
 from .normalize import normalize_mask
 
-TRANSPOSED = ("column_sums",)  # operations with a result a key
+TRANSPOSED = ("column_sums", "grad_columns")  # operations with a result a key
 _Q, _K, _Q_LEN, _KV_LEN = map(integer, ("q", "k", "q_len", "kv_len"))
 _EXCHANGE = {_Q: _K, _K: _Q, _Q_LEN: _KV_LEN, _KV_LEN: _Q_LEN}
 
