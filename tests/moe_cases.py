@@ -107,6 +107,8 @@ def check(case: Case, seed: int = 0, *, ids: Any = None, weights: Any = None) ->
     weights = drawn[1] if weights is None else weights
     found = gossamer.experts(x, ids, weights, **layer)
     assert found.shape == x.shape and found.dtype == x.dtype
+    if not case.tokens:
+        return found
     exact = plain(case, x, ids, weights, layer, torch.float64)
     error = (plain(case, x, ids, weights, layer, case.dtype).double() - exact).abs().max()
     allowed = 2 * error + ULP[case.dtype] * 2 * exact.abs().max()
