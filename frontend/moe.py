@@ -44,6 +44,7 @@ def experts(
     down_bias: torch.Tensor | None = None,
     transposed: bool | None = None,
     interleaved: bool = False,
+    recompute: bool = False,
     validate: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -65,12 +66,15 @@ def experts(
         gate_up_bias, down_bias: (E, 2 I) and (E, H).
         transposed: which layout, where shapes fit both (I == H without a gate); default: the first.
         interleaved: gate and up take turns (gpt-oss) instead of following each other.
+        recompute: compute the first product anew for gradients, instead of keeping it: 2 I numbers a row.
         validate: also check ids, which waits for a GPU: -1 to E.
         backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (float64, slow).
 
     Returns:
         (T, H) in x's dtype. Products accumulate in float32 (float64 for float64); what an expert gives is
         rounded to x's dtype, weighted and added in float32, in the order of k, whatever the device does.
+
+        Gradients flow to x, topk_weights, the matrices and biases; what needs none costs nothing.
 
     Raises:
         InputError: a shape, dtype, device or value is wrong. UnsupportedError: something that is not built
@@ -79,7 +83,7 @@ def experts(
     if isinstance(topk_ids, Routing) != (topk_weights is None):
         expected = "None beside a Routing, a tensor beside ids"
         raise InputError("experts.topk_weights", expected, type(topk_weights).__name__)
-    settings = (activation, transposed, interleaved, validate, backend)
+    settings = (activation, transposed, interleaved, recompute, validate, backend)
     tensors = {"x": x, "gate_up": gate_up_proj, "down": down_proj}
     if gate_up_bias is not None and down_bias is not None:
         tensors |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
@@ -94,6 +98,7 @@ def run(
     activation: Any,
     transposed: Any,
     interleaved: Any,
+    recompute: bool,
     validate: bool,
     backend: str,
 ) -> torch.Tensor:
@@ -116,36 +121,78 @@ def run(
         from .moe_reference import reference_experts
 
         return reference_experts(x, given, layer, term)
-    return compute(x, given, layer, term)
+    return compute(x, given, layer, term, bool(recompute))
 
 
-def compute(x: Any, given: dict[str, Any], layer: Layer, term: Any) -> torch.Tensor:
+def compute(x: Any, given: dict[str, Any], layer: Layer, term: Any, recompute: bool) -> torch.Tensor:
     """The layer by compiled kernels, for checked arguments. given: ids and weights, or a list of rows."""
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous()
+    needed = (x, given["weights"], *layer.tensors.values())
+    if torch.is_grad_enabled() and any(t.requires_grad for t in needed):
+        from .moe_autograd import differentiable
+
+        return differentiable(x, given, layer, term, recompute)
     if x.shape[0] == 0 or given["weights"].numel() == 0:
         return torch.zeros_like(x)
+    return forward(x, given, layer, term)[0]
+
+
+def forward(x: Any, given: dict[str, Any], layer: Layer, term: Any, *, keeps: bool = False) -> Any:
+    """The result and, if asked for, what the activation was taken of, by row. There is at least one row.
+
+    given: ids and weights; tokens, bounds, place and weights by token; or these with starts, by row."""
+    top_k = given["weights"].shape[1] if "starts" not in given else 0
     flat = {name: tensor.detach().reshape(-1) for name, tensor in given.items()}
-    top_k = given["ids"].shape[1] if "ids" in given else 0
-    x = x.detach()
-    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-    values = {"x": x, **flat, **{name: tensor.detach() for name, tensor in layer.tensors.items()}}
-    facts = (top_k, layer.halves, layer.transposed, term, precision_of(x.device, _dtype(x)))
-    key = ("experts", facts, tuple((name, _signature(t)) for name, t in values.items()))
+    values = {"x": x.detach(), **flat, **{name: tensor.detach() for name, tensor in layer.tensors.items()}}
+    outputs = (("o", tuple(x.shape), x.dtype),)
+    columns = layer.inner * (2 if layer.gated else 1)
+    if keeps:
+        outputs += (("g", (flat["weights"].shape[0], columns), x.dtype),)
+    asked = (top_k, term, "ids" not in given, keeps)
+    return launch("experts", values, outputs, layer, asked)
+
+
+def launch(
+    what: str,
+    values: dict[str, Any],
+    outputs: tuple[tuple[str, tuple[int, ...], Any], ...],
+    layer: Layer,
+    asked: tuple[int, Any, bool, bool],
+    wanted: tuple[str, ...] = (),
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of the kernels of a layer, "experts", or of its "gradients", those of `wanted` inputs.
+
+    asked: top_k, the activation's term, and whether rows are sorted and products kept already."""
+    x = values["x"]
+    facts = (asked, wanted, layer.halves, layer.transposed, layer.units, precision_of(x.device, _dtype(x)))
+    key = (what, facts, tuple((name, _signature(t)) for name, t in values.items()))
     plans = driver().plans
     plan = plans.get(key)
     if plan is None:
-        plan = _plan(values, x, flat, top_k, layer, term)
+        plan = _plan(what, values, outputs, layer, asked, wanted)
         plans.put(key, plan)
-    return plan(values)[0]
+    return plan(values)
 
 
 def _dtype(tensor: Any) -> str:
     return _fill_names()[tensor.dtype]
 
 
-def _plan(values: dict[str, Any], x: Any, flat: dict[str, Any], top_k: int, layer: Layer, term: Any) -> Plan:
+def _plan(
+    what: str,
+    values: dict[str, Any],
+    outputs: Any,
+    layer: Layer,
+    asked: tuple[Any, ...],
+    wanted: tuple[str, ...],
+) -> Plan:
+    from ..runtime.executable import Contiguous
     from .attention import allocate
 
-    target, entries = target_of(x.device), flat["weights"].numel()
+    x, (top_k, term, routed, keeps) = values["x"], asked
+    rows = values["tokens"] if routed else values["ids"]
+    target, entries = target_of(x.device), rows.shape[0]
     mean = entries / layer.experts
     load = "few" if mean <= 16 else "some" if mean <= 64 and x.device.type != "cpu" else "many"
     facts = {
@@ -158,27 +205,28 @@ def _plan(values: dict[str, Any], x: Any, flat: dict[str, Any], top_k: int, laye
         "transposed": layer.transposed,
         "units": layer.units,
         "biased": layer.gate_up_bias is not None,
-        "routing": (IDS[flat["ids"].dtype] if top_k else "i32", _dtype(flat["weights"])),
+        "routing": ("i32" if routed else IDS[rows.dtype], _dtype(values.get("weights", x))),
         "load": load,
-        "single": entries <= SINGLE,
+        "single": entries <= SINGLE and not routed,
+        "routed": routed and top_k > 0,
+        "keeps": keeps,
         "aligned": is_layer_aligned(x, layer),
         "precision": precision_of(x.device, _dtype(x)),
     }
 
     def make() -> Program:
-        from ..passes.moe_pipeline import compile_experts
+        from ..passes.moe_pipeline import compile_experts, compile_gradients
         from ..passes.moe_spec import ExpertsSpec
         from .term_expr import to_expr
 
         expr = to_expr(term, frozenset(("x0", "x1")))
-        return compile_experts(ExpertsSpec(activation=expr, target=target, **facts))
+        spec = ExpertsSpec(activation=expr, target=target, **facts)
+        return compile_gradients(spec, wanted) if what == "gradients" else compile_experts(spec)
 
-    executable = get_or_compile(("experts", term, tuple(facts.items())), make, target)
-    out = tuple(x.shape)
-    from ..runtime.executable import Contiguous
-
-    bound = executable.bind({**values, "o": Contiguous(out)}, allocate=partial(allocate, device=x.device))
-    return Plan(bound, (("o", out, x.dtype),), x.device)
+    executable = get_or_compile((what, term, wanted, tuple(facts.items())), make, target)
+    stand_ins = {name: Contiguous(shape) for name, shape, _ in outputs}
+    bound = executable.bind({**values, **stand_ins}, allocate=partial(allocate, device=x.device))
+    return Plan(bound, outputs, x.device)
 
 
 def _check_backend(backend: Any, x: Any) -> None:

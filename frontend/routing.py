@@ -263,4 +263,15 @@ def route(
             raise InputError("route.correction_bias", f"shape ({experts},)", tuple(correction_bias.shape))
         values["bias"] = correction_bias.detach().to(device=device, dtype=wide).contiguous()
     get_or_compile(("router", facts), make, facts[-1])(values)
+    if router_logits.requires_grad and torch.is_grad_enabled():
+        weights = _weights(router_logits.to(wide), ids, router, renormalize) * scale
     return Routing.from_topk(ids, weights, experts)
+
+
+def _weights(logits: torch.Tensor, ids: torch.Tensor, router: str, renormalize: bool) -> torch.Tensor:
+    """The weights of the chosen experts by torch, which differentiates them."""
+    scores = {"softmax": logits.softmax, "sigmoid": lambda dim: logits.sigmoid()}
+    found = scores.get(router, lambda dim: logits)(-1).gather(1, ids.long())
+    if router == "softmax_of_topk":
+        return found.softmax(-1)
+    return found / (found.sum(-1, keepdim=True) + 1e-20) if renormalize else found

@@ -71,9 +71,9 @@ def _define(known: dict[str, Value], value: Value, where: str) -> None:
 
 def _results(op: Op, expected: tuple[Shape, ...], where: str) -> None:
     shapes = tuple(v.shape for v in op.outputs)
-    optional = op.kind in ("softmax", "attention", "row_lse", *gradients.FEWER) and 1 <= len(shapes) < len(
-        expected
-    )
+    optional = op.kind in ("softmax", "attention", "row_lse", "grouped_gemm", *gradients.FEWER) and 1 <= len(
+        shapes
+    ) < len(expected)
     if len(shapes) != len(expected) and not optional:
         _fail("type", f"expected {len(expected)} result(s); got {len(shapes)}", where)
     for value, shape in zip(op.outputs, expected, strict=False):

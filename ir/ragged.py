@@ -16,10 +16,19 @@ The operations of the graph IR over them; none holds anything of size T x E.
                     two, token t has the rows place[starts[t]] .. place[starts[t + 1] - 1]; weights are those
                     of rows
 
+    grouped_outer   a [rows, M], b [rows, N], bounds (, tokens) -> [E, M, N]: for each group the sum over its
+    rows
+                    of a's row times b's. `gathers`: 'a' or 'b', of which tokens names the rows, or None
+    map_grad_rows   g [rows, C], dh [rows, N], weights [rows], bounds -> dg [rows, C], hw [rows, N], dw
+    [rows]: of
+                    h = `expr` of the `halves` of g, as in grouped_gemm, where rows are weighted behind it:
+                    the gradient of g, h times its row's weight, and the gradient of the weight, sum of h * dh
+
 What fuse makes of gather, grouped_matmul, split and map:
 
     grouped_gemm    a, w, bounds (, tokens) (, bias) -> [rows, N]. `gathers`, `biased`: which operands follow;
-                    `halves`: None, 'split' or 'interleaved'; `expr`: over x0 (and x1, the second half)
+                    `halves`: None, 'split' or 'interleaved'; `expr`: over x0 (and x1, the second half).
+                    A second result is what `expr` was taken of, [rows, C], kept for gradients
 
 Rows at or beyond bounds[E] belong to nobody: nothing reads them, and the interpreter makes them zero.
 """

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from . import expr as E
+from .derivative import derivative
 from .evaluate import evaluate
 from .graph import Op
 
@@ -45,11 +47,8 @@ def _grouped_matmul(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _split(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    (value,) = x
-    if op.attr("interleaved"):
-        return value[..., 0::2], value[..., 1::2]
-    half = value.shape[-1] // 2
-    return value[..., :half], value[..., half:]
+    one, other = _halves(x[0], "interleaved" if op.attr("interleaved") else "split")
+    return one, other
 
 
 def _combine(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
@@ -72,13 +71,46 @@ def _grouped_gemm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
         rest = rest[1:]
     (found,) = _grouped_matmul(op, [a, w, bounds, *rest], floats)
     halves, expr = op.attr("halves"), op.attr("expr")
-    parts = (found,)
-    if halves is not None:
-        parts = _split(op.with_attrs(interleaved=halves == "interleaved"), [found], floats)
+    parts = _halves(found, halves)
     if expr is None:
-        return (parts[0],)
-    found = evaluate(expr, {f"x{i}": part for i, part in enumerate(parts)}, floats=floats)
-    return (_kept(np.broadcast_to(found, parts[0].shape), bounds),)
+        return parts[0], found
+    mapped = evaluate(expr, {f"x{i}": part for i, part in enumerate(parts)}, floats=floats)
+    return _kept(np.broadcast_to(mapped, parts[0].shape), bounds), found
+
+
+def _halves(value: Array, halves: str | None) -> tuple[Array, ...]:
+    """A value, or its two halves."""
+    if halves is None:
+        return (value,)
+    if halves == "interleaved":
+        return value[..., 0::2], value[..., 1::2]
+    half = value.shape[-1] // 2
+    return value[..., :half], value[..., half:]
+
+
+def _grouped_outer(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    a, b, bounds, *tokens = x
+    if op.attr("gathers") == "a":
+        (a,) = _gather(op, [a, *tokens], floats)
+    if op.attr("gathers") == "b":
+        (b,) = _gather(op, [b, *tokens], floats)
+    pairs = [(a[i:j].astype(floats), b[i:j].astype(floats)) for i, j in pairwise(bounds)]
+    return (np.stack([one.T @ other for one, other in pairs]),)
+
+
+def _map_grad_rows(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    g, dh, weights, bounds = x
+    g, dh, weights = (v.astype(floats) for v in (g, dh, weights))
+    parts = _halves(g, op.attr("halves"))
+    values = {f"x{i}": part for i, part in enumerate(parts)}
+    h = np.broadcast_to(evaluate(op.attr("expr"), values, floats=floats), dh.shape)
+    out = np.zeros_like(g)
+    for i, part in enumerate(_halves(out, op.attr("halves"))):
+        slope = evaluate(derivative(op.attr("expr"), E.real(f"x{i}")), values, floats=floats)
+        part[...] = slope * dh * weights[:, None]
+    inside = np.arange(len(g)) < bounds[-1]
+    dw = np.where(inside, (h * dh).sum(1), floats(0))
+    return _kept(out, bounds), _kept(h * weights[:, None], bounds), dw
 
 
 def _kept(value: Array, bounds: Array) -> Array:
@@ -94,4 +126,6 @@ RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
     "split": _split,
     "combine": _combine,
     "grouped_gemm": _grouped_gemm,
+    "grouped_outer": _grouped_outer,
+    "map_grad_rows": _map_grad_rows,
 }

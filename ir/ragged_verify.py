@@ -110,7 +110,37 @@ def _grouped_gemm(c: Checker) -> tuple[Shape, ...]:
     names = {"x0", "x1"} if halves else {"x0"}
     if expr is not None and not {s.name for s in E.symbols(expr)} <= names:
         c.fail("attrs", f"expr: expected one of {', '.join(sorted(names))}; got {E.to_text(expr)}")
-    return ((rest[0][0] if gathers else a[0], columns),)
+    rows = rest[0][0] if gathers else a[0]
+    kept = w[1] if c.attr("transpose_b", bool, needed=False) else w[2]
+    return (rows, columns), (rows, kept)
+
+
+def _grouped_outer(c: Checker) -> tuple[Shape, ...]:
+    gathers = c.attr("gathers", str, needed=False)
+    _count(c, 4 if gathers else 3)
+    a, b, bounds, *tokens = c.shapes(len(c.operands), (2, 2, 1, 1))
+    _integers(c, 2, *([3] if gathers else []))
+    if not gathers:
+        c.same("number of rows", a[0], b[0])
+    elif gathers not in ("a", "b"):
+        c.fail("attrs", f"gathers: expected 'a' or 'b'; got {gathers!r}")
+    else:
+        c.same("number of rows", (b if gathers == "a" else a)[0], tokens[0][0])
+    if not isinstance(bounds[0], int):
+        c.fail("type", f"expected a number of bounds; got {bounds[0]}")
+    return ((bounds[0] - 1, a[1], b[1]),)
+
+
+def _map_grad_rows(c: Checker) -> tuple[Shape, ...]:
+    g, dh, weights, _ = c.shapes(4, (2, 2, 1, 1))
+    _count(c, 4)
+    _integers(c, 3)
+    c.attr("expr", sympy.Basic)
+    half = _half(c, g[1]) if c.attr("halves", str, needed=False) else g[1]
+    c.same("number of columns", half, dh[1])
+    c.same("number of rows", g[0], dh[0])
+    c.same("number of weights", weights[0], dh[0])
+    return g, dh, weights
 
 
 SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
@@ -120,4 +150,6 @@ SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
     "split": _split,
     "combine": _combine,
     "grouped_gemm": _grouped_gemm,
+    "grouped_outer": _grouped_outer,
+    "map_grad_rows": _map_grad_rows,
 }

@@ -38,16 +38,16 @@ def build_experts(spec: ExpertsSpec) -> Graph:
     if spec.top_k:
         pairs = ("T", spec.top_k)
         ids, place = Value("ids", ids_dtype, pairs), Value("place", "i32", pairs)
-        ops.append(
-            Op("group", ("ids",), (tokens, bounds, place), _attrs({"experts": e, "single": spec.single}))
-        )
-        routing, rest = [ids], ["place"]
+        routing, rest = ([tokens, bounds, place] if spec.routed else [ids]), ["place"]
+        if not spec.routed:
+            attrs = _attrs({"experts": e, "single": spec.single})
+            ops.append(Op("group", ("ids",), (tokens, bounds, place), attrs))
         weights = Value("weights", weights_dtype, pairs)
     else:
         place, starts = Value("place", "i32", ("rows",)), Value("starts", "i32", ("bounds_of_tokens",))
         routing, rest = [tokens, bounds, place, starts], ["place", "starts"]
         weights = Value("weights", weights_dtype, ("rows",))
-    first = Value("g", wide, ("rows", spec.up_columns))
+    first = Value("g", spec.dtype if spec.keeps else wide, ("rows", spec.up_columns))
     halves = [Value(n, wide, ("rows", spec.inner)) for n in ("a", "b")]
     h = Value("h", spec.dtype, ("rows", spec.inner))
     y = Value("y", spec.dtype, ("rows", spec.hidden))
@@ -65,7 +65,7 @@ def build_experts(spec: ExpertsSpec) -> Graph:
         Op("combine", ("y", *rest, "weights"), (o,)),
     ]
     inputs = (x, *routing, weights, up, *biases[0], down, *biases[1])
-    return Graph("experts", inputs, tuple(ops), ("o",))
+    return Graph("experts", inputs, tuple(ops), ("o", "g") if spec.keeps else ("o",))
 
 
 def build_groups(spec: ExpertsSpec) -> Graph:

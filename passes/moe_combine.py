@@ -49,8 +49,8 @@ def combine_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
     row = maximum(integer("row"), ZERO)
     step: list[Stmt] = [
         Load("row", "i32", ("r",), "place", (at,), known, sympy.Integer(-1)),
-        Load("weight", acc, ("r",), "weights", (maximum(entry, ZERO),), kept, sympy.Float(0.0)),
-        Load("Y", acc, ("r", "d"), "y", (row, feature), all_of([kept, inside]), sympy.Float(0.0)),
+        Load("weight", acc, ("r",), weights.name, (maximum(entry, ZERO),), kept, sympy.Float(0.0)),
+        Load("Y", acc, ("r", "d"), y.name, (row, feature), all_of([kept, inside]), sympy.Float(0.0)),
         Reduce("part", acc, ("d",), "sum", real("weight") * real("Y"), ("r",)),
     ]
     total = Compute("total", acc, ("d",), real("total") + real("part"), declares=False)
@@ -61,18 +61,18 @@ def combine_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
         zero = Compute("total", acc, ("d",), sympy.Float(0.0))
         body = [zero, For("u", (Span(ZERO, steps),), (*step, total))]
         result = real("total")
-    body = [*head, *body, Store("o", (T, feature), result, ("d",), inside)]
+    body = [*head, *body, Store(op.output.name, (T, feature), result, ("d",), inside)]
     align = 16 if padded and spec.aligned and hidden * 2 % 16 == 0 else 1
     tensors = [
-        Tensor("y", y.dtype, ("entries", hidden), unit=1, align=align),
+        Tensor(y.name, y.dtype, ("entries", hidden), unit=1, align=align),
         Tensor("place", place.dtype, ("entries",), unit=0),
         *([Tensor("starts", rest[0].dtype, ("tokens_and_one",), unit=0)] if ragged else []),
-        Tensor("weights", weights.dtype, ("entries",), unit=0),
-        Tensor("o", op.output.dtype, ("T", hidden), "out", unit=1, align=align),
+        Tensor(weights.name, weights.dtype, ("entries",), unit=0),
+        Tensor(op.output.name, op.output.dtype, ("T", hidden), "out", unit=1, align=align),
     ]
     grid = [GridDim("c", sympy.Integer(-(-hidden // width))), GridDim("t", integer("T"))]
     return Kernel(
-        "experts_combine",
+        f"experts_{op.output.name}",
         tuple(tensors),
         tuple(grid),
         (rows, Axis("d", width, width)),

@@ -10,6 +10,8 @@ After::
     %h = grouped_gemm %x, %w, %bounds, %tokens, %bias {biased = True, expr = f, gathers = True, halves =
     'split'}
 
+A product that is returned too, as gradients want it, becomes a second result.
+
 Leaves alone: what is used elsewhere or returned; maps of other values too.
 """
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..ir.graph import Graph, Op
+from ..ir.graph import Graph, Op, Value
 
 
 def fuse_experts(graph: Graph) -> Graph:
@@ -25,7 +27,8 @@ def fuse_experts(graph: Graph) -> Graph:
     for op in graph.of_kind("grouped_matmul"):
         gather = _before(graph, op)
         behind = _behind(graph, op)
-        graph = graph.replace_ops([*gather, op, *behind], [_fused(op, gather, behind)])
+        kept = op.outputs if behind and op.output.name in graph.outputs else ()
+        graph = graph.replace_ops([*gather, op, *behind], [_fused(op, gather, behind, kept)])
     return graph
 
 
@@ -43,7 +46,8 @@ def _before(graph: Graph, op: Op) -> list[Op]:
 
 
 def _behind(graph: Graph, op: Op) -> list[Op]:
-    user = _only(graph, op.output.name)
+    users = graph.users(op.output.name)
+    user = users[0] if len(users) == 1 else None
     if user is not None and user.kind == "split":
         names = tuple(v.name for v in user.outputs)
         maps = [_only(graph, name) for name in names]
@@ -54,7 +58,7 @@ def _behind(graph: Graph, op: Op) -> list[Op]:
     return [user] if user is not None and user.kind == "map" and len(user.inputs) == 1 else []
 
 
-def _fused(op: Op, gather: list[Op], behind: list[Op]) -> Op:
+def _fused(op: Op, gather: list[Op], behind: list[Op], kept: tuple[Value, ...]) -> Op:
     a, w, bounds, *bias = op.inputs
     operands = [a, w, bounds]
     attrs = dict(op.attrs)
@@ -71,5 +75,9 @@ def _fused(op: Op, gather: list[Op], behind: list[Op]) -> Op:
             attrs["expr"] = one.attr("expr")
     last = behind[-1] if behind else op
     return replace(
-        op, kind="grouped_gemm", inputs=(*operands, *bias), outputs=last.outputs, attrs=tuple(attrs.items())
+        op,
+        kind="grouped_gemm",
+        inputs=(*operands, *bias),
+        outputs=(*last.outputs, *kept),
+        attrs=tuple(attrs.items()),
     )

@@ -155,7 +155,8 @@ class _Builder:
             align=self._align(int(self.w.shape[self.op.attr("unit")])) if self.op.attr("unit") else 1,
         )
         bounds = Tensor(self.bounds, "i32", (e + 1,), unit=0)
-        return (self._a(), matrix, bounds, *tokens, *bias, self._result())
+        kept = [self._stored(v.name, v.dtype, int(v.shape[1]), "out", "entries") for v in self.op.outputs[1:]]
+        return (self._a(), matrix, bounds, *tokens, *bias, self._result(), *kept)
 
     def _bias_columns(self) -> int:
         return self.columns * len(self.parts)
@@ -216,7 +217,9 @@ class _Builder:
         feature = at + D
         index = (EXPERT, part.column, feature) if self.by_rows else (EXPERT, feature, part.column)
         guard = all_of([self._within(feature), self._valid_column()])
-        return Load(name, self.operand, ("n", "d"), self.w.name, index, guard, ZERO)
+        # Memory runs along the tile's last axis, so that a CPU copies vectors.
+        axes = ("n", "d") if self.by_rows == (self.op.attr("unit") == 2) else ("d", "n")
+        return Load(name, self.operand, axes, self.w.name, index, guard, ZERO)
 
     def _valid_column(self) -> Expr:
         return sympy.true if self.columns % self.tiling.cols == 0 else self.col < self.columns
@@ -257,6 +260,7 @@ class _Builder:
                 out.append(Load(f"bias{k}", self.acc, ("n",), self.bias, at, self._valid_column(), zero))
                 value = value + real(f"bias{k}")
             values[real(f"x{k}")] = value
+        out += self._keep(values)
         expr = self.op.attr("expr")
         result = values[real("x0")] if expr is None else sympy.sympify(expr).xreplace(values)
         if result != real(self.parts[0].acc):
@@ -269,6 +273,15 @@ class _Builder:
             ]
         valid = all_of([ROW0 + ROW_AT < LAST, self._valid_column()])
         return [*out, Store(self.out.name, (ROW0 + ROW_AT, self.col), result, ("i", "n"), valid)]
+
+    def _keep(self, values: dict[Expr, Expr]) -> list[Stmt]:
+        """What the activation is taken of, stored too."""
+        valid = all_of([ROW0 + ROW_AT < LAST, self._valid_column()])
+        return [
+            Store(kept.name, (ROW0 + ROW_AT, part.column), values[real(f"x{k}")], ("i", "n"), valid)
+            for kept in self.op.outputs[1:]
+            for k, part in enumerate(self.parts)
+        ]
 
 
 def _between(value: Expr, low: Expr, high: Expr) -> Expr:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..ir.errors import InputError
@@ -14,7 +14,9 @@ from .moe_build import build_experts, build_groups
 from .moe_combine import combine_kernel
 from .moe_fuse import fuse_experts
 from .moe_gemm import gemm_kernel, slots
+from .moe_gradient import build_gradients
 from .moe_group import group_kernels
+from .moe_outer import map_grad_kernel, outer_kernel
 from .moe_schedule import schedule_experts
 from .moe_spec import ExpertsSpec
 
@@ -29,6 +31,11 @@ def compile_experts(spec: ExpertsSpec, watch: Watcher | None = None) -> Program:
 def compile_groups(spec: ExpertsSpec) -> Program:
     """From a spec to the kernels that sort its entries by expert."""
     return lower_experts(build_groups(spec), spec)
+
+
+def compile_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Program:
+    """From a spec to the kernels of the gradients of some of its inputs."""
+    return lower_experts(run_experts(build_gradients(spec, wanted), spec), spec)
 
 
 def run_experts(graph: Graph, spec: ExpertsSpec, watch: Watcher | None = None) -> Graph:
@@ -53,6 +60,10 @@ def lower_experts(graph: Graph, spec: ExpertsSpec) -> Program:
                 kept += between
             case "grouped_gemm":
                 kernels.append(gemm_kernel(graph, op, spec, blocked))
+            case "grouped_outer":
+                kernels.append(outer_kernel(graph, op, spec))
+            case "map_grad_rows":
+                kernels.append(map_grad_kernel(graph, op, spec))
             case "combine":
                 kernels.append(combine_kernel(graph, op, spec))
             case _:

@@ -14,7 +14,8 @@ from gossamer.ir.expr import integer, real, sigmoid  # noqa: E402
 from gossamer.ir.graph_interpret import interpret  # noqa: E402
 from gossamer.ir.ragged import Tiling  # noqa: E402
 from gossamer.passes.moe_build import build_experts  # noqa: E402
-from gossamer.passes.moe_pipeline import compile_experts  # noqa: E402
+from gossamer.passes.moe_gradient import build_gradients  # noqa: E402
+from gossamer.passes.moe_pipeline import compile_experts, compile_gradients  # noqa: E402
 from gossamer.passes.moe_router import RouterSpec, compile_router  # noqa: E402
 from gossamer.passes.moe_spec import LOADS, ExpertsSpec  # noqa: E402
 from gossamer.runtime.gpu import compile_ahead  # noqa: E402
@@ -117,3 +118,39 @@ def test_every_kernel_compiles_elsewhere(target):
     router = RouterSpec(24, 4, "sigmoid", corrected=True, groups=4, top_groups=2, target=target)
     for kernel in (*compile_experts(spec).kernels, *compile_router(router).kernels):
         assert not compile_ahead(emit(kernel), target).lacks
+
+
+def test_gradients_on_the_interpreter_and_compiled():
+    wanted = ("x", "gate_up", "down", "gate_up_bias", "down_bias", "weights")
+    spec = ExpertsSpec(
+        4, 2, 40, 24, SWIGLU, biased=True, aligned=False, target="cuda:sm_90", tiling=(SMALL[1],) * 3
+    )
+    rng, tokens, entries = np.random.default_rng(0), 20, 40
+    graph = build_gradients(spec, wanted)
+    sizes = {"T": tokens, "rows": entries}
+    given = {
+        v.name: rng.standard_normal([sizes.get(n, n) for n in v.shape]).astype(np.float32)
+        for v in graph.inputs
+    }
+    place = rng.permutation(entries)
+    tokens_of_rows = np.zeros(entries, np.int32)
+    tokens_of_rows[place] = np.arange(entries) // 2
+    given |= {
+        "tokens": tokens_of_rows,
+        "bounds": np.array([0, 17, 17, 20, 40], np.int32),
+        "place": place.reshape(tokens, 2).astype(np.int32),
+    }
+    expected = interpret(graph, given)
+    flat = given | {name: given[name].reshape(-1) for name in ("place", "ones")}
+    flat |= {name: np.full_like(value, np.nan) for name, value in expected.items()}
+    program = compile_gradients(spec, wanted)
+    found = run(program, flat, {"entries": entries, "T": tokens})
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name].numpy(), value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_gradients_compile_for_an_h100_without_spills():
+    spec = ExpertsSpec(64, 8, 2048, 1024, SWIGLU, dtype="bf16", keeps=True, target="cuda:sm_90")
+    for kernel in compile_gradients(spec, ("x", "gate_up", "down", "weights")).kernels:
+        binary = compile_ahead(emit(kernel), "cuda:sm_90")
+        assert not binary.spills and not binary.lacks, kernel.name
