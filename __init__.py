@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.attention import attention as attention
+    from .frontend.huggingface import register_transformers as register_transformers
     from .frontend.kernel import AttentionSpec as AttentionSpec
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
@@ -46,6 +47,7 @@ _NAMES: dict[str, str] = {
     "experts": "frontend.moe",
     "load": "frontend.kernel",
     "moe": "frontend.moe",
+    "register_transformers": "frontend.huggingface",
     "route": "frontend.routing",
     "sddmm": "frontend.splat",
     "sparse_softmax": "frontend.splat",

@@ -66,6 +66,9 @@ def activation_term(activation: Any, *, gated: bool) -> Term:
     Raises InputError for an unknown name, TraceError for a function that cannot be captured."""
     if isinstance(activation, str):
         return _named(activation, gated)
+    known = getattr(activation, "term", None)  # captured already
+    if known is not None:
+        return known
     if not callable(activation):
         raise InputError("experts.activation", f"a function, or one of {_names()}", repr(activation))
     traced = trace_activation(activation, 2 if gated else 1)
