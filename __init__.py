@@ -59,6 +59,7 @@ _NAMES: dict[str, str] = {
 _MODULES = {
     "flex": "frontend.flex",
     "masks": "frontend.masks",
+    "operators": "frontend.operators",
     "testing": "frontend.testing",
 }
 

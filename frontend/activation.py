@@ -16,7 +16,7 @@ from typing import Any
 
 from ..ir.errors import InputError, UnsupportedError
 from .term import Term, constant, rename
-from .trace import trace_activation
+from .trace import Traced, trace_activation
 
 X, GATE, UP = "x0", "x0", "x1"
 
@@ -71,7 +71,12 @@ def activation_term(activation: Any, *, gated: bool) -> Term:
         return known
     if not callable(activation):
         raise InputError("experts.activation", f"a function, or one of {_names()}", repr(activation))
-    traced = trace_activation(activation, 2 if gated else 1)
+    traced = trace_activation(activation, gated=gated)
+    return baked(traced)
+
+
+def baked(traced: Traced) -> Term:
+    """The term of a traced activation, with its numbers. Raises UnsupportedError if it reads tensors."""
     if traced.tensors:
         raise UnsupportedError(
             "experts.activation: a function that reads tensors is not built yet; capture numbers"

@@ -12,28 +12,35 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import InputError, UnsupportedError
+from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+
+try:
+    import torch
+except ImportError:
+    raise MissingDependencyError("torch", "torch", "gossamer.attention") from None
 from ..runtime.driver import driver, get_or_compile
 from .captured import is_array, is_monotone
 from .device import precision_of, target_of
+from .form import Call, Options
 from .kernel import quick_key
 from .mask import Mask
-from .placement import NOWHERE, Placement, tensors_of
+from .operator_rules import autocast, wants_gradient
+from .operators import call_operator, is_traced
+from .placement import NOWHERE, Placement, check_placement, tensors_of
 from .placement import PLAIN as EVEN
-from .plan import Plan, Recalled, recall, serves
+from .plan import Plan, recall, serves
 from .problem import Problem
 from .reads import check_reads
 from .schedules import Request, given, settled
 from .score import ScoreMod
-from .softmax import PLAIN, Softmax, probability
+from .softmax import PLAIN, Softmax, check_sinks, prob_of
 
 if TYPE_CHECKING:
-    import torch
-
     from ..ir.kernel import Program
     from ..runtime.driver import Executable
 
 EVERY_PAIR = Mask.of(None)
+PLAIN_OPTIONS = Options()
 
 LEAST_SCALE = 2.0**-100  # as `passes.spec` has it
 
@@ -48,11 +55,6 @@ TORCH_NAMES = {
     "i64": "int64",
     "i32": "int32",
     "u8": "uint8",
-}
-
-# Keywords that have a meaning and no kernel yet: what they ask for, and what to write until then.
-NOT_BUILT = {
-    "deterministic": ("a choice of deterministic kernels", "Leave it out: no kernel uses atomics"),
 }
 
 
@@ -115,7 +117,8 @@ def attention(
         block_table: (B, max_pages) integers: key and value are caches of pages (pages, Hk, page_size, D), and
             key k of sequence b is row k % page_size of page block_table[b, k // page_size]. Needs kv_lens;
             entries behind them may be anything. Another order of dimensions is passed transposed.
-        deterministic: not built yet; an UnsupportedError says what to write in its place.
+        deterministic: whether gradients are bitwise equal over runs, as outputs always are: True or False,
+            or None for where it costs little.
         backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (dense, float64, slow).
         schedule: a Schedule, or one a group, in place of the default, or their text as `gossamer explain`
             prints it; "tune" for the fastest of a few on this device, timed once (see `gossamer.tune`).
@@ -133,27 +136,24 @@ def attention(
         else that is not built yet, is asked for. TraceError: a mask_mod, score_mod or prob_mod cannot be
         captured.
     """
-    _check_built(deterministic=deterministic)
+    flags = {"enable_gqa": enable_gqa, "return_lse": return_lse, "return_column_sums": return_column_sums}
+    _check_flags(flags | {"validate": validate}, deterministic)
     where = (q_offset, cu_seqlens_q, cu_seqlens_kv, block_table, kv_lens)
-    if backend == "reference":
-        from .reference import reference_attention
-
-        problem = Problem(query, key, value, enable_gqa, paged=block_table is not None)
-        placed = Placement.of(problem, *where, sums=return_column_sums)
-        placed.check_values(problem)
-        problem.check_mask(mask)
-        softmax = Softmax.of(problem, sinks, prob_mod, dropout_p, dropout_seed)
-        bound, score = Mask.of(mask), ScoreMod.of(score_mod)
-        out, lse, sums = reference_attention(problem, bound, score, scale, softmax, placed)
-        asked = ((out, True), (lse, return_lse), (sums, return_column_sums))
-        found = tuple(result for result, wanted in asked if wanted)
-    else:
-        extra: tuple[str, ...] = ("lse",) if return_lse else ()
-        extra += ("column_sums",) if return_column_sums else ()
-        modified = (sinks, prob_mod, dropout_p, dropout_seed)
-        options = (backend, schedule, validate)
-        found = run(query, key, value, mask, score_mod, scale, enable_gqa, extra, modified, where, *options)
+    extra: tuple[str, ...] = ("lse",) if return_lse else ()
+    extra += ("column_sums",) if return_column_sums else ()
+    options = Options(enable_gqa, extra, backend, schedule, validate, deterministic)
+    found = run(
+        query, key, value, mask, score_mod, scale, options, sinks, (prob_mod, dropout_p, dropout_seed), where
+    )
     return found[0] if len(found) == 1 else found
+
+
+def _check_flags(flags: dict[str, Any], deterministic: Any) -> None:
+    for name, flag in flags.items():
+        if flag is not True and flag is not False:
+            raise InputError(f"attention.{name}", "True or False", repr(flag))
+    if deterministic is not None and deterministic is not True and deterministic is not False:
+        raise InputError("attention.deterministic", "True, False or None", repr(deterministic))
 
 
 def _check_backend(backend: str, problem: Problem) -> None:
@@ -169,15 +169,6 @@ def _check_backend(backend: str, problem: Problem) -> None:
         )
 
 
-def _check_built(**keywords: Any) -> None:
-    """Refuse what has no kernel yet; None, False and 0 ask for nothing."""
-    for name, value in keywords.items():
-        if value is None or (isinstance(value, (int, float)) and not value):
-            continue
-        what, fix = NOT_BUILT[name]
-        raise UnsupportedError(f"attention.{name}: {what}: not built yet. {fix}")
-
-
 def run(
     query: Any,
     key: Any,
@@ -185,45 +176,89 @@ def run(
     mask: Any,
     score_mod: Any,
     scale: Any,
-    enable_gqa: bool,
-    extra: tuple[str, ...] = (),
-    modified: tuple[Any, Any, Any, Any] = (None, None, 0.0, None),
+    options: Options = PLAIN_OPTIONS,
+    sinks: Any = None,
+    modified: tuple[Any, Any, Any] = (None, 0.0, None),
     where: tuple[Any, Any, Any, Any, Any] = NOWHERE,
-    backend: str = "auto",
-    schedule: Any = None,
-    validate: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """(out, *extra) by a compiled kernel; arguments as `attention` takes them.
+    """(out, *options.extra); arguments as `attention` takes them.
 
-    extra: further results, in this order: "lse", "max" (beside "lse" only), "column_sums". modified: sinks,
-    prob_mod, dropout_p and dropout_seed; the last three have no plans. where: q_offset, cu_seqlens_q,
-    cu_seqlens_kv, block_table and kv_lens."""
-    bound = EVERY_PAIR if mask is None else Mask.of(mask)
-    score = ScoreMod.of(score_mod)
-    sinks, prob_mod, dropout_p, _ = modified
-    dropped = probability(dropout_p)
+    modified: prob_mod, dropout_p and dropout_seed. where: q_offset, cu_seqlens_q, cu_seqlens_kv, block_table
+    and kv_lens."""
+    if torch.compiler.is_dynamo_compiling():
+        from .compiled import traced
+
+        return traced(query, key, value, mask, score_mod, scale, options, sinks, modified, where)
     held, offset = tensors_of(where)
-    tensors = {"q": query, "k": key, "v": value, **held}
     if sinks is not None:
-        tensors["sinks"] = sinks
-    known = Recalled(tensors)
+        held["sinks"] = sinks
+    bound = EVERY_PAIR if mask is None else Mask.of(mask)
+    prob = prob_of(query, *modified)
+    call = Call(bound, ScoreMod.of(score_mod), prob, scale, held, offset, options)
+    return dispatch(query, key, value, call, mask if is_array(mask) else None)
+
+
+def dispatch(query: Any, key: Any, value: Any, call: Call, table: Any = None) -> tuple[torch.Tensor, ...]:
+    """(out, *extra) of a captured call, by the operators where torch has to see it, else by its kernel.
+
+    table: the mask, where it was given as a boolean tensor."""
+    if torch._C._is_any_autocast_enabled() and all(isinstance(t, torch.Tensor) for t in (query, key, value)):
+        query, key, value = autocast(query, key, value)
+    tensors = (query, key, value, *call.tensors)
+    if not is_traced(tensors) and not wants_gradient(tensors):
+        return launch(query, key, value, call, table)
+    if call.options.backend == "reference":
+        expected = 'attention: backend="reference" has no gradient, and is not traced'
+        raise UnsupportedError(f"{expected}. Call it under torch.no_grad(), outside of torch.compile")
+    problem = Problem(query, key, value, call.options.enable_gqa, paged="block_table" in call.held)
+    check_placement(problem, *call.where, sums="column_sums" in call.options.extra)
+    problem.check_mask(table)
+    check_sinks(problem, call.held.get("sinks"))
+    _check_backend(call.options.backend, problem)
+    return call_operator(query, key, value, call)
+
+
+def launch(query: Any, key: Any, value: Any, call: Call, table: Any = None) -> tuple[torch.Tensor, ...]:
+    """(out, *extra) by a compiled kernel. table: the mask, where it was given as a boolean tensor."""
+    options = call.options
+    if options.backend == "reference":
+        return _reference(query, key, value, call, table)
     plans = driver().plans
-    if prob_mod is None and not dropped:
-        options = (enable_gqa, extra, backend, schedule, validate, offset)
-        known = recall(plans, tensors, bound, score, scale, *options)
+    known = recall(plans, {"q": query, "k": key, "v": value, **call.held}, call)
     if known.plan is not None:
         return known.plan(known.tensors)
-    problem = Problem(query, key, value, enable_gqa, paged="block_table" in held)
-    placed = Placement.of(problem, *where, sums="column_sums" in extra)
-    problem.check_mask(mask)
-    softmax = Softmax.of(problem, *modified)
-    _check_backend(backend, problem)
-    settings = (schedule, validate, softmax, placed, known.tensors)
-    plan, values = prepare(problem, bound, score, scale, extra, *settings)
+    problem, placed = _checked(query, key, value, call, table)
+    _check_backend(options.backend, problem)
+    settings = (options.schedule, options.validate, call.softmax, placed, known.tensors)
+    plan, values = prepare(problem, call.mask, call.score, call.scale, options.extra, *settings)
     found = plan(values)
-    if known.key is not None and not validate and serves(values, known.tensors):
+    if known.key is not None and not options.validate and serves(values, known.tensors):
         plans.put(known.key, plan)
     return found
+
+
+def _checked(query: Any, key: Any, value: Any, call: Call, table: Any) -> tuple[Problem, Placement]:
+    options = call.options
+    problem = Problem(query, key, value, options.enable_gqa, paged="block_table" in call.held)
+    placed = Placement.of(problem, *call.where, sums="column_sums" in options.extra)
+    problem.check_mask(table)
+    check_sinks(problem, call.held.get("sinks"))
+    return problem, placed
+
+
+def _reference(query: Any, key: Any, value: Any, call: Call, table: Any) -> tuple[torch.Tensor, ...]:
+    from .reference import reference_attention
+
+    problem, placed = _checked(query, key, value, call, table)
+    if call.options.schedule is not None:
+        raise InputError(
+            "attention.schedule", 'None with backend="reference", which has none', repr(call.options.schedule)
+        )
+    placed.check_values(problem)
+    check_reads(problem, placed, call.mask, call.score, call.prob)
+    out, lse, sums = reference_attention(problem, call.mask, call.score, call.scale, call.softmax, placed)
+    results = {"lse": lse, "column_sums": sums}
+    return out, *(results[name] for name in call.options.extra)
 
 
 def prepare(
@@ -295,12 +330,10 @@ def call_values(
 def _number(scale: Any) -> float:
     """The scale as a float: a number, or a tensor of one."""
     if getattr(scale, "requires_grad", False):
-        import torch
-
         if torch.is_grad_enabled():
             raise UnsupportedError(
-                "attention.scale requires a gradient, and gradients are not built yet. "
-                "Call under torch.no_grad(), or pass scale.item()"
+                "attention.scale requires a gradient, and has none. Pass scale.item(), or multiply the "
+                "scores in a score_mod, which captures tensors that learn"
             )
         scale = scale.detach()
     try:
@@ -312,8 +345,6 @@ def _number(scale: Any) -> float:
 
 def plan_of(executable: Executable, values: dict[str, Any], problem: Problem, extra: tuple[str, ...]) -> Plan:
     """A plan that gives (out, *extra), for calls like the one with these values."""
-    import torch
-
     from ..runtime.executable import Contiguous
 
     heads = (problem.batch, problem.heads)
@@ -331,8 +362,6 @@ def plan_of(executable: Executable, values: dict[str, Any], problem: Problem, ex
 
 def captured(tensor: Any, problem: Problem) -> Any:
     """A captured tensor as kernels take it: on the problem's device, booleans as bytes."""
-    import torch
-
     if not isinstance(tensor, torch.Tensor):
         tensor = torch.as_tensor(tensor)
     if tensor.device != problem.device:
@@ -341,11 +370,6 @@ def captured(tensor: Any, problem: Problem) -> Any:
             f"a tensor on {problem.device}, as the query is",
             tensor.device,
             f"Capture tensor.to({str(problem.device)!r})",
-        )
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedError(
-            "attention: a captured tensor requires a gradient, and gradients are not built yet. "
-            "Call under torch.no_grad(), or capture tensor.detach()"
         )
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else _detached(tensor)
 
@@ -356,8 +380,6 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 
 def allocate(shape: tuple[int, ...], dtype: str, device: Any = "cpu") -> torch.Tensor:
     """An uninitialised contiguous tensor of a dtype by its name in the IR."""
-    import torch
-
     return torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[dtype]), device=device)
 
 

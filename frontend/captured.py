@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +23,13 @@ def as_numpy(array: Any) -> np.ndarray:
         array = array.detach().cpu()
         array = array.float() if str(array.dtype) == "torch.bfloat16" else array
     return np.asarray(array)
+
+
+def as_tensor(array: Any) -> Any:
+    """The array as a torch tensor, without a copy where there need be none."""
+    import torch
+
+    return array if isinstance(array, torch.Tensor) else torch.as_tensor(array)
 
 
 def is_monotone(array: Any) -> bool:
@@ -61,26 +68,44 @@ class Constant:
         return self._copies[device]
 
 
+class Derivation(NamedTuple):
+    """How one tensor is computed from another. waits: whether that waits for a GPU."""
+
+    compute: Callable[..., Any]
+    waits: bool
+
+
+DERIVATIONS: dict[str, Derivation] = {}
+"""By name: what a recipe says means the same in every process."""
+
+
+def derivation(name: str, compute: Callable[..., Any], *, waits: bool = False) -> str:
+    """Register `compute(source, *numbers)`; returns the name."""
+    DERIVATIONS[name] = Derivation(compute, waits)
+    return name
+
+
 class Derived:
     """A tensor computed from another, at every call.
 
-    waits: whether computing it waits for a GPU. Then it is computed there only after torch has counted a
-    write to the source: what writes past torch (a kernel given its address, a replayed CUDA graph) goes
-    unnoticed. Make a new mask then.
+    recipe: the name of a derivation, and its further arguments, made of primitives. One that waits for a GPU
+    is computed there only after torch has counted a write to the source: what writes past torch (a kernel
+    given its address, a replayed CUDA graph) goes unnoticed. Make a new mask then.
     """
 
-    def __init__(self, source: Any, compute: Callable[[Any], Any], *, waits: bool = False) -> None:
-        self.source, self.compute, self.waits = source, compute, waits
-        self._last: tuple[int, Any] | None = None
+    def __init__(self, source: Any, recipe: tuple[Any, ...]) -> None:
+        self.source, self.recipe = source, recipe
 
     def current(self) -> Any:
-        if not self.waits or getattr(getattr(self.source, "device", None), "type", "cpu") == "cpu":
-            return self.compute(self.source)
+        name, *arguments = self.recipe
+        compute, waits = DERIVATIONS[name]
+        if not waits or getattr(getattr(self.source, "device", None), "type", "cpu") == "cpu":
+            return compute(self.source, *arguments)
         try:
             version = self.source._version
         except RuntimeError:  # torch's inference tensors
-            return self.compute(self.source)
-        last = self._last
-        if last is None or last[0] != version:
-            self._last = last = (version, self.compute(self.source))
-        return last[1]
+            return compute(self.source, *arguments)
+        known = self.source.__dict__.setdefault("_gossamer_derived", {})
+        if known.get(self.recipe, (None, None))[0] != version:
+            known[self.recipe] = version, compute(self.source, *arguments)
+        return known[self.recipe][1]

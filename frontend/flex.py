@@ -26,6 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask as PyTorchBlockMask
 from . import block_mask as blocks
 from .attention import run
 from .block_mask import BlockMask, MaskMod
+from .form import Options
 from .mask import Mask
 
 __all__ = [
@@ -81,7 +82,7 @@ def flex_attention(
     want = return_aux or AuxRequest(lse=return_lse)
     rows = ("lse", "max")[: 2 if want.max_scores else int(want.lse)]
     mask = _mask_of(block_mask, query, key)
-    out, *found = run(query, key, value, mask, score_mod, scale, enable_gqa, rows)
+    out, *found = run(query, key, value, mask, score_mod, scale, Options(enable_gqa, rows))
     if return_aux is None:
         return (out, found[0]) if return_lse else out
     lse, peak = (*found, None, None)[:2]

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ..ir.errors import GossamerError, InputError, MissingDependencyError, UnsupportedError
+from ..ir.errors import GossamerError, MissingDependencyError, UnsupportedError
+from .activation import baked
 from .moe import experts
-from .term import Term, show
-from .trace_capture import Trace
+from .term import Term
+from .trace import run_traced
 from .trace_error import trace_error
-from .trace_operate import value_of
 from .trace_value import Value
 
 NAME = "gossamer"
@@ -82,20 +82,19 @@ def gate_of(module: Any) -> Term:
         return known[1]
     gated = module.has_gate
     run: Callable[[Any], Any] = module._apply_gate if gated else module.act_fn
-    trace = Trace("activation", float_params=True)
-    halves = [Value(trace, name, "float") for name in ("x0", "x1")]
+
+    def stand_in(trace: Any, *halves: Any) -> Any:
+        return run(_Halves(*halves, interleaved=not module.is_concatenated) if gated else halves[0])
+
     try:
-        found = run(_Halves(*halves, interleaved=not module.is_concatenated) if gated else halves[0])
+        term = baked(run_traced(stand_in, "activation" if gated else "plain activation"))
     except GossamerError:
         raise
     except Exception as error:
         name = f"{type(module).__name__}.{'_apply_gate' if gated else 'act_fn'}"
         raise trace_error(f"{name} cannot be captured: {type(error).__name__}: {error}") from error
-    value = value_of(trace, found)
-    if value.kind != "float":
-        raise InputError(type(module).__name__, "a gate that gives a float", show(value.term))
-    _GATES[module] = state, value.term
-    return value.term
+    _GATES[module] = state, term
+    return term
 
 
 class _Halves:

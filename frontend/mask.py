@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
 from .captured import Constant, as_numpy, is_array, readable
+from .pure import is_compiled
 from .term import TRUE, Term, negate, rename, show
 from .term_expr import from_expr, to_expr
 from .term_mask import bake_large, joined, segments
@@ -38,7 +39,8 @@ class Mask:
 
     key: what a kernel depends on; made of primitives, the same in every process.
     values: integers for p0, p1, ...; another value compiles nothing (from 2**30 on they are part of `key`).
-    tensors: the captured tensors c0, c1, ...
+    tensors: the captured tensors c0, c1, ... as they are read now; sources: as they were captured;
+    signature: (dtype, rank) of each.
 
     >>> window = Mask.trace(lambda b, h, q_idx, kv_idx: abs(q_idx - kv_idx) <= 2)
     >>> causal = Mask.trace(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)
@@ -58,8 +60,9 @@ class Mask:
         tensors: tuple[Any, ...] = (),
         signature: Signature = (),
     ) -> None:
-        self._term, self.values = bake_large(term, values, "p")
-        self._signature, self._tensors = signature, tensors
+        self.term, self.values = bake_large(term, values, "p")
+        self.kinds = ("int",) * len(self.values)
+        self.signature, self.sources = signature, tensors
 
     # ---- making one ----
 
@@ -74,6 +77,11 @@ class Mask:
 
         Raises TraceError, pointing at the user's line, for what cannot be captured.
         """
+        if is_compiled():
+            raise UnsupportedError(
+                "Mask.trace inside torch.compile. Pass the function itself to gossamer.attention, or make "
+                "the Mask outside of what is compiled"
+            )
         traced = trace_mask(mask_mod)
         return Mask(traced.term, traced.values, traced.tensors, traced.signature)  # type: ignore[arg-type]
 
@@ -163,16 +171,16 @@ class Mask:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        return ("mask", self._term, self._signature)
+        return ("mask", self.term, self.signature)
 
     @property
     def captures(self) -> int:
         """How many tensors it captured."""
-        return len(self._tensors)
+        return len(self.sources)
 
     @property
     def tensors(self) -> tuple[Any, ...]:
-        return tuple(map(readable, self._tensors))
+        return tuple(map(readable, self.sources))
 
     def to(self, device: Any) -> Mask:
         """The same pairs, with the captured tensors as torch tensors on a device.
@@ -181,11 +189,11 @@ class Mask:
         import torch
 
         tensors = tuple(torch.as_tensor(tensor, device=device) for tensor in self.tensors)
-        return Mask(self._term, self.values, tensors, self._signature)
+        return Mask(self.term, self.values, tensors, self.signature)
 
     def tensors_on(self, device: Any) -> tuple[Any, ...]:
         """The captured tensors as kernels on a torch device read them; the user's own are not moved."""
-        return tuple(readable(t, device) for t in self._tensors)
+        return tuple(readable(t, device) for t in self.sources)
 
     @cached_property
     def segments(self) -> tuple[int, ...]:
@@ -193,7 +201,7 @@ class Mask:
 
         Where such ids never decrease (`is_monotone`), the keys of a row are one interval.
         """
-        return segments(self._term)
+        return segments(self.term)
 
     # ---- algebra ----
 
@@ -210,16 +218,15 @@ class Mask:
         return Mask.of(other)._join("or", self)
 
     def __invert__(self) -> Mask:
-        return Mask(negate(self._term), self.values, self._tensors, self._signature)
+        return Mask(negate(self.term), self.values, self.sources, self.signature)
 
     def _join(self, how: str, other: Any) -> Mask:
         right = Mask.of(other)
-        values, tensors = self.values + right.values, self._tensors + right._tensors
-        signature = self._signature + right._signature
-        place = {id(t): i for i, t in reversed(list(enumerate(tensors)))}  # where each first occurs
-        same = tuple(place[id(t)] for t in tensors)
-        counts = len(self.values), len(self._tensors)
-        term, params, captures = joined(how, self._term, right._term, counts, same)
+        values, tensors = self.values + right.values, self.sources + right.sources
+        signature = self.signature + right.signature
+        same = tuple(next(i for i, first in enumerate(tensors) if first is t) for t in tensors)
+        counts = len(self.values), len(self.sources)
+        term, params, captures = joined(how, self.term, right.term, counts, same)
         return Mask(
             term,
             tuple(values[i] for i in params),
@@ -235,9 +242,9 @@ class Mask:
         """
         if not isinstance(other, Mask):
             return NotImplemented
-        if len(self._tensors) != len(other._tensors):
+        if len(self.sources) != len(other.sources):
             return False
-        if any(a is not b for a, b in zip(self._tensors, other._tensors, strict=True)):
+        if any(a is not b for a, b in zip(self.sources, other.sources, strict=True)):
             return False
         if self.key == other.key and self.values == other.values:
             return True
@@ -245,8 +252,8 @@ class Mask:
 
     @cached_property
     def _hash(self) -> int:
-        if self._signature:
-            return hash(self._signature)
+        if self.signature:
+            return hash(self.signature)
         try:  # equal sets look alike through any window, however they are written
             seen = [self.to_dense(40, 40, b, h).tobytes() for b, h in ((0, 0), (1, 1))]
         except InputError:
@@ -261,18 +268,18 @@ class Mask:
     @cached_property
     def ir(self) -> IRMask:
         """The mask as an IR value, in which the integers are parameters."""
-        return self._to_ir(self._term, tuple(f"p{i}" for i in range(len(self.values))))
+        return self._to_ir(self.term, tuple(f"p{i}" for i in range(len(self.values))))
 
     @cached_property
     def _bound(self) -> IRMask:
         numbers = {f"p{i}": v for i, v in enumerate(self.values)}
-        return self._to_ir(rename(self._term, numbers), ())
+        return self._to_ir(rename(self.term, numbers), ())
 
     def _to_ir(self, term: Term, params: tuple[str, ...]) -> IRMask:
         from ..ir.mask import Capture
         from ..ir.mask import Mask as IRMask
 
-        captures = tuple(Capture(f"c{i}", *s) for i, s in enumerate(self._signature))
+        captures = tuple(Capture(f"c{i}", *s) for i, s in enumerate(self.signature))
         return IRMask(to_expr(term), params, captures)
 
     def to_dense(self, q_len: int, kv_len: int, b: int = 0, h: int = 0) -> np.ndarray:
@@ -318,8 +325,8 @@ class Mask:
 
     def __repr__(self) -> str:
         bound = "".join(f", p{i}={v}" for i, v in enumerate(self.values))
-        bound += "".join(f", c{i}: {d}[{r}]" for i, (d, r) in enumerate(self._signature))
-        return f"Mask({show(self._term)}{bound})"
+        bound += "".join(f", c{i}: {d}[{r}]" for i, (d, r) in enumerate(self.signature))
+        return f"Mask({show(self.term)}{bound})"
 
     def __bool__(self) -> bool:
         raise UnsupportedError("a Mask has no truth value: use & | ~ in place of 'and', 'or', 'not'")

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..ir.errors import InputError
-from .captured import Derived, as_numpy, is_array
+from .captured import Derived, as_numpy, derivation, is_array
 from .mask import Mask
+from .pure import pure
+from .term import Term
 from .trace import dtype_name, kv_length, maximum, minimum
 
 __all__ = [
@@ -40,7 +42,10 @@ __all__ = [
     "strided",
 ]
 
+CAUSAL: Term = ("le", "k", "q")
 
+
+@pure
 def full() -> Mask:
     """Every pair."""
     return Mask.of(None)
@@ -48,7 +53,7 @@ def full() -> Mask:
 
 def causal() -> Mask:
     """k <= q: no query sees a later key."""
-    return Mask.trace(lambda b, h, q, k: k <= q)
+    return Mask(CAUSAL)
 
 
 def sliding_window(left: int, right: int | None = None) -> Mask:
@@ -58,9 +63,10 @@ def sliding_window(left: int, right: int | None = None) -> Mask:
     """
     left = _whole("sliding_window", "left", left)
     right = left if right is None else _whole("sliding_window", "right", right)
-    return Mask.trace(lambda b, h, q, k: (q - k <= left) & (k - q <= right))
+    return Mask(("and", ("le", ("sub", "q", "k"), "p0"), ("le", ("sub", "k", "q"), "p1")), (left, right))
 
 
+@pure
 def dilated_window(width: int, dilation: int) -> Mask:
     """(q - k) % dilation == 0 and |q - k| <= dilation * (width // 2).
 
@@ -73,6 +79,7 @@ def dilated_window(width: int, dilation: int) -> Mask:
     return Mask.trace(lambda b, h, q, k: ((q - k) % dilation == 0) & (abs(q - k) <= reach))
 
 
+@pure
 def strided(stride: int, local: int) -> Mask:
     """|q - k| < local or (q - k) % stride == 0.
 
@@ -84,6 +91,7 @@ def strided(stride: int, local: int) -> Mask:
     return Mask.trace(lambda b, h, q, k: (abs(q - k) < local) | ((q - k) % stride == 0))
 
 
+@pure
 def fixed(block: int, summary: int) -> Mask:
     """q // block == k // block or k % block >= block - summary.
 
@@ -98,12 +106,14 @@ def fixed(block: int, summary: int) -> Mask:
     return Mask.trace(lambda b, h, q, k: (q // block == k // block) | (k % block >= first))
 
 
+@pure
 def blocked(size: int) -> Mask:
     """q // size == k // size: blocks on the diagonal. size: a number."""
     size = _whole("blocked", "size", size, least=1)
     return Mask.trace(lambda b, h, q, k: q // size == k // size)
 
 
+@pure
 def chunked_causal(size: int) -> Mask:
     """k <= q and q // size == k // size: causal within chunks, as in Llama 4. size: a number."""
     size = _whole("chunked_causal", "size", size, least=1)
@@ -116,20 +126,21 @@ def global_tokens(n: int, rows: bool = True, columns: bool = True) -> Mask:
     Longformer (arXiv:2004.05150), ETC (arXiv:2004.08483).
     """
     n = _whole("global_tokens", "n", n)
-    if rows and columns:
-        return Mask.trace(lambda b, h, q, k: (q < n) | (k < n))
     if not rows and not columns:
         raise InputError("masks.global_tokens", "rows, columns or both", "neither")
-    return Mask.trace(lambda b, h, q, k: q < n) if rows else Mask.trace(lambda b, h, q, k: k < n)
+    sides = [("lt", index, "p0") for index, asked in (("q", rows), ("k", columns)) if asked]
+    return Mask(("or", *sides) if len(sides) == 2 else sides[0], (n,))
 
 
 def longformer(half_window: int, n_global: int) -> Mask:
     """|q - k| <= half_window or q < n_global or k < n_global. Longformer (arXiv:2004.05150)."""
     half_window = _whole("longformer", "half_window", half_window)
     n_global = _whole("longformer", "n_global", n_global)
-    return Mask.trace(lambda b, h, q, k: (abs(q - k) <= half_window) | (q < n_global) | (k < n_global))
+    near, first = ("le", ("abs", ("sub", "q", "k")), "p0"), (("lt", "q", "p1"), ("lt", "k", "p1"))
+    return Mask(("or", ("or", near, first[0]), first[1]), (half_window, n_global))
 
 
+@pure
 def bigbird(half_window: int, n_global: int, n_random: int, block: int = 64, seed: int = 0) -> Mask:
     """longformer(half_window, n_global) or random_blocks(n_random, block, seed).
 
@@ -145,9 +156,9 @@ def prefix_lm(n: Any) -> Mask:
     """
     if is_array(n):
         lengths = _integers("prefix_lm", "n", n, ranks=(1,))
-        return Mask.trace(lambda b, h, q, k: (k <= q) | (k < lengths[b]))
+        return _reading(("or", CAUSAL, ("lt", "k", ("read", "c0", "b"))), lengths)
     n = _whole("prefix_lm", "n", n)
-    return Mask.trace(lambda b, h, q, k: (k <= q) | (k < n))
+    return Mask(("or", CAUSAL, ("lt", "k", "p0")), (n,))
 
 
 def document(ids: Any = None, *, offsets: Any = None) -> Mask:
@@ -161,12 +172,11 @@ def document(ids: Any = None, *, offsets: Any = None) -> Mask:
         raise InputError("masks.document", "ids or offsets", "both" if ids is not None else "neither")
     if offsets is not None:
         bounds = _integers("document", "offsets", offsets, ranks=(1,))
-        table = Derived(bounds, _ids_of, waits=True)
+        table = Derived(bounds, (IDS,))
         return Mask(("eq", ("read", "c0", "q"), ("read", "c0", "k")), (), (table,), (("i32", 1),))
     ids = _integers("document", "ids", ids, ranks=(1, 2))
-    if len(ids.shape) == 2:
-        return Mask.trace(lambda b, h, q, k: ids[b, q] == ids[b, k])
-    return Mask.trace(lambda b, h, q, k: ids[q] == ids[k])
+    batch = ("b",) if len(ids.shape) == 2 else ()
+    return _reading(("eq", ("read", "c0", *batch, "q"), ("read", "c0", *batch, "k")), ids)
 
 
 def _ids_of(offsets: Any) -> Any:
@@ -185,6 +195,10 @@ def _ids_of(offsets: Any) -> Any:
     return torch.from_numpy(ids).to(offsets.device)
 
 
+IDS = derivation("document ids", _ids_of, waits=True)
+
+
+@pure
 def axial(shape: Sequence[int], axis: int) -> Mask:
     """Positions of a grid on one line along `axis`: all their other coordinates are equal.
 
@@ -206,6 +220,7 @@ def axial(shape: Sequence[int], axis: int) -> Mask:
     return Mask.trace(on_one_line)
 
 
+@pure
 def neighborhood(
     shape: int | Sequence[int],
     kernel: int | Sequence[int],
@@ -264,6 +279,7 @@ def _near(x: Any, y: Any, size: int, width: int, step: int, causal: bool, shift:
     return alike & (start <= y) & (y < start + width)
 
 
+@pure
 def random_blocks(count: int, block: int, seed: int = 0, per_head: bool = False) -> Mask:
     """Each block of queries sees `count` blocks of keys, drawn uniformly (some may coincide).
 
@@ -325,7 +341,7 @@ def selected(indices: Any, kv_len: int, *, rows: int = 1, keys: int = 64, group:
     batches, heads = indices.shape[:2]
     blocks = -(-kv_len // keys)
     kept = [d for d, n in enumerate((batches, heads)) if n > 1]
-    table = Derived(indices, lambda i: _selection(i, blocks, [i.shape[d] for d in (*kept, 2)]))
+    table = Derived(indices, (SELECTION, blocks, (*kept, 2)))
     places = ("b", ("floordiv", "h", group) if group > 1 else "h")
     block = [places[d] for d in kept]
     for index, size in (("q", rows), ("k", keys)):
@@ -336,8 +352,9 @@ def selected(indices: Any, kv_len: int, *, rows: int = 1, keys: int = 64, group:
 MIN_SELECTED = 16  # pairs for each byte of a table of selected blocks
 
 
-def _selection(indices: Any, blocks: int, shape: list[int]) -> Any:
-    """bool [*shape, blocks]: whether a block is listed in the row of indices."""
+def _selection(indices: Any, blocks: int, kept: tuple[int, ...]) -> Any:
+    """bool [*sizes of the kept dimensions, blocks]: whether a block is listed in the row of indices."""
+    shape = [indices.shape[d] for d in kept]
     if not hasattr(indices, "detach"):
         import numpy as np
 
@@ -352,6 +369,9 @@ def _selection(indices: Any, blocks: int, shape: list[int]) -> Any:
     listed = torch.where((indices < 0) | (indices >= blocks), blocks, indices).long()
     table = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
     return table.scatter_(-1, listed, True)[..., :blocks].reshape(*shape, blocks).contiguous()
+
+
+SELECTION = derivation("selected blocks", _selection)
 
 
 def _check_selection(indices: Any, blocks: int) -> None:
@@ -398,9 +418,14 @@ def from_flashmask(startend_row_indices: Any, causal: bool = True) -> Mask:
 # ---- arguments ----
 
 
+def _reading(term: Term, table: Any) -> Mask:
+    """The mask of a predicate that reads one tensor, c0."""
+    return Mask(term, (), (table,), ((dtype_name(table.dtype) or "", len(table.shape)),))
+
+
 def _whole(pattern: str, name: str, value: Any, least: int = 0) -> int:
     try:
-        whole = operator.index(value)
+        whole = value if type(value) is int else operator.index(value)
     except TypeError:
         whole = None
     if whole is None or whole < least:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, UnsupportedError
 from .problem import Problem, as_integer
+from .trace_value import is_symbolic
 
 if TYPE_CHECKING:
     import torch
@@ -52,53 +53,17 @@ class Placement:
         """Check the keywords' types and shapes; what they hold is checked by `check_values`.
 
         sums: whether column sums are asked for. Raises InputError, UnsupportedError."""
-        given = {
-            "cu_seqlens_q": cu_seqlens_q,
-            "cu_seqlens_kv": cu_seqlens_kv,
-            "block_table": block_table,
-            "kv_lens": kv_lens,
-        }
-        given = {name: x for name, x in given.items() if x is not None}
-        _check_combination(problem, given)
-        count = problem.batch
-        if "cu_seqlens_q" in given:
-            count = _bounds(problem, "cu_seqlens_q", given["cu_seqlens_q"])
-        if "cu_seqlens_kv" in given and _bounds(problem, "cu_seqlens_kv", given["cu_seqlens_kv"]) != count:
-            raise InputError(
-                "attention.cu_seqlens_kv",
-                f"{count + 1} bounds, as cu_seqlens_q has",
-                given["cu_seqlens_kv"].shape[0],
-            )
-        capacity = problem.kv_len
-        if "block_table" in given:
-            if problem.kv_len == 0:
-                raise InputError("attention.key", "pages of one key or more", tuple(problem.key.shape))
-            _check_integers(problem, "block_table", block_table, (count, None))
-            capacity = problem.kv_len * block_table.shape[1]
-        if "kv_lens" in given:
-            _check_integers(problem, "kv_lens", kv_lens, (count,))
-        where: dict[str, Any] = {NAMES[name]: _dtype(tensor) for name, tensor in given.items()}
-        values: dict[str, Any] = {NAMES[name]: tensor for name, tensor in given.items()}
-        if "block_table" in given:
-            where["page"] = problem.kv_len
-        if q_offset is not None and not (type(q_offset) is int and q_offset == 0):
-            where["q_offset"], values_of_offset = _offset(problem, q_offset, count)
-            values |= values_of_offset
-        uneven, paged = "cu_seqlens_q" in given, "block_table" in given
-        lengths = (None if uneven else problem.q_len, None if uneven or paged else problem.kv_len)
-        problem.pairs = (count, problem.heads, *lengths)
+        where, values, count, capacity = check_placement(
+            problem, q_offset, cu_seqlens_q, cu_seqlens_kv, block_table, kv_lens, sums=sums
+        )
+        uneven = "q_bounds" in values
         queries = -(-problem.q_len // count) if uneven else problem.q_len
-        keys = -(-capacity // count) if "cu_seqlens_kv" in given else capacity
+        keys = -(-capacity // count) if "kv_bounds" in values else capacity
         few, group = _few_rows(problem, queries, keys)
         if few:
-            values["splits"] = _splits(problem, few, group, count, keys, bool(given))
+            values["splits"] = _splits(problem, few, group, count, keys, bool(where.keys() - {"q_offset"}))
         if not where and not few:
             return PLAIN
-        if sums and (given or "q_offsets" in values):
-            raise UnsupportedError(
-                "attention.return_column_sums: not built for sequences of different lengths or positions. "
-                "Call once for each sequence"
-            )
         return Placement(tuple(sorted(where.items())), values, few, group, count, capacity)
 
     @property
@@ -214,12 +179,69 @@ def tensors_of(where: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
     """(tensors by the kernels' names, the integer offset) of a call's keywords, unchecked."""
     offset, *others = where
     held = {name: x for name, x in zip(NAMES.values(), others, strict=True) if x is not None}
-    if hasattr(offset, "dim"):
+    if not isinstance(offset, int) and hasattr(offset, "dim"):
         return held | {"q_offsets": offset}, None
     return held, offset
 
 
 # types and shapes -----------------------------------------------------------------------------------
+
+
+def check_placement(
+    problem: Problem,
+    q_offset: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_kv: Any = None,
+    block_table: Any = None,
+    kv_lens: Any = None,
+    *,
+    sums: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any], int, int]:
+    """Check types and shapes of a call's keywords; tells the problem which pairs its masks see.
+
+    Returns fields of `ir.sequences.Sequences`, what kernels take, how many sequences there are, and the keys
+    that one has room for. Raises InputError, UnsupportedError."""
+    given = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_kv": cu_seqlens_kv,
+        "block_table": block_table,
+        "kv_lens": kv_lens,
+    }
+    given = {name: x for name, x in given.items() if x is not None}
+    _check_combination(problem, given)
+    count = problem.batch
+    if "cu_seqlens_q" in given:
+        count = _bounds(problem, "cu_seqlens_q", given["cu_seqlens_q"])
+    if "cu_seqlens_kv" in given and _bounds(problem, "cu_seqlens_kv", given["cu_seqlens_kv"]) != count:
+        raise InputError(
+            "attention.cu_seqlens_kv",
+            f"{count + 1} bounds, as cu_seqlens_q has",
+            given["cu_seqlens_kv"].shape[0],
+        )
+    capacity = problem.kv_len
+    if "block_table" in given:
+        if problem.kv_len == 0:
+            raise InputError("attention.key", "pages of one key or more", tuple(problem.key.shape))
+        _check_integers(problem, "block_table", block_table, (count, None))
+        capacity = problem.kv_len * block_table.shape[1]
+    if "kv_lens" in given:
+        _check_integers(problem, "kv_lens", kv_lens, (count,))
+    where: dict[str, Any] = {NAMES[name]: _dtype(tensor) for name, tensor in given.items()}
+    values: dict[str, Any] = {NAMES[name]: tensor for name, tensor in given.items()}
+    if "block_table" in given:
+        where["page"] = problem.kv_len
+    if q_offset is not None and not (type(q_offset) is int and q_offset == 0):
+        where["q_offset"], values_of_offset = _offset(problem, q_offset, count)
+        values |= values_of_offset
+    uneven, paged = "cu_seqlens_q" in given, "block_table" in given
+    lengths = (None if uneven else problem.q_len, None if uneven or paged else problem.kv_len)
+    problem.pairs = (count, problem.heads, *lengths)
+    if sums and (given or "q_offsets" in values):
+        raise UnsupportedError(
+            "attention.return_column_sums: not built for sequences of different lengths or positions. "
+            "Call once for each sequence"
+        )
+    return where, values, count, capacity
 
 
 def _check_combination(problem: Problem, given: dict[str, Any]) -> None:
@@ -279,7 +301,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 def _offset(problem: Problem, q_offset: Any, count: int) -> tuple[str, dict[str, Any]]:
     if not hasattr(q_offset, "dim"):  # no tensor
-        position = as_integer(q_offset)
+        position = q_offset if is_symbolic(q_offset) else as_integer(q_offset)
         if position is None or not 0 <= position < MAX_POSITION:
             expected = f"an integer from 0 to {MAX_POSITION - 1}, or a tensor of one a sequence"
             raise InputError("attention.q_offset", expected, repr(q_offset))

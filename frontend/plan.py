@@ -12,21 +12,16 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..ir.errors import MissingDependencyError
+import torch
+
 from .device import precision_of
 from .problem import ALIGN
-
-try:
-    import torch
-    from torch.autograd import forward_ad
-except ImportError:
-    raise MissingDependencyError("torch", "torch", "gossamer.attention") from None
+from .term import reads_by_index
 
 if TYPE_CHECKING:
     from ..runtime.executable import Bound
     from ..runtime.recent import Recent
-    from .mask import Mask
-    from .score import ScoreMod
+    from .form import Call
 
 _NUMBERS = (float, int, type(None))
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -60,39 +55,32 @@ class Recalled(NamedTuple):
     plan: Plan | None = None
 
 
-def recall(
-    plans: Recent[Plan],
-    tensors: dict[str, Any],
-    mask: Mask,
-    score: ScoreMod | None,
-    scale: Any,
-    *options: Hashable,
-) -> Recalled:
-    """What is known of a call. options: what else decides the result.
+def recall(plans: Recent[Plan], tensors: dict[str, Any], call: Call) -> Recalled:
+    """What is known of a call. tensors: those that are named, query, key and value among them.
 
     No plan may serve where numbers or memory are hidden from us (a scale in a tensor, transforms of
     functions), nor, on a CPU, for captured tensors and those that say where sequences are, whose contents are
     checked at each call."""
-    if torch.compiler.is_compiling():
-        return Recalled(tensors)
+    mask, options = call.mask, call.options
     try:
         device = tensors["q"].device
-        captured = mask.captures or (score is not None and score.captures)
+        maps = [(letter, m) for letter, m in (("t", call.score), ("w", call.prob)) if m is not None]
+        captured = any(reads_by_index(source.term) for source in (mask, *(m for _, m in maps)))
         checked = device.type == "cpu" and bool(captured or tensors.keys() - {"q", "k", "v", "sinks"})
         if mask.captures:
             tensors |= {f"c{i}": tensor for i, tensor in enumerate(mask.tensors_on(device))}
-        if score is not None and score.captures:
-            tensors |= {f"t{i}": tensor for i, tensor in enumerate(score.tensors_on(device))}
-        if checked or type(scale) not in _NUMBERS or forward_ad._current_level >= 0:
+        for letter, m in maps:
+            tensors |= {f"{letter}{i}": tensor for i, tensor in enumerate(m.tensors_on(device))}
+        if checked or type(call.scale) not in _NUMBERS:
             return Recalled(tensors)
         found = (
             mask.key,
             mask.values,
             tuple(tensors),
-            score and (score.key, score.values),
-            scale,
+            *((m.key, m.values) for _, m in maps),
+            call.scale,
             options,
-            torch.is_grad_enabled(),
+            call.offset,
             tensors["q"].dtype is torch.float32 and precision_of(device, "f32"),
             *map(_signature, tensors.values()),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+from ..ir.errors import InputError, MissingDependencyError
 from .captured import is_array
 from .mask import Mask
 
@@ -50,7 +50,6 @@ class Problem:
     or not."""
 
     __slots__ = (
-        "aligned",
         "batch",
         "contiguous",
         "device",
@@ -94,22 +93,12 @@ class Problem:
         self.contiguous = tuple(t.stride(3) == 1 or t.shape[3] == 1 for t in tensors)
         self.device = query.device
         self.pairs: tuple[int | None, ...] = (self.batch, self.heads, self.q_len, self.kv_len)
-        self.aligned = query.device.type == "cpu" or all(map(is_aligned, tensors))
 
     def _check_tensors(self) -> None:
         try:
             import torch
         except ImportError:
             raise MissingDependencyError("torch", "torch", "gossamer.attention") from None
-        from torch._C._functorch import is_functorch_wrapped_tensor as is_transformed
-        from torch._subclasses.fake_tensor import FakeTensor
-        from torch.autograd import forward_ad
-
-        if torch.compiler.is_compiling():
-            raise UnsupportedError(
-                "gossamer.attention inside torch.compile or torch.export is not built yet. "
-                "Wrap the call in a function decorated with torch.compiler.disable"
-            )
         names = DTYPE_NAMES or _fill_names()
         query = self.query
         for name, tensor in (("query", query), ("key", self.key), ("value", self.value)):
@@ -121,8 +110,6 @@ class Problem:
                     type(tensor).__name__,
                     "Convert with torch.from_numpy or torch.utils.dlpack",
                 )
-            if isinstance(tensor, FakeTensor):
-                raise UnsupportedError(f"{where} is a FakeTensor, and tracing is not built yet")
             if tensor.dim() != 4:
                 raise InputError(
                     where,
@@ -142,25 +129,14 @@ class Problem:
                 raise InputError(where, "a strided tensor", tensor.layout, "Call .to_dense()")
             if not 1 <= tensor.shape[3] <= 1024:
                 raise InputError(where, "a head size from 1 to 1024", tensor.shape[3])
-            if tensor.requires_grad and torch.is_grad_enabled():
-                raise UnsupportedError(
-                    f"{where} requires a gradient, and gradients are not built yet. "
-                    f"Call under torch.no_grad(), or pass {name}.detach()"
-                )
-            # What follows reads memory, which these tensors do not show.
-            if is_transformed(tensor):
-                raise UnsupportedError(
-                    f"{where} is inside torch.func.vmap, jvp or the like, which are not built yet. "
-                    "Pass batches in the first dimension"
-                )
-            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-                raise UnsupportedError(
-                    f"{where} has a tangent, and forward-mode gradients are not built yet. "
-                    f"Pass forward_ad.unpack_dual({name}).primal"
-                )
             if tensor.is_neg():
                 setattr(self, name, tensor.resolve_neg())
         self.dtype = names[query.dtype]
+
+    @property
+    def aligned(self) -> bool:
+        tensors = (self.query, self.key, self.value)
+        return self.device.type == "cpu" or all(map(is_aligned, tensors))
 
     def check_mask(self, value: Any) -> None:
         """Raise InputError unless a mask that is a boolean tensor broadcasts to this problem."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, ParseError, UnsupportedError
@@ -46,6 +47,8 @@ def tune(
     takes; by default the clock on a CPU, events on a GPU. The answer holds for this device, these versions,
     the structure of the mask, and sizes up to the next powers of two; `schedule="tune"` uses it in any
     process. Returns the Schedule, or one a group. Raises as `gossamer.attention` does."""
+    import torch
+
     from ..runtime.driver import driver
     from .attention import attention
 
@@ -53,10 +56,23 @@ def tune(
         raise InputError("tune.schedule", "no schedule", repr(keywords["schedule"]), "Leave it out")
     if timer is not None and not callable(timer):
         raise InputError("tune.timer", "a function of a function, or None", repr(timer))
-    request = Request(timer, again=True)
-    attention(query, key, value, schedule=request, **keywords)
+    request = Request(None if timer is None else _checked(timer), again=True)
+    with torch.no_grad():
+        attention(query, key, value, schedule=request, **keywords)
     driver().plans.clear()  # those of schedule="tune" may hold an older answer
     return request.found[0] if len(request.found) == 1 else request.found
+
+
+def _checked(timer: Timer) -> Timer:
+    """The timer of a user, whose seconds are checked."""
+
+    def timed(run: Callable[[], object]) -> float:
+        seconds = timer(run)
+        if not isinstance(seconds, Real) or isinstance(seconds, bool) or not seconds >= 0:
+            raise InputError("tune.timer", "a function that returns seconds", f"{seconds!r} from it")
+        return float(seconds)
+
+    return timed
 
 
 def given(schedule: Any, few: bool = False) -> Any:

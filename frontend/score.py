@@ -11,6 +11,7 @@ from .term import show
 from .term_expr import to_expr
 from .term_mask import bake_large
 from .trace import LETTERS, Traced, trace_prob, trace_score
+from .trace_value import kind_of
 
 if TYPE_CHECKING:
     from ..ir.score import ScoreMap
@@ -21,7 +22,8 @@ class ScoreMod:
 
     key: what the kernel depends on; made of primitives, the same in every process.
     values: the numbers for s0, s1, ...; kinds: 'int' or 'float' of each.
-    tensors: the captured tensors t0, t1, ...; their contents are read at each call.
+    tensors: the captured tensors t0, t1, ... as they are read now; sources: as they were captured;
+    signature: (dtype, rank) of each.
 
     >>> cap = 20.0
     >>> def soft_cap(score, b, h, q_idx, kv_idx):
@@ -40,8 +42,9 @@ class ScoreMod:
         tensors: tuple[Any, ...],
         signature: tuple[tuple[str, int], ...],
     ) -> None:
-        self._term, self.values = bake_large(term, values, self.letters[0])
-        self._signature, self._tensors = signature, tensors
+        self.term, self.values = bake_large(term, values, self.letters[0])
+        self.kinds = tuple(map(kind_of, self.values))
+        self.signature, self.sources = signature, tensors
 
     @staticmethod
     def _traced(function: Callable[..., Any]) -> Traced:
@@ -59,25 +62,21 @@ class ScoreMod:
         return value if value is None or isinstance(value, cls) else cls.trace(value)
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        return tuple("float" if isinstance(v, float) else "int" for v in self.values)
-
-    @property
     def captures(self) -> int:
         """How many tensors it captured."""
-        return len(self._tensors)
+        return len(self.sources)
 
     @property
     def tensors(self) -> tuple[Any, ...]:
-        return tuple(map(readable, self._tensors))
+        return tuple(map(readable, self.sources))
 
     def tensors_on(self, device: Any) -> tuple[Any, ...]:
         """The captured tensors as kernels on a torch device read them; the user's own are not moved."""
-        return tuple(readable(t, device) for t in self._tensors)
+        return tuple(readable(t, device) for t in self.sources)
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        return (self.argument, self._term, self.kinds, self._signature)
+        return (self.argument, self.term, self.kinds, self.signature)
 
     @cached_property
     def ir(self) -> ScoreMap:
@@ -88,11 +87,11 @@ class ScoreMod:
         number, tensor = self.letters
         params = tuple((f"{number}{i}", kind) for i, kind in enumerate(self.kinds))
         captures = tuple(
-            Capture(f"{tensor}{i}", dtype, rank) for i, (dtype, rank) in enumerate(self._signature)
+            Capture(f"{tensor}{i}", dtype, rank) for i, (dtype, rank) in enumerate(self.signature)
         )
         floats = frozenset([self.argument, *(name for name, kind in params if kind == "float")])
         kind = {cls.word: cls for cls in (ScoreMap, ProbMap)}[self.argument]
-        return kind(to_expr(self._term, floats), params, captures)
+        return kind(to_expr(self.term, floats), params, captures)
 
     @property
     def text(self) -> str:
@@ -102,8 +101,8 @@ class ScoreMod:
     def __repr__(self) -> str:
         number, tensor = self.letters
         bound = "".join(f", {number}{i}={v}" for i, v in enumerate(self.values))
-        bound += "".join(f", {tensor}{i}: {d}[{r}]" for i, (d, r) in enumerate(self._signature))
-        return f"{type(self).__name__}({show(self._term)}{bound})"
+        bound += "".join(f", {tensor}{i}: {d}[{r}]" for i, (d, r) in enumerate(self.signature))
+        return f"{type(self).__name__}({show(self.term)}{bound})"
 
 
 class ProbMod(ScoreMod):
@@ -135,9 +134,9 @@ class ProbMod(ScoreMod):
         bits depend on the seed and on b, h, q and k alone."""
         number, tensor = self.letters
         least, grow = f"{number}{len(self.values)}", f"{number}{len(self.values) + 1}"
-        word = ("read", f"{tensor}{len(self._tensors)}", 0)
+        word = ("read", f"{tensor}{len(self.sources)}", 0)
         stream = ("random_bits", ("random_bits", word, ("shr", word, 32), 0), "b", "h")
         kept = ("ge", ("shr", ("random_bits", stream, "q", "k"), 2), least)
-        term = ("where", kept, ("mul", self._term, grow), ("f", (0.0).hex()))
-        signature = (*self._signature, ("i64", 1))
-        return ProbMod(term, (*self.values, threshold, scale), (*self._tensors, seed), signature)
+        term = ("where", kept, ("mul", self.term, grow), ("f", (0.0).hex()))
+        signature = (*self.signature, ("i64", 1))
+        return ProbMod(term, (*self.values, threshold, scale), (*self.sources, seed), signature)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import InputError, UnsupportedError
+from ..ir.errors import InputError
 from .problem import as_integer
 from .score import ProbMod
 
@@ -29,16 +29,19 @@ class Softmax:
     def of(problem: Problem, sinks: Any, prob_mod: Any, dropout_p: Any, dropout_seed: Any) -> Softmax:
         """The checked arguments of a call; draws a seed where dropout has none.
 
-        Raises InputError, UnsupportedError, TraceError."""
-        p = probability(dropout_p)
-        if sinks is None and prob_mod is None and not p:
-            return PLAIN
-        prob = ProbMod.of(prob_mod)
-        if p:
-            threshold = min(round(p * 2**BITS), 2**BITS - 1) - 2 ** (BITS - 1)
-            prob = prob or ProbMod.identity()
-            prob = prob.dropped_out(threshold, 1 / (1 - p), _seed(problem, dropout_seed))
-        return Softmax(*_checked_sinks(problem, sinks), prob)
+        Raises InputError, TraceError."""
+        return Softmax.joined(
+            check_sinks(problem, sinks), prob_of(problem.query, prob_mod, dropout_p, dropout_seed)
+        )
+
+    @staticmethod
+    def joined(sinks: torch.Tensor | None, prob: ProbMod | None) -> Softmax:
+        """Of checked sinks, and of what probabilities become."""
+        if sinks is None:
+            return PLAIN if prob is None else Softmax(prob=prob)
+        from .problem import DTYPE_NAMES
+
+        return Softmax(sinks.detach() if sinks.requires_grad else sinks, DTYPE_NAMES[sinks.dtype], prob)
 
     @property
     def key(self) -> tuple[Any, ...] | None:
@@ -57,6 +60,27 @@ PLAIN = Softmax()
 """No sinks, probabilities as they are."""
 
 
+def prob_of(query: Any, prob_mod: Any, dropout_p: Any, dropout_seed: Any) -> ProbMod | None:
+    """What becomes of the probabilities of a call; draws a seed where dropout has none.
+
+    Raises InputError, TraceError."""
+    prob = None if prob_mod is None else ProbMod.of(prob_mod)
+    dropout = dropout_of(query, dropout_p, dropout_seed)
+    return prob if dropout is None else (prob or ProbMod.identity()).dropped_out(*dropout)
+
+
+def dropout_of(query: Any, p: Any, seed: Any) -> tuple[int, float, torch.Tensor] | None:
+    """The threshold, the factor and the seed of a call's dropout; None where there is none.
+
+    Raises InputError."""
+    p = probability(p)
+    if seed is None and not p:
+        return None
+    seed = _seed(query.device, seed)
+    threshold = min(round(p * 2**BITS), 2**BITS - 1) - 2 ** (BITS - 1)
+    return (threshold, 1 / (1 - p), seed) if p else None
+
+
 def probability(p: Any) -> float:
     """The dropout probability of a call, 0 for None. Raises InputError."""
     if p is None:
@@ -66,11 +90,10 @@ def probability(p: Any) -> float:
     return float(p)
 
 
-def _seed(problem: Problem, seed: Any) -> torch.Tensor:
+def _seed(device: torch.device, seed: Any) -> torch.Tensor:
     """The seed as an int64 tensor of one element on the query's device, without waiting for the device."""
     import torch
 
-    device = problem.query.device
     if seed is None:  # the device's default generator, which advances
         return torch.empty(1, dtype=torch.int64, device=device).random_()
     if isinstance(seed, torch.Tensor):
@@ -86,13 +109,14 @@ def _seed(problem: Problem, seed: Any) -> torch.Tensor:
     return torch.full((1,), number, dtype=torch.int64, device=device)
 
 
-def _checked_sinks(problem: Problem, sinks: Any) -> tuple[torch.Tensor | None, str | None]:
+def check_sinks(problem: Problem, sinks: Any) -> torch.Tensor | None:
+    """The sinks of a call. Raises InputError unless they are None or a float tensor (Hq,)."""
     import torch
 
     from .problem import DTYPE_NAMES
 
     if sinks is None:
-        return None, None
+        return None
     where, query = "attention.sinks", problem.query
     if not isinstance(sinks, torch.Tensor):
         raise InputError(where, "a torch.Tensor of one number a query head", type(sinks).__name__)
@@ -104,9 +128,4 @@ def _checked_sinks(problem: Problem, sinks: Any) -> tuple[torch.Tensor | None, s
     if sinks.device != query.device:
         fix = f"Pass sinks.to({str(query.device)!r})"
         raise InputError(where, f"a tensor on {query.device}, as the query is", sinks.device, fix)
-    if sinks.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedError(
-            f"{where} requires a gradient, and gradients are not built yet. "
-            "Call under torch.no_grad(), or pass sinks.detach()"
-        )
-    return sinks.detach() if sinks.requires_grad else sinks, DTYPE_NAMES[sinks.dtype]
+    return sinks

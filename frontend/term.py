@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 Term = Any  # int | str | tuple
@@ -93,6 +94,25 @@ def rename(term: Term, names: Mapping[str, Term]) -> Term:
     ('le', ('sub', 'q', 'k'), 'p1')
     """
     return rewrite(term, lambda name: names.get(name, name))
+
+
+@lru_cache(maxsize=1024)
+def mentions(term: Term, name: str) -> bool:
+    """Whether a term depends on a name.
+
+    >>> mentions(("ge", ("read", "c0", "b"), "k"), "b"), mentions(("ge", "q", "k"), "b")
+    (True, False)
+    """
+    return term == name or any(mentions(child, name) for child in children(term))
+
+
+@lru_cache(maxsize=1024)
+def reads_by_index(term: Term) -> bool:
+    """Whether a tensor is read at an index that is no number, and so may be out of range."""
+    by_index = (
+        isinstance(term, tuple) and term[0] in ("read", "readf") and not all(map(is_constant, term[2:]))
+    )
+    return by_index or any(map(reads_by_index, children(term)))
 
 
 def show(term: Term) -> str:

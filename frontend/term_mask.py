@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 from ..ir.errors import InputError
+from .pure import pure
 from .term import Term, both, children, either, rename, rewrite, shifted
 
 Number = TypeVar("Number", bound=int | float)
@@ -35,7 +36,7 @@ def bake_large(term: Term, values: tuple[Number, ...], letter: str) -> tuple[Ter
     return (rename(term, names), tuple(kept)) if len(kept) < len(values) else (term, values)
 
 
-@lru_cache(maxsize=1024)
+@pure
 def joined(
     how: str, left: Term, right: Term, counts: tuple[int, int], same: tuple[int, ...]
 ) -> tuple[Term, tuple[int, ...], tuple[int, ...]]:
@@ -44,6 +45,13 @@ def joined(
     how: "and" or "or". counts: integers and tensors of the left side. same: for each tensor of both
     sides, the first that is the same object; one tensor gets one name.
     """
+    return _joined(how, left, right, counts, same)
+
+
+@lru_cache(maxsize=1024)
+def _joined(
+    how: str, left: Term, right: Term, counts: tuple[int, int], same: tuple[int, ...]
+) -> tuple[Term, tuple[int, ...], tuple[int, ...]]:
     term = (both if how == "and" else either)(left, shifted(right, {"p": counts[0], "c": counts[1]}))
     params: list[int] = []
     captures: list[int] = []

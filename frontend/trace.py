@@ -22,7 +22,7 @@ from .trace_guard import Guard, Path, holds, resolve
 from .trace_operate import value_of
 from .trace_tensor import Captured, dtype_name
 from .trace_torch import maximum, minimum, where
-from .trace_value import Value, is_number, run_recipe
+from .trace_value import Value, is_number, plain_number, run_recipe
 
 __all__ = [
     "Traced",
@@ -75,41 +75,51 @@ class _Recorded:
             tensors = tuple(resolve(function, path) for path in self.captures)
         except (LookupError, AttributeError, ValueError, TypeError, ArithmeticError):
             return None  # what stood there is gone: run the function
-        values = tuple(_plain(run_recipe(recipe, slots)) for recipe in self.recipes)
+        values = tuple(plain_number(run_recipe(recipe, slots)) for recipe in self.recipes)
         return Traced(self.term, values, tensors, self.signature)
 
 
 _MEMO: OrderedDict[Any, tuple[_Recorded, ...]] = OrderedDict()
 _FUNCTIONS, _VARIANTS = 512, 8
+ARGUMENTS = {
+    "mask_mod": ("b", "h", "q", "k"),
+    "score_mod": ("score", "b", "h", "q", "k"),
+    "prob_mod": ("prob", "b", "h", "q", "k"),
+    "activation": ("x0", "x1"),
+    "plain activation": ("x0",),
+}
+FLOATS = frozenset(("score", "prob", "x0", "x1"))
+GIVEN = {"activation": "gate, up", "plain activation": "x"}  # what else has b, h, q_idx, kv_idx
 LETTERS = {
     "mask_mod": ("p", "c"),
     "score_mod": ("s", "t"),
     "prob_mod": ("x", "w"),
     "activation": ("a", "t"),
+    "plain activation": ("a", "t"),
 }
-FLOATS = frozenset(("score", "prob", "x0", "x1"))  # arguments that are floats
 """What the numbers and the tensors that each kind of function captures are called."""
 
 
 def trace_mask(function: Callable[..., Any]) -> Traced:
     """The predicate of `mask_mod(b, h, q_idx, kv_idx) -> bool`. Raises TraceError."""
-    return _trace(function, "mask_mod", ("b", "h", "q", "k"))
+    return _trace(function, "mask_mod")
 
 
 def trace_score(function: Callable[..., Any]) -> Traced:
     """The score map of `score_mod(score, b, h, q_idx, kv_idx) -> float`. Raises TraceError."""
-    return _trace(function, "score_mod", ("score", "b", "h", "q", "k"))
+    return _trace(function, "score_mod")
 
 
 def trace_prob(function: Callable[..., Any]) -> Traced:
     """The probability map of `prob_mod(prob, b, h, q_idx, kv_idx) -> float`. Raises TraceError."""
-    return _trace(function, "prob_mod", ("prob", "b", "h", "q", "k"))
+    return _trace(function, "prob_mod")
 
 
-def trace_activation(function: Callable[..., Any], arguments: int) -> Traced:
-    """What `activation(gate, up) -> float` makes of x0 and x1, or `activation(x)` of x0. Raises
-    TraceError."""
-    return _trace(function, "activation", ("x0", "x1")[:arguments])
+def trace_activation(function: Callable[..., Any], *, gated: bool) -> Traced:
+    """What `activation(gate, up) -> float` makes of x0 and x1, or `activation(x)` of x0.
+
+    Raises TraceError."""
+    return _trace(function, "activation" if gated else "plain activation")
 
 
 def kv_length(index: Value) -> Value:
@@ -117,30 +127,42 @@ def kv_length(index: Value) -> Value:
     return Value(index.trace, "kv_len", "int")
 
 
-def _trace(function: Callable[..., Any], role: str, names: tuple[str, ...]) -> Traced:
+def _trace(function: Callable[..., Any], role: str) -> Traced:
     code = code_of(function)
     key = (role, type(function), code)
     for recorded in _MEMO.get(key, ()):
         replayed = recorded.replay(function)
         if replayed is not None:
             return replayed
-    trace = Trace(role, float_params=role != "mask_mod")
-    indices = [Value(trace, name, "float" if name in FLOATS else "int") for name in names]
-    result = _result(trace, _call(trace, function, code, indices), code)
-    _check_size(trace, result.term, code)
-    recorded, tensors = _finish(trace, result)
+    trace, recorded, traced = _traced(
+        role, code, lambda trace, *indices: _call(trace, function, code, list(indices))
+    )
     if trace.memo and code is not None:
         kept = (recorded, *_MEMO.pop(key, ()))[:_VARIANTS]
         _MEMO[key] = kept
         while len(_MEMO) > _FUNCTIONS:
             _MEMO.popitem(last=False)
-    values = tuple(_plain(run_recipe(r, trace.values)) for r in recorded.recipes)
-    return Traced(recorded.term, values, tensors, recorded.signature)
+    return traced
+
+
+def run_traced(run: Callable[..., Any], role: str) -> Traced:
+    """What `run(trace, *indices)` computes on stand-ins, which it is given. Raises TraceError."""
+    return _traced(role, None, run)[2]
+
+
+def _traced(role: str, code: Any, run: Callable[..., Any]) -> tuple[Trace, _Recorded, Traced]:
+    trace = Trace(role, float_params=role != "mask_mod")
+    indices = [Value(trace, name, "float" if name in FLOATS else "int") for name in ARGUMENTS[role]]
+    result = _result(trace, run(trace, *indices), code)
+    _check_size(trace, result.term, code)
+    recorded, tensors = _finish(trace, result)
+    values = tuple(plain_number(run_recipe(r, trace.values)) for r in recorded.recipes)
+    return trace, recorded, Traced(recorded.term, values, tensors, recorded.signature)
 
 
 def _call(trace: Trace, function: Callable[..., Any], code: Any, indices: list[Value]) -> Any:
     first = f"{indices[0].term}, " if len(indices) == 5 else ""
-    given = f"{first}b, h, q_idx, kv_idx" if len(indices) > 3 else ("x", "gate, up")[len(indices) - 1]
+    given = GIVEN.get(trace.role, f"{first}b, h, q_idx, kv_idx")
     positional = _positional(function)
     if positional is not None and not positional[0] <= len(indices) <= positional[1]:
         raise at_definition(
@@ -186,7 +208,7 @@ _KINDS = {"int": "an integer", "float": "a float", "bool": "a truth value", "Non
 
 def _result(trace: Trace, result: Any, code: Any) -> Value:
     """The function's result as an expression of the kind that its role asks for."""
-    like = "gate * up" if trace.role == "activation" else f"{trace.role.removesuffix('_mod')} * 2"
+    like = f"{GIVEN.get(trace.role, trace.role).split(', ')[-1].removesuffix('_mod')} * 2"
     wanted, like = ("bool", "q_idx >= kv_idx") if trace.role == "mask_mod" else ("float", like)
     known = type(result) in (Value, Captured) or is_number(result) or getattr(result, "shape", None) == ()
     value = value_of(trace, result) if known else None
@@ -261,7 +283,3 @@ def _finish(trace: Trace, result: Value) -> tuple[_Recorded, tuple[Any, ...]]:
         tuple(trace.expected.items()),
     )
     return recorded, tensors
-
-
-def _plain(value: Any) -> int | float:
-    return float(value) if isinstance(value, float) else int(value)

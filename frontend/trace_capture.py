@@ -24,7 +24,7 @@ from .trace_guard import Guard, Path
 from .trace_objects import Copied, Watched, call_of
 from .trace_operate import operate, value_of
 from .trace_tensor import Captured, dtype_name
-from .trace_value import Number, Value, run_recipe
+from .trace_value import Number, Value, is_symbolic, kind_of, plain_number, run_recipe, settled
 
 _COMPILED = "_torchdynamo_orig_callable"  # where torch.compile keeps the function that it wraps
 LIBRARIES = frozenset(
@@ -79,18 +79,19 @@ class Trace:
         """A captured number as an expression: its sums spelled out, the rest of its recipe one parameter."""
         if isinstance(x.value, bool):
             return self.constant(bool(x.bake()))
-        if isinstance(x.value, float) and not self.float_params:
+        if kind_of(x.value) == "float" and not self.float_params:
             return self.constant(x.bake())
-        if isinstance(x.value, float):
+        if kind_of(x.value) == "float":
             return Value(self, ("num", x.recipe), "float")
         return Value(self, _spelled(x.recipe), "int")
 
     def size(self, capture: int, d: int) -> Number:
         tensor, path = self.captures[capture]
-        return self._number(int(tensor.shape[d]), (*path, ("size", d)), ("size", capture, d))
+        return self._number(tensor.shape[d], (*path, ("size", d)), ("size", capture, d))
 
     def _number(self, value: Any, path: Path, origin: Any) -> Number:
-        plain = int(value) if isinstance(value, abstract.Integral) else float(value)
+        plain = plain_number(value)
+        self.memo &= not is_symbolic(value)
 
         def make() -> Number:
             self.guards.append(("number", path, type(plain)))
@@ -122,7 +123,7 @@ class Trace:
             return bool(value)
         if isinstance(value, enum.Enum):
             return self._same_object(value, path)
-        if isinstance(value, (abstract.Integral, abstract.Real)):
+        if isinstance(value, (abstract.Integral, abstract.Real)) or is_symbolic(value):
             return self._number(value, path, origin)
         if is_array(value):
             return self._once(("tensor", id(value)), path, lambda: self._tensor(value, path))
@@ -268,5 +269,5 @@ def _is_whole(recipe: Any) -> bool:
 def settle(trace: Trace, recipe: Any) -> Any:
     """The value of a recipe all of whose slots are baked; None when it is a parameter."""
     if all(slot in trace.baked for slot in _slots_of(recipe)):
-        return run_recipe(recipe, trace.values)
+        return settled(run_recipe(recipe, trace.values))
     return None

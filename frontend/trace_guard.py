@@ -8,6 +8,7 @@ from typing import Any
 
 from .captured import is_array
 from .trace_tensor import dtype_name
+from .trace_value import plain_number
 
 Path = tuple[tuple[str, Any], ...]
 Guard = tuple[str, Path, Any]
@@ -30,7 +31,7 @@ def resolve(root: Any, path: Path) -> Any:
             case "kwdefault":
                 root = root.__kwdefaults__[name]
             case "size":
-                root = int(root.shape[name])
+                root = plain_number(root.shape[name])
     return root
 
 

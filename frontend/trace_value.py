@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from .term import Term
@@ -163,6 +164,28 @@ def run_recipe(recipe: Any, slots: Any) -> Any:
     return _PYTHON[recipe[0]](*(run_recipe(r, slots) for r in recipe[1:]))
 
 
+def is_symbolic(value: Any) -> bool:
+    """Whether value is a number that torch's tracers know as an expression: a SymInt or a SymFloat."""
+    return type(value).__name__ in ("SymInt", "SymFloat") and type(value).__module__ == "torch"
+
+
+def kind_of(value: Any) -> str:
+    """'int' or 'float' of a Python number, or of one of torch's tracers."""
+    return "float" if isinstance(value, float) or type(value).__name__ == "SymFloat" else "int"
+
+
+def settled(value: Any) -> int | float:
+    """The number that a symbolic one stands for, and has to be from now on; others as they are."""
+    return (float if kind_of(value) == "float" else int)(value) if is_symbolic(value) else value
+
+
+def plain_number(value: Any) -> Any:
+    """A number as int or float; a symbolic one as it is."""
+    if is_symbolic(value):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 class Number(Operators):
     """A captured Python number, or one computed from captured numbers."""
 
@@ -173,12 +196,14 @@ class Number(Operators):
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
+        if is_symbolic(self.value):
+            return float if kind_of(self.value) == "float" else int
         return type(self.value)  # isinstance(captured, int) answers as it would for the number
 
     def bake(self) -> int | float:
         """The number itself; from here on it is part of the key."""
         self.trace.bake(self.recipe)
-        return self.value
+        return settled(self.value)
 
     def __bool__(self) -> bool:
         self.trace.expect(("ne", self.recipe, 0), bool(self.value))

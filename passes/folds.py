@@ -95,6 +95,10 @@ class Fold:
         """What a kernel stores."""
         raise NotImplementedError
 
+    def products(self) -> list[Stmt]:
+        """Products that a step needs beside the scores: they run while those are masked and mapped."""
+        return []
+
     def step(self) -> list[Stmt]:
         """What a tile of scores, -inf where pairs do not attend, adds to the state."""
         raise NotImplementedError

@@ -184,10 +184,10 @@ class _OverQueries(Gradient):
         wanted = [*names, *(["dsinks"] if len(self.op.outputs) >= self._sinks_at else [])]
         return [self.at.per_row(name, self.spec.lse_dtype, "out") for name in wanted]
 
-    def _weight_gradients(self) -> list[Stmt]:
+    def products(self) -> list[Stmt]:
         v = self.at.values
         load = Load(v.tile, self.operand, ("j", "e"), v.tensor, (*v.at, E_AXIS), self.over.valid_col)
-        return [load, self._product("dW", ("i", "j"), "dO", v.tile, "e", adds=False), *self._prob_gradients()]
+        return [load, self._product("dW", ("i", "j"), "dO", v.tile, "e", adds=False)]
 
 
 class GradDelta(_OverQueries):
@@ -217,7 +217,7 @@ class GradDelta(_OverQueries):
     def step(self) -> list[Stmt]:
         return [
             *self._probabilities(),
-            *self._weight_gradients(),
+            *self._prob_gradients(),
             Reduce("gain", self.acc, ("i",), "sum", P * self._dp, ("j",)),
             self._set("sums", ("i",), real("sums") + real("gain")),
         ]
@@ -252,7 +252,7 @@ class GradRows(_OverQueries):
         return self.first and "delta" not in self.given
 
     def step(self) -> list[Stmt]:
-        made = [*self._probabilities(), *self._weight_gradients(), *self._score_gradients()]
+        made = [*self._probabilities(), *self._prob_gradients(), *self._score_gradients()]
         narrow, g = self._narrowed("G")
         dot = self._product("dQ", ("i", "d"), g, self.at.cols.tile, "j", adds=True)
         return [*made, *self._product_gradients(), *narrow, dot]
@@ -303,6 +303,13 @@ class GradColumns(Gradient):
         sizes = {"dk": self.spec.qk_size, "dv": self.spec.v_size}
         return [self._result(name, self.spec.dtype, size) for name, size in sizes.items()]
 
+    def products(self) -> list[Stmt]:
+        place = (*self.at.column, E_AXIS)
+        made: list[Stmt] = [Load("dO", self.operand, ("j", "e"), "do", place, self.over.valid_col)]
+        if "delta" in self.given:
+            made.append(self._product("dW", ("i", "j"), self.at.values.tile, "dO", "e", adds=False))
+        return made
+
     def step(self) -> list[Stmt]:
         valid, column = self.over.valid_col, self.at.column
         weights: list[Stmt] = []
@@ -315,12 +322,10 @@ class GradColumns(Gradient):
             *self._probabilities(),
             *weights,
             *narrow_p,
-            Load("dO", self.operand, ("j", "e"), "do", (*column, E_AXIS), valid),
             self._product("dV", ("i", "e"), p, "dO", "j", adds=True),
         ]
         if "delta" in self.given:
             made += [
-                self._product("dW", ("i", "j"), self.at.values.tile, "dO", "e", adds=False),
                 *self._prob_gradients(),
                 Load("D", self.acc, ("j",), "delta", column, valid),
                 *self._score_gradients(),
@@ -389,7 +394,7 @@ class GradCaptures(_OverQueries):
         return [Tensor(f"d{name}", self.acc, ("slots", f"d{name}_size"), "inout", 1) for name in self.names]
 
     def step(self) -> list[Stmt]:
-        made = [*self._probabilities(), *self._weight_gradients()]
+        made = [*self._probabilities(), *self._prob_gradients()]
         if not self.of_prob:
             made += self._score_gradients()
         attends = all_of([self.lowest <= S, self.over.valid_row])

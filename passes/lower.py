@@ -194,7 +194,7 @@ class _Builder:
             guard: list[Stmt] = [If(sympy.Not(full), mask)]
             if full in (sympy.true, sympy.false):
                 guard = [] if full == sympy.true else [*mask]
-            return [*self._scores(), *guard, *self.fold.step()]
+            return [*self._scores(), *self.fold.products(), *guard, *self.fold.step()]
         ok = sympy.Symbol("ok")
         whole: list[Stmt] = []
         attends = self.over.attends
@@ -207,7 +207,10 @@ class _Builder:
             *self.over.mask_cols,
             Compute("ok", "bool", ij, attends),
             Reduce("some", "bool", (), "any", ok, ij),
-            If(sympy.Symbol("some"), (*self._scores(), masked, *self.fold.step())),
+            If(
+                sympy.Symbol("some"),
+                (*self._scores(), *self.fold.products(), masked, *self.fold.step()),
+            ),
         ]
 
     def _scores(self) -> list[Stmt]:

@@ -105,14 +105,29 @@ def test_options(options: dict[str, Any], words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"deterministic": True}, ("attention.deterministic", "Leave it out")),
-    ],
+    "flag", ["enable_gqa", "return_lse", "return_column_sums", "validate", "deterministic"]
 )
-def test_what_is_not_built_is_named(options: dict[str, Any], words: tuple[str, ...]) -> None:
-    with refuses(UnsupportedError, *words):
-        gossamer.attention(Q, K, V, **options)
+@pytest.mark.parametrize("value", [1, "yes", 0.0])
+def test_flags_are_truth_values(flag: str, value: Any) -> None:
+    with refuses(InputError, f"attention.{flag}", "True", repr(value)):
+        gossamer.attention(Q, K, V, **{flag: value})
+
+
+@pytest.mark.parametrize("seed", ["one", 1.5, torch.zeros(2, dtype=torch.int64), 2**63])
+def test_a_seed_is_checked_also_where_nothing_drops_out(seed: Any) -> None:
+    with refuses(InputError, "attention.dropout_seed"):
+        gossamer.attention(Q, K, V, dropout_seed=seed)
+
+
+def test_the_reference_has_no_schedules() -> None:
+    with refuses(InputError, "attention.schedule", "reference"):
+        gossamer.attention(Q, K, V, backend="reference", schedule="tune")
+
+
+@pytest.mark.parametrize("deterministic", [None, False, True])
+def test_every_output_is_deterministic(deterministic: bool | None) -> None:
+    out = gossamer.attention(Q, K, V, deterministic=deterministic)
+    assert torch.equal(out, gossamer.attention(Q, K, V))
 
 
 def test_keywords_that_ask_for_nothing_are_fine() -> None:
@@ -120,36 +135,33 @@ def test_keywords_that_ask_for_nothing_are_fine() -> None:
     assert torch.equal(out, gossamer.attention(Q, K, V))
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value", "scale", "sinks"])
-def test_gradients_are_refused(name: str) -> None:
-    given: dict[str, Any] = {
-        "query": Q,
-        "key": K,
-        "value": V,
-        "scale": torch.tensor(0.3),
-        "sinks": torch.ones(4),
-    }
-    given[name] = given[name].clone().requires_grad_()
-    with refuses(UnsupportedError, f"attention.{name} requires a gradient", "torch.no_grad()"):
-        gossamer.attention(**given)
+def test_a_scale_does_not_learn() -> None:
+    scale = torch.tensor(0.3, requires_grad=True)
+    with refuses(UnsupportedError, "attention.scale requires a gradient", "score_mod"):
+        gossamer.attention(Q, K, V, scale=scale)
     with torch.no_grad():
-        assert not gossamer.attention(**given).requires_grad
+        assert torch.equal(gossamer.attention(Q, K, V, scale=scale), gossamer.attention(Q, K, V, scale=0.3))
 
 
-def test_gradients_of_captured_tensors_are_refused() -> None:
-    bias = torch.zeros(4, requires_grad=True)
-    with refuses(UnsupportedError, "captured tensor requires a gradient", "tensor.detach()"):
-        gossamer.attention(Q, K, V, score_mod=lambda s, b, h, q, k: s + bias[h])
+def test_a_mask_does_not_learn() -> None:
+    least = torch.zeros(4, requires_grad=True)
+    with refuses(UnsupportedError, "c0", "mask captured", "requires a gradient", "tensor.detach()"):
+        gossamer.attention(Q, K, V, mask=lambda b, h, q, k: (q - k) * 1.0 >= least[h])
 
 
-def test_transforms_of_functions_are_refused() -> None:
-    with refuses(UnsupportedError, "attention.query is inside torch.func.vmap", "not built yet"):
-        torch.vmap(lambda x: gossamer.attention(x[None], K, V))(Q)
+def test_the_reference_has_no_gradients() -> None:
+    with refuses(UnsupportedError, 'backend="reference"', "gradient"):
+        gossamer.attention(Q.clone().requires_grad_(), K, V, backend="reference")
+
+
+def test_tangents_are_refused() -> None:
     with (
         forward_ad.dual_level(),
         refuses(UnsupportedError, "attention.key has a tangent", "unpack_dual(key)"),
     ):
         gossamer.attention(Q, forward_ad.make_dual(K, torch.ones_like(K)), V)
+    with refuses(UnsupportedError, "attention.query has a tangent"):
+        torch.func.jvp(lambda q: gossamer.attention(q, K, V), (Q,), (Q,))
 
 
 def test_a_negation_that_torch_has_put_off_is_seen() -> None:

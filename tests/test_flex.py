@@ -373,12 +373,6 @@ def test_block_mask_of_another_batch(batch: tuple[int, int], what: str) -> None:
         flex_attention(*tensors(), block_mask=create_block_mask(causal, *batch, 130, 130))
 
 
-def test_gradients_are_refused_as_on_any_cpu() -> None:
-    q, k, v = tensors()
-    with pytest.raises(NotImplementedError, match="gradient"):
-        flex_attention(q.requires_grad_(), k, v)
-
-
 def test_what_only_pytorchs_backward_uses_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="compute_dq_write_order"):
         create_block_mask(causal, None, None, 64, 64, compute_dq_write_order=True)

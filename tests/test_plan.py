@@ -5,9 +5,10 @@ import torch
 
 import gossamer
 from gossamer import masks
+from gossamer.frontend.captured import DERIVATIONS, Derivation
 from gossamer.frontend.problem import Problem
 from gossamer.frontend.reference import reference_attention
-from gossamer.ir.errors import InputError, UnsupportedError
+from gossamer.ir.errors import InputError
 from gossamer.runtime.driver import compilations, driver, reset
 from gossamer.runtime.recent import Recent
 
@@ -107,16 +108,25 @@ def test_contents_of_captured_tensors_are_read_at_each_call(sorted_):
     check(*given, mask)
 
 
-def test_gradients_are_refused_after_a_plan_was_made():
+def test_gradients_are_known_after_a_plan_was_made():
     q, k, v = tensors()
     check(q, k, v)
-    with pytest.raises(UnsupportedError, match="requires a gradient"):
-        gossamer.attention(q.requires_grad_(), k, v, mask=WINDOW)
+    assert gossamer.attention(q.requires_grad_(), k, v, mask=WINDOW).requires_grad
     with torch.no_grad():
         check(q, k, v)
         check(q, k, v)
-    with pytest.raises(UnsupportedError, match="requires a gradient"):
-        gossamer.attention(q, k, v, mask=WINDOW)
+    assert gossamer.attention(q, k, v, mask=WINDOW).requires_grad
+
+
+def test_dropout_and_maps_of_probabilities_have_plans():
+    q, k, v = tensors()
+    halved = lambda prob, b, h, q_idx, kv_idx: prob * 0.5  # noqa: E731
+    plans = driver().plans
+    gossamer.attention(q, k, v, prob_mod=halved, dropout_p=0.5)
+    before = len(plans)
+    first, second = (gossamer.attention(q, k, v, prob_mod=halved, dropout_p=0.5) for _ in range(2))
+    assert len(plans) == before
+    assert not torch.equal(first, second)
 
 
 def test_tables_are_checked_at_each_call():
@@ -163,13 +173,14 @@ def test_the_oldest_plan_goes_first():
     assert (len(recent), recent.get(1), recent.get(2), recent.get(3)) == (2, None, "2", "3")
 
 
-def test_selections_are_computed_once_a_call():
+def test_selections_are_computed_once_a_call(monkeypatch):
     q = torch.randn(1, 1, 64, 16)
     indices = torch.zeros(1, 1, 4, 1, dtype=torch.int64)
     mask = masks.selected(indices, 64, rows=16, keys=16)
-    [table] = mask._tensors
-    made, compute = [], table.compute
-    table.compute = lambda source: made.append(compute(source)) or made[-1]
+    [table] = mask.sources
+    made, (compute, waits) = [], DERIVATIONS[table.recipe[0]]
+    counted = Derivation(lambda *given: made.append(compute(*given)) or made[-1], waits)
+    monkeypatch.setitem(DERIVATIONS, table.recipe[0], counted)
     for chosen in (0, 3):
         indices.data.numpy()[...] = chosen  # a write that torch does not count
         gossamer.attention(q, q, q, mask=mask)

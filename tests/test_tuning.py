@@ -220,6 +220,9 @@ def test_bad_requests():
         gossamer.attention(*inputs, schedule=Schedule((32,), (64,), lists="none", split=True))
     with pytest.raises(InputError, match=r"tune.timer: expected a function .*; got 3"):
         gossamer.tune(*inputs, timer=3)
+    for seconds in (None, "fast", -1.0, float("nan")):
+        with pytest.raises(InputError, match=r"tune.timer: expected a function that returns seconds"):
+            gossamer.tune(*inputs, timer=lambda run, seconds=seconds: seconds)
     with pytest.raises(InputError, match=r"tune.schedule: expected no schedule"):
         gossamer.tune(*inputs, schedule="tune")
     with pytest.raises(InputError, match=r"compile.schedule: .* ahead of time"):
