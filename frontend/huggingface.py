@@ -47,13 +47,14 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Any, top_k_weigh
     if self.has_bias:
         first = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias
         biases = {"gate_up_bias": first, "down_bias": self.down_proj_bias}
+    gate: Any = _Gate(gate_of(self))
     found = experts(
         hidden_states.to(up.dtype),
         top_k_index,
         top_k_weights,
         up,
         self.down_proj,
-        activation=_Gate(gate_of(self)),
+        activation=gate,
         transposed=bool(self.is_transposed),
         interleaved=self.has_gate and not self.is_concatenated,
         **biases,

@@ -194,7 +194,16 @@ def _plan(
     rows = values["tokens"] if routed else values["ids"]
     target, entries = target_of(x.device), rows.shape[0]
     mean = entries / layer.experts
-    load = "few" if mean <= 16 else "some" if mean <= 64 and x.device.type != "cpu" else "many"
+    alone = what == "experts" and not routed and (x.shape[0] == 1 or 2 * entries <= layer.experts)
+    load = (
+        "one"
+        if alone
+        else "few"
+        if mean <= 16
+        else "some"
+        if mean <= 64 and x.device.type != "cpu"
+        else "many"
+    )
     facts = {
         "experts": layer.experts,
         "top_k": top_k,

@@ -30,6 +30,11 @@ What fuse makes of gather, grouped_matmul, split and map:
                     `halves`: None, 'split' or 'interleaved'; `expr`: over x0 (and x1, the second half).
                     A second result is what `expr` was taken of, [rows, C], kept for gradients
 
+What moe_direct makes of all of it, where entries are few; rows are entries, in the order of ids:
+
+    entry_gemm      a [T, K], w, ids [T, k] (, bias) -> [rows, N], as grouped_gemm
+    entry_combine   h [rows, K], w, ids [T, k], weights [T, k] (, bias) -> [T, N]: grouped_gemm, combine
+
 Rows at or beyond bounds[E] belong to nobody: nothing reads them, and the interpreter makes them zero.
 """
 

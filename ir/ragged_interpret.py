@@ -113,6 +113,34 @@ def _map_grad_rows(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     return _kept(out, bounds), _kept(h * weights[:, None], bounds), dw
 
 
+def _entry_gemm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    a, w, ids, *bias = x
+    ids = ids.reshape(-1)
+    out = _entries(op, np.repeat(a, len(ids) // max(len(a), 1), 0), w, ids, bias, floats)
+    parts = _halves(out, op.attr("halves"))
+    if op.attr("expr") is None:
+        return (parts[0],)
+    values = {f"x{i}": part for i, part in enumerate(parts)}
+    return (np.broadcast_to(evaluate(op.attr("expr"), values, floats=floats), parts[0].shape),)
+
+
+def _entry_combine(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    h, w, ids, weights, *bias = x
+    y = _entries(op, h, w, ids.reshape(-1), bias, floats) * weights.reshape(-1, 1).astype(floats)
+    inside = ((ids >= 0) & (ids < len(w)))[..., None]
+    return (np.where(inside, y.reshape(*ids.shape, -1), 0).sum(1),)
+
+
+def _entries(op: Op, a: Array, w: Array, ids: Array, bias: Operands, floats: type) -> Array:
+    """Each row by the matrix of its expert, and its bias."""
+    w = w.swapaxes(1, 2) if op.attr("transpose_b") else w
+    out = np.zeros((len(ids), w.shape[2]), floats)
+    for r in np.flatnonzero((ids >= 0) & (ids < len(w))):
+        out[r] = a[r].astype(floats) @ w[ids[r]].astype(floats)
+        out[r] += bias[0][ids[r]].astype(floats) if bias else 0
+    return out
+
+
 def _kept(value: Array, bounds: Array) -> Array:
     """The rows of groups; zeros in those of nobody, whatever the map makes of them."""
     inside = (np.arange(len(value)) < bounds[-1])[:, None]
@@ -128,4 +156,6 @@ RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
     "grouped_gemm": _grouped_gemm,
     "grouped_outer": _grouped_outer,
     "map_grad_rows": _map_grad_rows,
+    "entry_gemm": _entry_gemm,
+    "entry_combine": _entry_combine,
 }

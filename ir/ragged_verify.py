@@ -44,10 +44,15 @@ def _gather(c: Checker) -> tuple[Shape, ...]:
 
 def _product(c: Checker, a: Shape, w: Shape, bounds: Shape) -> Extent:
     """The number of columns of a by the matrices w."""
-    inner, columns = (w[2], w[1]) if c.attr("transpose_b", bool, needed=False) else (w[1], w[2])
-    c.same("summed extent", a[1], inner)
+    columns = _columns(c, a, w)
     if isinstance(w[0], int):
         c.same("number of bounds, one more than groups", bounds[0], w[0] + 1)
+    return columns
+
+
+def _columns(c: Checker, a: Shape, w: Shape) -> Extent:
+    inner, columns = (w[2], w[1]) if c.attr("transpose_b", bool, needed=False) else (w[1], w[2])
+    c.same("summed extent", a[1], inner)
     return columns
 
 
@@ -143,6 +148,31 @@ def _map_grad_rows(c: Checker) -> tuple[Shape, ...]:
     return g, dh, weights
 
 
+def _entry_gemm(c: Checker) -> tuple[Shape, ...]:
+    biased = bool(c.attr("biased", bool, needed=False))
+    _count(c, 3 + biased)
+    a, w, ids, *bias = c.shapes(3 + biased, (2, 3, 2, 2))
+    _integers(c, 2)
+    c.same("number of tokens", a[0], ids[0])
+    columns = _columns(c, a, w)
+    if biased:
+        _bias(c, bias[0], w, columns)
+    return (("rows", _half(c, columns) if c.attr("halves", str, needed=False) else columns),)
+
+
+def _entry_combine(c: Checker) -> tuple[Shape, ...]:
+    biased = bool(c.attr("biased", bool, needed=False))
+    _count(c, 4 + biased)
+    h, w, ids, weights, *bias = c.shapes(4 + biased, (2, 3, 2, 2, 2))
+    _integers(c, 2)
+    c.same("number of tokens", ids[0], weights[0])
+    c.same("top_k", ids[1], weights[1])
+    columns = _columns(c, h, w)
+    if biased:
+        _bias(c, bias[0], w, columns)
+    return ((ids[0], columns),)
+
+
 SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
     "group": _group,
     "gather": _gather,
@@ -152,4 +182,6 @@ SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
     "grouped_gemm": _grouped_gemm,
     "grouped_outer": _grouped_outer,
     "map_grad_rows": _map_grad_rows,
+    "entry_gemm": _entry_gemm,
+    "entry_combine": _entry_combine,
 }

@@ -12,6 +12,7 @@ from ..ir.graph_text import to_text
 from ..ir.kernel import Kernel, Program, Tensor
 from .moe_build import build_experts, build_groups
 from .moe_combine import combine_kernel
+from .moe_direct import direct, entry_kernel
 from .moe_fuse import fuse_experts
 from .moe_gemm import gemm_kernel, slots
 from .moe_gradient import build_gradients
@@ -40,7 +41,11 @@ def compile_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Program:
 
 def run_experts(graph: Graph, spec: ExpertsSpec, watch: Watcher | None = None) -> Graph:
     """The graph fused and scheduled; `watch(name, graph)` sees each result."""
-    for name, apply in (("fuse", fuse_experts), ("schedule", lambda g: schedule_experts(g, spec))):
+    passes: list[tuple[str, Callable[[Graph], Graph]]] = [("fuse", fuse_experts)]
+    if spec.load == "one":
+        passes.append(("direct", direct))
+    passes.append(("schedule", lambda g: schedule_experts(g, spec)))
+    for name, apply in passes:
         graph = apply(graph)
         if watch is not None:
             watch(name, graph)
@@ -60,6 +65,8 @@ def lower_experts(graph: Graph, spec: ExpertsSpec) -> Program:
                 kept += between
             case "grouped_gemm":
                 kernels.append(gemm_kernel(graph, op, spec, blocked))
+            case "entry_gemm" | "entry_combine":
+                kernels.append(entry_kernel(graph, op, spec))
             case "grouped_outer":
                 kernels.append(outer_kernel(graph, op, spec))
             case "map_grad_rows":

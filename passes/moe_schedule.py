@@ -17,17 +17,19 @@ from ..ir.ragged import Tiling
 from .devices import device_of
 from .moe_spec import BYTES, ExpertsSpec
 
-CPU_ROWS = {"few": 16, "some": 32, "many": 32}
+CPU_ROWS = {"one": 16, "few": 16, "some": 32, "many": 32}
 CPU_COLS = 32
 CPU_INNER = 128  # summed one after another; sums of more are added up, which keeps rounding errors small
 # (rows, columns of each half where there are two, summed extent of a step, warps, stages) by load
 GPU = {
+    "one": (16, 64, 128, 4, 4),
     "few": (16, 64, 128, 4, 4),
     "some": (64, 64, 64, 4, 4),
     "many": (128, 128, 64, 8, 3),
 }
 SHARED = 64 * 1024  # bytes that a program has at least, on GPUs that are not described
 GPU_PLAIN = {  # products without halves have half the columns to hold
+    "one": (16, 64, 256, 4, 4),
     "few": (16, 64, 256, 4, 4),
     "some": (64, 128, 64, 4, 4),
     "many": (128, 256, 64, 8, 3),

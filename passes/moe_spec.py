@@ -14,8 +14,8 @@ from ..ir.ragged import Tiling
 
 DTYPES = ("f16", "bf16", "f32", "f64")
 BYTES = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
-# How many rows an expert gets on average: at most 16, at most 64, more.
-LOADS = ("few", "some", "many")
+# How many rows an expert gets on average: at most 16, at most 64, more. 'one': a handful of entries in all.
+LOADS = ("one", "few", "some", "many")
 EXPERTS = 1024  # at most: a program compares with all of them at once
 
 

@@ -14,6 +14,7 @@ from gossamer.ir.graph_text import op_text
 from gossamer.ir.kernel_text import parse_program
 from gossamer.ir.kernel_text import to_text as kernel_text
 from gossamer.passes.moe_build import build_experts
+from gossamer.passes.moe_direct import direct
 from gossamer.passes.moe_fuse import fuse_experts
 from gossamer.passes.moe_pipeline import compile_experts, lower_experts, run_experts
 from gossamer.passes.moe_router import RouterSpec, compile_router
@@ -65,8 +66,11 @@ def flat(given, spec):
     st.booleans(),
     st.booleans(),
     st.sampled_from(["cpu", "cuda:sm_90"]),
+    st.sampled_from(["one", "few"]),
 )
-def test_every_level_computes_the_same(experts, top_k, tokens, halves, biased, transposed, single, target):
+def test_every_level_computes_the_same(
+    experts, top_k, tokens, halves, biased, transposed, single, target, load
+):
     spec = spec_of(
         experts,
         top_k,
@@ -75,7 +79,7 @@ def test_every_level_computes_the_same(experts, top_k, tokens, halves, biased, t
         transposed=transposed,
         single=single,
         target=target,
-        load="few",
+        load=load,
     )
     given = arguments(spec, tokens)
     graph = build_experts(spec)
@@ -97,6 +101,24 @@ def test_many_chunks_of_entries(tokens):
     expected = graph_interpret.interpret(build_experts(spec), given)["o"]
     found = kernel_interpret.interpret(compile_experts(spec), flat(given, spec))["o"]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- direct ----
+
+
+def test_a_handful_of_entries_is_not_sorted():
+    fused = fuse_experts(build_experts(spec_of(biased=True)))
+    found = testing.run_pass(fused, direct)
+    assert [op.kind for op in found.ops] == ["entry_gemm", "entry_combine"]
+    assert len(compile_experts(spec_of(load="one")).kernels) == 2
+
+
+def test_direct_leaves_alone_what_is_sorted_for_others():
+    for graph in (build_experts(spec_of()), fuse_experts(build_experts(spec_of(keeps=True)))):
+        assert testing.run_pass(graph, direct) == graph
+    fused = fuse_experts(build_experts(spec_of()))
+    kept = type(fused)(fused.name, fused.inputs, fused.ops, ("o", "y"))
+    assert testing.run_pass(kept, direct) == kept
 
 
 # ---- fuse ----

@@ -38,7 +38,7 @@ def run(program, given, sizes):
     return values
 
 
-@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize(("single", "load"), [(True, "few"), (False, "few"), (False, "one")])
 @pytest.mark.parametrize(
     "more",
     [
@@ -48,10 +48,21 @@ def run(program, given, sizes):
     ],
     ids=str,
 )
-def test_interpreter(more, single):
+def test_interpreter(more, single, load):
     activation = SWIGLU if more.get("halves", "split") else sigmoid(real("x0"))
     spec = ExpertsSpec(
-        5, 3, 40, 24, activation, single=single, target="cuda:sm_90", aligned=False, tiling=SMALL, **more
+        5,
+        3,
+        40,
+        24,
+        activation,
+        single=single,
+        load=load,
+        load=load,
+        target="cuda:sm_90",
+        aligned=False,
+        tiling=SMALL,
+        **more,
     )
     rng, tokens = np.random.default_rng(0), 30
     kind = np.float16 if spec.dtype == "f16" else np.float32
@@ -93,7 +104,7 @@ def test_router_on_the_interpreter():
     torch.testing.assert_close(arguments["weights"], weights / weights.sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("load", LOADS[1:])
 def test_products_compile_for_an_h100_without_spills(load):
     program = compile_experts(
         ExpertsSpec(64, 8, 2048, 1024, SWIGLU, dtype="bf16", load=load, target="cuda:sm_90")
@@ -103,6 +114,14 @@ def test_products_compile_for_an_h100_without_spills(load):
         assert not binary.spills and not binary.lacks
         assert ("wgmma" in binary.assembly) == (load != "few")
         assert "cp.async" in binary.assembly
+
+
+def test_entries_compile_for_an_h100_without_spills():
+    for experts, hidden, inner in ((8, 4096, 14336), (32, 2880, 2880)):
+        spec = ExpertsSpec(experts, 2, hidden, inner, SWIGLU, dtype="bf16", load="one", target="cuda:sm_90")
+        for kernel in compile_experts(spec).kernels:
+            binary = compile_ahead(emit(kernel), "cuda:sm_90")
+            assert not binary.spills and "ld.global.v4" in binary.assembly
 
 
 def test_strides_of_matrices_are_64_bits():
