@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.attention import attention as attention
+    from .frontend.grouped import grouped_mm as grouped_mm
+    from .frontend.grouped import ragged_dot as ragged_dot
     from .frontend.huggingface import register_transformers as register_transformers
     from .frontend.kernel import AttentionSpec as AttentionSpec
     from .frontend.kernel import compile as compile
@@ -45,8 +47,10 @@ _NAMES: dict[str, str] = {
     "attention": "frontend.attention",
     "compile": "frontend.kernel",
     "experts": "frontend.moe",
+    "grouped_mm": "frontend.grouped",
     "load": "frontend.kernel",
     "moe": "frontend.moe",
+    "ragged_dot": "frontend.grouped",
     "register_transformers": "frontend.huggingface",
     "route": "frontend.routing",
     "sddmm": "frontend.splat",

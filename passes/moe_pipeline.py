@@ -7,7 +7,7 @@ from typing import Any
 
 from ..ir.errors import InputError
 from ..ir.expr import integer
-from ..ir.graph import Graph
+from ..ir.graph import Graph, Op, Value
 from ..ir.graph_text import to_text
 from ..ir.kernel import Kernel, Program, Tensor
 from .moe_build import build_experts, build_groups
@@ -37,6 +37,28 @@ def compile_groups(spec: ExpertsSpec) -> Program:
 def compile_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Program:
     """From a spec to the kernels of the gradients of some of its inputs."""
     return lower_experts(run_experts(build_gradients(spec, wanted), spec), spec)
+
+
+def compile_product(spec: ExpertsSpec, *, outer: bool, biased: bool = False) -> Program:
+    """One product by groups: a [rows, hidden] by w [E, hidden, inner], or, if `outer`, the sums over rows of
+    a's rows times those of b, [E, hidden, inner]."""
+    e, unit = spec.experts, spec.units[0]
+    a, bounds = Value("a", spec.dtype, ("rows", spec.hidden)), Value("bounds", "i32", (e + 1,))
+    if outer:
+        b = Value("b", spec.dtype, ("rows", spec.inner))
+        made = Value("o", spec.dtype, (e, spec.hidden, spec.inner))
+        op, inputs = Op("grouped_outer", ("a", "b", "bounds"), (made,)), (a, b, bounds)
+    else:
+        w, bias = (
+            Value("w", spec.dtype, (e, spec.hidden, spec.inner)),
+            Value("bias", spec.dtype, (e, spec.inner)),
+        )
+        made = Value("o", spec.dtype, ("rows", spec.inner))
+        operands = ("a", "w", "bounds", *(["bias"] if biased else []))
+        op = Op("grouped_gemm", operands, (made,)).with_attrs(unit=unit, biased=biased or None)
+        inputs = (a, w, bounds, *([bias] if biased else []))
+    graph = schedule_experts(Graph("product", inputs, (op,), ("o",)), spec)
+    return lower_experts(graph, spec)
 
 
 def run_experts(graph: Graph, spec: ExpertsSpec, watch: Watcher | None = None) -> Graph:

@@ -58,7 +58,6 @@ def test_interpreter(more, single, load):
         activation,
         single=single,
         load=load,
-        load=load,
         target="cuda:sm_90",
         aligned=False,
         tiling=SMALL,
