@@ -2,6 +2,7 @@
 
     gossamer.register_transformers()
     model.set_experts_implementation("gossamer")
+    model.set_attn_implementation("gossamer")
 
 What stands between the products of an expert is taken from the module: its `_apply_gate`, or `act_fn` where
 there is no gate, runs once on stand-ins for gate and up.
@@ -14,7 +15,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..ir.errors import GossamerError, MissingDependencyError, UnsupportedError
+from . import masks
 from .activation import baked
+from .attention import attention
 from .moe import experts
 from .term import Term
 from .trace import run_traced
@@ -22,17 +25,71 @@ from .trace_error import trace_error
 from .trace_value import Value
 
 NAME = "gossamer"
+CAUSAL = masks.causal()
 
 
 def register_transformers() -> None:
-    """Make `experts_implementation="gossamer"` known to transformers (5 or newer).
+    """Make `experts_implementation="gossamer"` and `attn_implementation="gossamer"` known to transformers.
 
-    Raises MissingDependencyError without it."""
+    Raises MissingDependencyError without transformers 5 or newer."""
     try:
+        from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.integrations.moe import ExpertsInterface
+        from transformers.masking_utils import sdpa_mask
     except ImportError:
         raise MissingDependencyError("transformers>=5", "dev", "gossamer.register_transformers") from None
     ExpertsInterface.register(NAME, experts_forward)
+    AttentionInterface.register(NAME, attention_forward)
+    # Without an entry here models would pass no mask at all, padding or not.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_forward(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Any = None,
+    **options: Any,
+) -> tuple[Any, None]:
+    """The attention of a module of transformers: (B, heads, length, size) -> (B, length, heads, size), None.
+
+    Without a mask every query of a causal module sees keys up to its own position, in closed form; a single
+    query sees all. s_aux: attention sinks. Raises UnsupportedError for a bias by position or weights."""
+    for name in ("position_bias", "output_attentions", "cache"):
+        if options.get(name) is not None and options[name] is not False:
+            raise UnsupportedError(f"{type(module).__name__}: attention with {name} is not built yet")
+    mask = attention_mask
+    if mask is not None and str(mask.dtype) != "torch.bool":
+        raise UnsupportedError(
+            f"{type(module).__name__}: an attention mask of {mask.dtype}; pass truth values"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and causal and query.shape[2] > 1:
+        mask = CAUSAL
+    cap = softcap
+
+    def soft_cap(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return cap * (score / cap).tanh()
+
+    out = attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        score_mod=None if cap is None else soft_cap,
+        scale=scaling,
+        enable_gqa=True,
+        sinks=s_aux,
+        dropout_p=dropout,
+    )
+    assert not isinstance(out, tuple)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def experts_forward(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:

@@ -76,6 +76,32 @@ def test_as_eager(name):
     assert torch.equal(ours[3], eager[3])
 
 
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_as_eager(name, padded):
+    gossamer.register_transformers()
+    model = build(name)
+    tokens = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(0))
+    seen = torch.ones_like(tokens)
+    seen[0, :4] = 1 - int(padded)
+    found = {}
+    for implementation in ("eager", "gossamer"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        logits = model(tokens, attention_mask=seen).logits
+        logits[seen.bool()].square().sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        with torch.no_grad():
+            text = model.generate(tokens, attention_mask=seen, max_new_tokens=6, do_sample=False)
+        found[implementation] = logits[seen.bool()].detach(), gradients, text
+    eager, ours = found["eager"], found["gossamer"]
+    torch.testing.assert_close(ours[0], eager[0], rtol=1e-4, atol=1e-4)
+    for parameter, gradient in eager[1].items():
+        scale = 1e-4 * gradient.abs().max().item() + 1e-5
+        torch.testing.assert_close(ours[1][parameter], gradient, rtol=1e-3, atol=scale, msg=parameter)
+    assert torch.equal(ours[2], eager[2])
+
+
 def experts_of(name):
     return next(m for m in build(name).modules() if hasattr(m, "has_gate"))
 
