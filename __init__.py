@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.mask import Mask as Mask
     from .frontend.moe import experts as experts
     from .frontend.moe import moe as moe
+    from .frontend.router_losses import importance_loss as importance_loss
+    from .frontend.router_losses import load_balance_loss as load_balance_loss
+    from .frontend.router_losses import z_loss as z_loss
     from .frontend.routing import Routing as Routing
     from .frontend.routing import route as route
     from .frontend.schedules import tune as tune
@@ -48,7 +51,9 @@ _NAMES: dict[str, str] = {
     "compile": "frontend.kernel",
     "experts": "frontend.moe",
     "grouped_mm": "frontend.grouped",
+    "importance_loss": "frontend.router_losses",
     "load": "frontend.kernel",
+    "load_balance_loss": "frontend.router_losses",
     "moe": "frontend.moe",
     "ragged_dot": "frontend.grouped",
     "register_transformers": "frontend.huggingface",
@@ -57,6 +62,7 @@ _NAMES: dict[str, str] = {
     "sparse_softmax": "frontend.splat",
     "spmm": "frontend.splat",
     "tune": "frontend.schedules",
+    "z_loss": "frontend.router_losses",
 }
 
 # Public module -> the module it is another name of, as ``os.path`` is of ``posixpath``.

@@ -253,7 +253,7 @@ def moe(
     down_proj: torch.Tensor,
     *,
     top_k: int,
-    router: str = "softmax",
+    router: str | Callable[..., Any] = "softmax",
     activation: str | Callable[..., Any] = "swiglu",
     **options: Any,
 ) -> torch.Tensor:
@@ -262,7 +262,7 @@ def moe(
     Args:
         x: (T, H). router_logits: (T, E), any float dtype. gate_up_proj, down_proj, activation: as for
             `experts`. top_k: experts a token, 1 to E. router: as for `route`.
-        options: of `route` (renormalize, correction_bias, groups, top_groups, scale) and of `experts`.
+        options: of `route` and of `experts`, by name.
 
     Returns (T, H) in x's dtype. Raises as those two do.
     """
@@ -276,4 +276,7 @@ def moe(
     return experts(x, chosen, None, gate_up_proj, down_proj, activation=activation, **options)
 
 
-ROUTING = ("renormalize", "correction_bias", "groups", "top_groups", "scale")
+ROUTING = (
+    "renormalize", "correction_bias", "groups", "top_groups", "scale", "top_p", "threshold", "capacity",
+    "seed", "token_ids",
+)  # fmt: skip

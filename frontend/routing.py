@@ -3,11 +3,13 @@ edited and passed to `gossamer.experts`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, MissingDependencyError
 from ..runtime.driver import get_or_compile
+from .activation import activation_term
 from .device import target_of
 from .problem import _fill_names, as_integer
 
@@ -19,7 +21,7 @@ except ImportError:
 if TYPE_CHECKING:
     from ..ir.kernel import Program
 
-ROUTERS = {"softmax": "softmax", "sigmoid": "sigmoid", "softmax_of_topk": "logits"}
+ROUTERS = {"softmax": "softmax", "sigmoid": "sigmoid", "softmax_of_topk": "logits", "random": "random"}
 GROUPED = 512  # entries that one program sorts
 
 
@@ -197,12 +199,17 @@ def route(
     router_logits: torch.Tensor,
     top_k: int,
     *,
-    router: str = "softmax",
+    router: str | Callable[..., Any] = "softmax",
     renormalize: bool = True,
     correction_bias: torch.Tensor | None = None,
     groups: int = 1,
     top_groups: int | None = None,
     scale: float = 1.0,
+    top_p: float | None = None,
+    threshold: float | None = None,
+    capacity: int | None = None,
+    seed: int = 0,
+    token_ids: torch.Tensor | None = None,
 ) -> Routing:
     """The top_k experts of every token, and their weights.
 
@@ -218,10 +225,20 @@ def route(
         those
             with the largest sums of their two best scores.
         scale: weights are multiplied by it.
+        top_p: of the top_k, only the best until their scores add up to so much; threshold: only those that
+        score
+            so much. Tokens then have different numbers of experts; ids that are not taken are -1.
+        capacity: experts take so many tokens at most, the first ones (Switch, GShard); other ids become -1.
+        seed, token_ids: of the router "random" (THOR): scores are random bits by seed, token and expert,
+        which need
+            no gradient; with token_ids (T,), int64, by what stands there, so that equal ids take equal
+            experts (hash routing). Of the logits only the shape counts.
 
-    Returns a Routing; its topk_ids are int32, its weights float32 (float64 for float64). One kernel; nothing
-    waits for the device. Raises InputError.
-    """
+    router may be a function of a logit, such as `lambda logit: logit.tanh()`, which is traced: its result is
+    the score of an expert.
+
+    Returns a Routing; its topk_ids are int32, its weights float32 (float64 for float64). One kernel, a few
+    more with a capacity; nothing waits for the device. Raises InputError, TraceError."""
     from .layers import check_tensor
 
     check_tensor("route.router_logits", router_logits, 2, "(tokens, experts)")
@@ -229,8 +246,23 @@ def route(
     if router_logits.dtype not in names:
         raise InputError("route.router_logits", "float16, bfloat16, float32 or float64", router_logits.dtype)
     tokens, experts = router_logits.shape
-    if router not in ROUTERS:
-        raise InputError("route.router", f"one of {', '.join(ROUTERS)}", repr(router))
+    term = None
+    if callable(router):
+        term = activation_term(router, gated=False)
+    elif router not in ROUTERS:
+        raise InputError("route.router", f"a function, or one of {', '.join(ROUTERS)}", repr(router))
+    cut = "top_p" if top_p is not None else None if threshold is None else "threshold"
+    if top_p is not None and threshold is not None:
+        raise InputError("route.top_p, threshold", "one of them at most", (top_p, threshold))
+    if cut is not None and router == "softmax_of_topk":
+        expected = "scores that are compared before their softmax is known"
+        raise InputError(f"route.{cut}", expected, repr(router), 'Pass router="softmax"')
+    if capacity is not None and (as_integer(capacity) is None or capacity < 0):
+        raise InputError("route.capacity", "a number of tokens, 0 or more", capacity)
+    if token_ids is not None and (router != "random" or tuple(token_ids.shape) != (tokens,)):
+        raise InputError(
+            "route.token_ids", f"shape ({tokens},), with router 'random'", tuple(token_ids.shape)
+        )
     count = as_integer(top_k)
     if count is None or not 1 <= count <= experts:
         raise InputError("route.top_k", f"1 to {experts}, the number of experts", top_k)
@@ -247,13 +279,16 @@ def route(
         return Routing.from_topk(ids, weights, experts)
     if groups == top_groups:
         groups = top_groups = 1
-    facts = (experts, count, ROUTERS[router], bool(renormalize), correction_bias is not None)
-    facts += (groups, top_groups, names[router_logits.dtype], target_of(device))
+    scoring = "map" if callable(router) else ROUTERS[router]
+    facts = (experts, count, scoring, bool(renormalize), correction_bias is not None)
+    facts += (groups, top_groups, names[router_logits.dtype], target_of(device), cut, token_ids is not None)
 
     def make() -> Program:
         from ..passes.moe_router import RouterSpec, compile_router
+        from .term_expr import to_expr
 
-        return compile_router(RouterSpec(*facts))
+        expr = None if term is None else to_expr(term, frozenset(("x0",)))
+        return compile_router(RouterSpec(*facts, expr))
 
     logits = router_logits.detach()
     values = {"logits": logits if logits.stride(1) == 1 else logits.contiguous()}
@@ -262,16 +297,49 @@ def route(
         if tuple(correction_bias.shape) != (experts,):
             raise InputError("route.correction_bias", f"shape ({experts},)", tuple(correction_bias.shape))
         values["bias"] = correction_bias.detach().to(device=device, dtype=wide).contiguous()
-    get_or_compile(("router", facts), make, facts[-1])(values)
-    if router_logits.requires_grad and torch.is_grad_enabled():
+    if cut is not None:
+        values["limit"] = float(top_p if threshold is None else threshold)
+    if scoring == "random":
+        values["seed"] = int(seed)
+    if token_ids is not None:
+        values["token_ids"] = token_ids.to(torch.int64)
+    get_or_compile(("router", facts, term), make, facts[8])(values)
+    if router_logits.requires_grad and torch.is_grad_enabled() and scoring != "random":
         weights = _weights(router_logits.to(wide), ids, router, renormalize) * scale
-    return Routing.from_topk(ids, weights, experts)
+    chosen = Routing.from_topk(ids, weights, experts)
+    return chosen if capacity is None else limited(chosen, capacity)
 
 
-def _weights(logits: torch.Tensor, ids: torch.Tensor, router: str, renormalize: bool) -> torch.Tensor:
-    """The weights of the chosen experts by torch, which differentiates them."""
-    scores = {"softmax": logits.softmax, "sigmoid": lambda dim: logits.sigmoid()}
-    found = scores.get(router, lambda dim: logits)(-1).gather(1, ids.long())
+def limited(chosen: Routing, capacity: int) -> Routing:
+    """A routing by token in which experts take their first `capacity` tokens; other ids become -1."""
+    ids, weights, experts = chosen.topk_ids, chosen.topk_weights, chosen.num_experts
+    assert ids is not None and weights is not None
+    if not ids.numel():
+        return chosen
+    _, bounds, place = grouped(ids, experts)
+    kind, target = "i64" if ids.dtype == torch.int64 else "i32", target_of(ids.device)
+    kept = torch.empty_like(ids)
+
+    def make() -> Program:
+        from ..passes.moe_router import compile_capacity
+
+        return compile_capacity(experts, kind, target)
+
+    values = {"ids": ids.reshape(-1), "place": place.reshape(-1), "bounds": bounds, "limited": kept.view(-1)}
+    get_or_compile(("capacity", experts, kind), make, target)(values | {"capacity": capacity})
+    return Routing.from_topk(kept, weights, experts)
+
+
+def _weights(logits: torch.Tensor, ids: torch.Tensor, router: Any, renormalize: bool) -> torch.Tensor:
+    """The weights of the chosen experts by torch, which differentiates them; 0 where nobody is chosen."""
+    scores = {
+        "softmax": lambda: logits.softmax(-1),
+        "sigmoid": logits.sigmoid,
+        "softmax_of_topk": lambda: logits,
+    }
+    whole = router(logits) if callable(router) else scores[router]()
+    found = whole.gather(1, ids.clamp(min=0).long())
     if router == "softmax_of_topk":
-        return found.softmax(-1)
+        return found.masked_fill(ids < 0, -torch.inf).softmax(-1)
+    found = found.masked_fill(ids < 0, 0.0)
     return found / (found.sum(-1, keepdim=True) + 1e-20) if renormalize else found

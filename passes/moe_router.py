@@ -14,7 +14,22 @@ from dataclasses import dataclass
 import sympy
 
 from ..ir.errors import InputError
-from ..ir.expr import Expr, all_of, any_of, ceildiv, floordiv, integer, maximum, real, sigmoid, where
+from ..ir.expr import (
+    Expr,
+    all_of,
+    any_of,
+    bitand,
+    cast,
+    ceildiv,
+    floordiv,
+    integer,
+    maximum,
+    minimum,
+    random_bits,
+    real,
+    sigmoid,
+    where,
+)
 from ..ir.kernel import (
     Axis,
     Compute,
@@ -25,13 +40,15 @@ from ..ir.kernel import (
     Program,
     Reduce,
     Scalar,
+    Scan,
     Span,
     Stmt,
     Store,
     Tensor,
 )
 
-SCORINGS = ("softmax", "sigmoid", "logits")
+SCORINGS = ("softmax", "sigmoid", "logits", "random", "map")
+CUTS = (None, "top_p", "threshold")
 LOWEST = sympy.Float(-3.0e38)  # above what is chosen already, below what anybody scores
 TINY = sympy.Float(1e-20)
 ZERO, MINUS_INF = sympy.Integer(0), -sympy.oo
@@ -45,7 +62,11 @@ class RouterSpec:
     scoring: of the logits, over all experts: 'softmax', 'sigmoid', or 'logits' themselves, whose softmax over
     the chosen ones gives weights. renormalize: weights of a token add up to 1. corrected: scores of choice
     have a bias [E] added, weights have not. groups, top_groups: experts lie in so many groups, of which so
-    many are open to a token. logits: their dtype. Raises InputError."""
+    many are open to a token. logits: their dtype.
+
+    scoring 'random': of random bits by seed, token and expert, or, if `hashed`, by what stands in token_ids
+    in place of the token. 'map': `expr` of a logit, x0. cut: 'top_p' keeps the best experts until their
+    scores add up to p, 'threshold' those that score so much; the others get the id -1. Raises InputError."""
 
     experts: int
     top_k: int
@@ -56,10 +77,15 @@ class RouterSpec:
     top_groups: int = 1
     logits: str = "f32"
     target: str = "cpu"
+    cut: str | None = None
+    hashed: bool = False
+    expr: Expr | None = None
 
     def __post_init__(self) -> None:
         if self.scoring not in SCORINGS:
             raise InputError("RouterSpec.scoring", f"one of {', '.join(SCORINGS)}", repr(self.scoring))
+        if self.cut not in CUTS:
+            raise InputError("RouterSpec.cut", f"one of {', '.join(map(str, CUTS))}", repr(self.cut))
         if not 1 <= self.top_k <= self.experts:
             raise InputError("RouterSpec.top_k", f"1 to {self.experts}", self.top_k)
         if self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
@@ -102,6 +128,9 @@ class _Builder:
             Tensor("ids", "i32", ("T", k), "out", unit=1),
             Tensor("weights", self.acc, ("T", k), "out", unit=1),
             Scalar("scale", self.acc),
+            *([Scalar("limit", self.acc)] if spec.cut else []),
+            *([Scalar("seed", "i64")] if spec.scoring == "random" else []),
+            *([Tensor("token_ids", "i64", ("T",), unit=0)] if spec.hashed else []),
         )
         axes = [self._axis("i", self.rows), self._axis("e", e), self._axis("k", k)]
         if spec.groups > 1:
@@ -133,7 +162,25 @@ class _Builder:
                 ]
             case "sigmoid":
                 return [Compute("P", self.acc, ie, sigmoid(logits))]
+            case "random":
+                return self._random()
+            case "map":
+                assert self.spec.expr is not None
+                return [
+                    Compute("P", self.acc, ie, sympy.sympify(self.spec.expr).xreplace({real("x0"): logits}))
+                ]
         return [Compute("P", self.acc, ie, logits)]
+
+    def _random(self) -> list[Stmt]:
+        """Numbers in (0, 1), of 23 random bits each."""
+        word, out = integer("token"), []
+        if self.spec.hashed:
+            inside = integer("token") < integer("T")
+            out.append(Load("name", "i32", ("i",), "token_ids", (integer("token"),), inside, ZERO))
+            word = integer("name")
+        bits = bitand(random_bits(integer("seed"), word, E_AXIS), sympy.Integer(2**23 - 1))
+        value = (cast(sympy.Symbol(self.acc), bits) + sympy.Float(0.5)) * sympy.Float(2.0**-23)
+        return [*out, Compute("P", self.acc, ("i", "e"), value)]
 
     def _choice(self) -> list[Stmt]:
         """C: what experts are chosen by; those that are not open get the lowest value."""
@@ -191,7 +238,7 @@ class _Builder:
         ]
 
     def _weights(self) -> list[Stmt]:
-        ik, out = ("i", "k"), []
+        ik, out = ("i", "k"), self._cut()
         value = real("W")
         if self.spec.scoring == "logits":
             out = [
@@ -202,3 +249,47 @@ class _Builder:
             out.append(Reduce("sum_of", self.acc, ("i",), "sum", value, ("k",)))
             value = value / (real("sum_of") + TINY)
         return [*out, Compute("W", self.acc, ik, value * real("scale"), declares=False)]
+
+    def _cut(self) -> list[Stmt]:
+        """Experts that a token does without: their id becomes -1, their weight 0."""
+        if self.spec.cut is None:
+            return []
+        ik, weight, out = ("i", "k"), real("W"), []
+        keep = weight >= real("limit")
+        if self.spec.cut == "top_p":
+            out.append(Scan("upto", self.acc, ik, weight, "k"))
+            keep = any_of([sympy.Eq(K_AXIS, 0), real("upto") - weight < real("limit")])
+        return [
+            *out,
+            Compute("kept", "bool", ik, keep),
+            Compute("A", "i32", ik, where(sympy.Symbol("kept"), integer("A"), -1), declares=False),
+            Compute("W", self.acc, ik, where(sympy.Symbol("kept"), weight, sympy.Float(0.0)), declares=False),
+        ]
+
+
+def compile_capacity(experts: int, ids: str, target: str) -> Program:
+    """ids [entries], place [entries], bounds [E + 1], capacity -> limited [entries]: ids, -1 for entries that
+    come after the first `capacity` ones of their expert."""
+    entries, at, expert = integer("entries"), integer("at"), integer("id")
+    inside = at < entries
+    slot = minimum(maximum(expert, ZERO), sympy.Integer(experts - 1))
+    there = all_of([integer("row") >= 0, integer("row") - integer("first") < integer("capacity")])
+    i32 = cast(sympy.Symbol("i32"), slot) if ids == "i64" else slot
+    body: tuple[Stmt, ...] = (
+        Compute("at", "i32", ("i",), integer("c") * 256 + ROW),
+        Load("id", ids, ("i",), "ids", (at,), inside, sympy.Integer(-1)),
+        Load("row", "i32", ("i",), "place", (at,), inside, sympy.Integer(-1)),
+        Compute("slot", "i32", ("i",), i32),
+        Load("first", "i32", ("i",), "bounds", (integer("slot"),)),
+        Store("limited", (at,), where(there, expert, -1), ("i",), inside),
+    )
+    args = (
+        Tensor("ids", ids, ("entries",), unit=0),
+        Tensor("place", "i32", ("entries",), unit=0),
+        Tensor("bounds", "i32", (experts + 1,), unit=0),
+        Tensor("limited", ids, ("entries",), "out", unit=0),
+        Scalar("capacity", "i64"),
+    )
+    grid = (GridDim("c", ceildiv(entries, 256)),)
+    kernel = Kernel("capacity", args, grid, (Axis("i", 256, 256),), None, body, (("stages", 1), ("warps", 4)))
+    return Program((kernel,), text=f"# capacity of {experts} experts, {target}")
