@@ -4,6 +4,7 @@
     python benchmarks/attention_gpu.py --masks window256,strided64 --dims 128 --peers none
     python benchmarks/attention_gpu.py --sections decode,first_call,overhead,lists,graphs,regret
     python benchmarks/attention_gpu.py --peers flex --more-sizes --budget 500     # adds to the same JSON
+    python benchmarks/attention_gpu.py --backward --peers flex,cudnn
 
 The device's ceilings come first. Every output is held against float64 before its time counts. Gossamer is
 timed on all cases before the first peer, and again beside each peer, which is what the ratio is made of.
@@ -46,6 +47,7 @@ def main(
     peers: Annotated[str, typer.Option(help=f"of {', '.join(PEERS)}; or 'none'")] = "flex,cudnn",
     sections: Annotated[str, typer.Option(help=f"of {', '.join(SECTIONS)}")] = "speed",
     budget: Annotated[float, typer.Option(help="seconds; no peer is started after them")] = 480.0,
+    backward: Annotated[bool, typer.Option(help="time gradients in place of the section speed")] = False,
     candidates: Annotated[int, typer.Option(help="schedules a mask that the section regret times")] = 200,
     out: Annotated[Path | None, typer.Option(help="JSON; default benchmarks/results/gpu_DEVICE.json")] = None,
 ) -> None:
@@ -70,7 +72,9 @@ def main(
     with torch.no_grad():
         keep(**provenance_gpu())
         for section in wanted:
-            if section == "speed":
+            if section == "speed" and backward:
+                gradients(names, shapes, dtype, others, start + budget, keep)
+            elif section == "speed":
                 speed(names, shapes, dtype, others, start + budget, keep)
             elif section == "regret":
                 sweep = partial(regret, names, parse_dims(dims), start + budget, candidates)
@@ -79,7 +83,8 @@ def main(
                 keep(**{section: attempt(partial(extra, section, bool(others)))})
     print_report(results)
     console.print(f"wrote {path} after {monotonic() - start:.0f} s")
-    failed = [row["mask"] for row in results.get("speed", ()) if "failed" in row]
+    rows = [*results.get("speed", ()), *results.get("backward", ())]
+    failed = [row["mask"] for row in rows if "failed" in row]
     if failed:
         raise SystemExit(f"wrong or failed: {', '.join(failed)}")
 
@@ -114,6 +119,22 @@ def speed(
         for other in peers:
             if able(other, case) and monotonic() < deadline:
                 keep(speed=[_beside(other, case, shape, dtype)])
+
+
+def gradients(
+    names: Sequence[str],
+    shapes: Sequence[Shape],
+    dtype: str,
+    peers: Sequence[str],
+    deadline: float,
+    keep: Callable[..., None],
+) -> None:
+    """Rows `backward`: see gpu_backward.py."""
+    from gpu_backward import backward
+
+    picked = [(name, shape) for shape in shapes for name in names]
+    with torch.enable_grad():
+        backward(picked, case_of, dtype, peers, deadline, keep, console.print)
 
 
 def case_of(name: str, shape: Shape) -> Case:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,36 @@ def accuracy(out: torch.Tensor, tensors: Tensors, dense: Dense, scale: float | N
             plain_error = max(plain_error, float((plain - exact).abs().max()))
             largest = max(largest, float(exact.abs().max()))
     return Accuracy(error, 2 * plain_error + torch.finfo(out.dtype).eps * largest)
+
+
+def gradient_accuracy(
+    grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], dense: Dense
+) -> Accuracy:
+    """Judge the gradients of q, k and v of the first and the last head; tensors: q, k, v and that of the output.
+
+    The largest ratio of an error to what is allowed counts, as (ratio, 1)."""
+    worst = 0.0
+    batch, heads, length, size = tensors[0].shape
+    attends = dense(slice(0, length))
+    for b, h in {(0, 0), (batch - 1, heads - 1)}:
+        mine = [t[b, h] for t in tensors]
+        exact = _gradients([t.double() for t in mine], attends, size**-0.5)
+        plain = _gradients(mine, attends, size**-0.5)
+        for got, right, near in zip((g[b, h].double() for g in grads), exact, plain, strict=True):
+            error, plain_error = (float((x.double() - right).abs().max()) for x in (got, near))
+            ulp = torch.finfo(grads[0].dtype).eps * float(right.abs().max())
+            worst = max(worst, error / (2 * plain_error + ulp)) if got.isfinite().all() else float("inf")
+    return Accuracy(worst, 1.0)
+
+
+def _gradients(
+    tensors: Sequence[torch.Tensor], attends: torch.Tensor, scale: float
+) -> Sequence[torch.Tensor]:
+    *inputs, grad = tensors
+    with torch.enable_grad():
+        q, k, v = (t.detach().requires_grad_() for t in inputs)
+        out = _attend(q, k, v, attends, scale)
+        return torch.autograd.grad(out, (q, k, v), grad)
 
 
 def _attend(

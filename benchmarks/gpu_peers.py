@@ -51,11 +51,36 @@ def peer(name: str, case: Case, tensors: Tensors) -> Peer:
     return Peer(name, call)
 
 
-def _flex(case: Case, tensors: Tensors) -> Call:
-    block_mask = None if case.name == "full" else block_mask_of(case, tensors[0].shape[2])
+def differentiable(name: str, case: Case, length: int) -> Callable[..., torch.Tensor]:
+    """A peer's attention as a function of q, k and v, for autograd."""
+    if name == "flex":
+        return _flex_attention(case, length)
+    if name == "fa4":
+        attend, (causal, window) = fa4(), FA4_MASKS[case.name]
+
+        def call(*tensors: torch.Tensor) -> torch.Tensor:
+            out = attend(*(t.transpose(1, 2) for t in tensors), causal=causal, window_size=window)
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        return call
+
+    def attention(*tensors: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPA[name]):
+            return F.scaled_dot_product_attention(*tensors, is_causal=case.name == "causal")
+
+    return attention
+
+
+def _flex_attention(case: Case, length: int) -> Callable[..., torch.Tensor]:
+    block_mask = None if case.name == "full" else block_mask_of(case, length)
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(*tensors, block_mask=block_mask)
+    return lambda *tensors: compiled(*tensors, block_mask=block_mask)
+
+
+def _flex(case: Case, tensors: Tensors) -> Call:
+    attend = _flex_attention(case, tensors[0].shape[2])
+    return lambda: attend(*tensors)
 
 
 def block_mask_of(case: Case, length: int) -> BlockMask:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -20,13 +21,14 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 class Job:
     """One thing to compile: who ('gossamer' or a peer), which mask, for which shape and dtype.
 
-    schedule: of gossamer, in place of the default."""
+    schedule: of gossamer, in place of the default. backward: the gradients too."""
 
     who: str
     mask: str
     shape: Shape
     dtype: str
     schedule: Any = None
+    backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def prepare(jobs: Sequence[Job], *, deadline: float, processes: int = 0) -> dict
 def _do(job: Job) -> Outcome:
     start = perf_counter()
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(job.backward):
             _compile(job)
         torch.cuda.synchronize()
     except Exception as error:
@@ -64,7 +66,7 @@ def _do(job: Job) -> Outcome:
 
 def _compile(job: Job) -> None:
     from cases import cases, more_cases
-    from gpu_peers import peer
+    from gpu_peers import differentiable, peer
 
     import gossamer
 
@@ -72,9 +74,28 @@ def _compile(job: Job) -> None:
     case = (cases(length, "cuda") | more_cases(length, "cuda"))[job.mask]
     tensors = random_inputs(job.shape, job.dtype)
     if job.who == "gossamer":
-        gossamer.attention(*tensors, mask=gossamer.Mask.trace(case.mask_mod), schedule=job.schedule)
+        mask = gossamer.Mask.trace(case.mask_mod)
+        call = partial(gossamer.attention, mask=mask, schedule=job.schedule)
+        if job.backward:
+            backward_of(tensors, call)[1]()
+        else:
+            call(*tensors)
+    elif job.backward:
+        backward_of(tensors, differentiable(job.who, case, length))[1]()
     else:
         peer(job.who, case, tensors)
+
+
+def backward_of(
+    tensors: tuple[torch.Tensor, ...], call: Callable[..., torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], Callable[[], tuple[torch.Tensor, ...]]]:
+    """((q, k, v, gradient), run): run gives the gradients of q, k and v, whose forward was run once."""
+    with torch.enable_grad():
+        leaves = tuple(t.detach().requires_grad_() for t in tensors)
+        out = call(*leaves)
+    made = torch.Generator(out.device).manual_seed(1)
+    grad = torch.randn(out.shape, generator=made, device=out.device, dtype=out.dtype)
+    return (*tensors, grad), lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
 def random_inputs(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,26 +39,36 @@ FA4_ELSEWHERE = {
     ("full", 128): 0.768, ("causal", 128): 0.473,
     ("window256", 64): 0.122, ("window64", 64): 0.120, ("full", 64): 0.515, ("causal", 64): 0.306,
 }  # fmt: skip
+FA4_BACKWARD_ELSEWHERE = {
+    ("window256", 128): 0.693, ("window64", 128): 0.658, ("causal_window1024", 128): 0.946,
+    ("full", 128): 2.455, ("causal", 128): 1.502,
+    ("window256", 64): 0.372, ("window64", 64): 0.371, ("full", 64): 1.429, ("causal", 64): 0.844,
+}  # fmt: skip
 
 
 # ---- results of several invocations ----
 
 
 def merged(old: Results, new: Results) -> Results:
-    """What `new` replaces in `old`: whole sections, but of speed only the rows and peers it has.
+    """What `new` replaces in `old`: whole sections, but of speed and backward only the rows and peers it has.
 
     A peer's row keeps the time of ours that was taken beside it, so ratios stay within one run."""
     found = dict(new)
-    if "speed" in new:
-        rows = {_key(row): dict(row) for row in old.get("speed", ())}
-        for row in new["speed"]:
-            before = rows.get(_key(row), {})
-            peers = {**before.get("peers", {}), **row.get("peers", {})}
-            measured = "ms" in row or "failed" in row
-            kept = {n: v for n, v in before.items() if n not in ("ms", "failed")} if measured else before
-            rows[_key(row)] = {**kept, **row} | ({"peers": peers} if peers else {})
-        found["speed"] = list(rows.values())
+    for section in ("speed", "backward"):
+        if section in new:
+            found[section] = _rows(old.get(section, ()), new[section])
     return found
+
+
+def _rows(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    rows = {_key(row): dict(row) for row in old}
+    for row in new:
+        before = rows.get(_key(row), {})
+        peers = {**before.get("peers", {}), **row.get("peers", {})}
+        measured = "ms" in row or "failed" in row
+        kept = {n: v for n, v in before.items() if n not in ("ms", "failed")} if measured else before
+        rows[_key(row)] = {**kept, **row} | ({"peers": peers} if peers else {})
+    return list(rows.values())
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -100,9 +110,13 @@ class Goal:
 
 
 def goals(results: Results) -> list[Goal]:
-    """Every goal of the GPU forward, met or not."""
-    rows = {(r["mask"], r["shape"][3]): r for r in results.get("speed", ()) if tuple(r["shape"][:3]) == MAIN}
-    return [*_flex_goals(rows), *_fa4_goals(rows), *_share_goals(rows), *_other_goals(results)]
+    """Every goal on a GPU, met or not."""
+    rows, gradients = (
+        {(r["mask"], r["shape"][3]): r for r in results.get(section, ()) if tuple(r["shape"][:3]) == MAIN}
+        for section in ("speed", "backward")
+    )
+    forward = [*_flex_goals(rows), *_fa4_goals(rows), *_share_goals(rows), *_other_goals(results)]
+    return [*forward, *_backward_goals(gradients)]
 
 
 def _flex_goals(rows: Mapping[tuple[str, int], Row]) -> Iterator[Goal]:
@@ -152,6 +166,29 @@ def _share_goals(rows: Mapping[tuple[str, int], Row]) -> Iterator[Goal]:
         yield Goal(f"D128: share of the floor, {mask}", least, share(rows.get((mask, 128), {})))
 
 
+def _backward_goals(rows: Mapping[tuple[str, int], Row]) -> Iterator[Goal]:
+    for dim in (128, 64):
+        ratios = {mask: speed_up(rows.get((mask, dim), {}), "flex") for mask in (*DENSE, *SPARSE)}
+        sparse = [ratios[mask] for mask in SPARSE]
+        known = [ratio for ratio in sparse if ratio is not None]
+        whole = len(known) == len(SPARSE)
+        text = f"backward D{dim}: over compiled Flex"
+        mean = geometric_mean(known) if whole else None
+        yield Goal(f"{text}, geometric mean of {len(SPARSE)} sparse masks", 2.3, mean)
+        yield Goal(f"{text}, least of them", 1.1, min(known) if whole else None)
+        for mask, least in (("dilated16_full", 5.0), ("strided64", 5.0), ("full", 1.0), ("causal", 1.0)):
+            yield Goal(f"{text}, {mask}", least, ratios[mask])
+        for mask in ("window256", "window64"):
+            row = rows.get((mask, dim), {})
+            ratio, elsewhere = speed_up(row, "fa4"), FA4_BACKWARD_ELSEWHERE.get((mask, dim))
+            note = "" if ratio is not None else " (published anchor, another run)"
+            if ratio is None and "ms" in row and elsewhere is not None:
+                ratio = elsewhere / row["ms"]
+            yield Goal(f"backward D{dim}: over FlashAttention-4{note}, {mask}", 1.0, ratio)
+    for mask in ("window256", "window64", "dilated4_w64", "dilated16_full", "blocked256"):
+        yield Goal(f"backward D128: share of the floor, {mask}", 0.35, share(rows.get((mask, 128), {})))
+
+
 def _other_goals(results: Results) -> Iterator[Goal]:
     rows = results.get("decode", ())
     decode = {row["case"]: row for row in rows} if isinstance(rows, list) else {}
@@ -174,27 +211,29 @@ def _other_goals(results: Results) -> Iterator[Goal]:
 
 def print_report(results: Results) -> None:
     """Tables of what was measured, then the goals."""
-    if results.get("speed"):
-        console.print(speed_table(results))
+    for section in ("speed", "backward"):
+        if results.get(section):
+            console.print(speed_table(results, section))
     for section in ("decode", "first_call", "overhead", "lists", "graphs", "regret"):
         if section in results:
             console.print(section_table(section, results[section]))
     console.print(goal_table(goals(results)))
 
 
-def speed_table(results: Results) -> Table:
+def speed_table(results: Results, section: str = "speed") -> Table:
     ceilings = results.get("ceilings", {})
-    title = f"{results.get('device', {}).get('name', '')}: milliseconds"
+    what = "" if section == "speed" else " of the backward"
+    title = f"{results.get('device', {}).get('name', '')}: milliseconds{what}"
     if ceilings:
         title += (
             f"; ceilings {ceilings['bf16_tflops']:.0f} TFLOP/s bf16, {ceilings['copy_tbs']:.2f} TB/s copy"
         )
     table = Table(title=title)
-    names = list(dict.fromkeys(name for row in results["speed"] for name in row.get("peers", {})))
+    names = list(dict.fromkeys(name for row in results[section] for name in row.get("peers", {})))
     columns = ("B H S D", "mask", "density", "floor", "gossamer", "of floor")
     for column in (*columns, *(x for name in names for x in (name, f"over {name}"))):
         table.add_column(column, justify="left" if column in columns[:2] else "right", no_wrap=True)
-    for row in results["speed"]:
+    for row in results[section]:
         numbers = (row.get("density"), row.get("floor_ms"), row.get("ms"))
         cells = [" ".join(map(str, row["shape"])), row["mask"], *map(_number, numbers)]
         cells[4] = "[red]failed[/]" if "failed" in row else cells[4]

@@ -8,12 +8,15 @@ captured tensors a few copies of those.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import UnsupportedError
 from ..runtime.driver import get_or_compile
+from ..runtime.executable import Contiguous
 from .attention import allocate, call_values, is_positive
 from .captured import is_monotone
 from .device import precision_of, target_of
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..ir.kernel import Program
-    from ..runtime.executable import Executable
+    from ..runtime.executable import Bound, Executable
     from .mask import Mask
     from .placement import Placement
     from .problem import Problem
@@ -61,87 +64,132 @@ def gradients(
 
     Raises UnsupportedError for what has no gradient: pages, a captured tensor that is no float or is no part
     of a map, a function without a derivative rule."""
-    import torch
+    plan, values = planned(
+        problem,
+        mask,
+        score,
+        scale,
+        softmax,
+        placed,
+        known_rows(out, lse, grad_out, grad_lse),
+        wanted,
+        deterministic,
+    )
+    return plan(values)
 
+
+@dataclass(frozen=True)
+class GradientPlan:
+    """Kernels of gradients that wait for memory.
+
+    made: of each result of theirs its name, shape, dtype, and whether it starts as zeros. found: of each
+    gradient its name, how it comes from a result ("", "heads", "slots" or "batch"), shape and dtype."""
+
+    bound: Bound
+    made: tuple[tuple[str, tuple[int, ...], torch.dtype, bool], ...]
+    found: tuple[tuple[str, str, tuple[int, ...], torch.dtype], ...]
+    device: torch.device
+
+    def __call__(self, tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The gradients by name; tensors: inputs by the kernels' names for them."""
+        import torch
+
+        values = {**tensors}
+        for name, shape, dtype, zero in self.made:
+            values[name] = (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=self.device)
+        self.bound(values)
+        return {name: _from(values[f"d{name}"], how, shape, dtype) for name, how, shape, dtype in self.found}
+
+
+def _from(result: torch.Tensor, how: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    if not how:
+        return result
+    sums: dict[str, tuple[int, ...]] = {"heads": (0, 2), "slots": (0,), "batch": (0,)}
+    return result.sum(sums[how]).view(shape).to(dtype)
+
+
+def known_rows(
+    out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Results and their gradients as kernels take them, by name."""
+    values = {"o": out.contiguous(), "lse": lse.contiguous(), "do": _rows(grad_out.to(out.dtype))}
+    if grad_lse is not None:
+        values["dlse"] = grad_lse.to(lse.dtype).contiguous()
+    return values
+
+
+def planned(
+    problem: Problem,
+    mask: Mask,
+    score: ScoreMod | None,
+    scale: float | None,
+    softmax: Softmax,
+    placed: Placement,
+    rows: dict[str, torch.Tensor],
+    wanted: Collection[str],
+    deterministic: bool | None = None,
+    known: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[GradientPlan, dict[str, Any]]:
+    """A plan that gives gradients, and what to call it with; arguments as `gradients` has them.
+
+    rows: see `known_rows`. known: captured tensors at hand, by name."""
     names = tuple(sorted(wanted))
-    if not names:
-        return {}
     captures = tuple(n for n in names if n not in INPUTS)
     if captures and deterministic and problem.device.type != "cpu":
         raise UnsupportedError(
             f"attention.deterministic: gradients of captured tensors ({', '.join(captures)}) add up in any "
             "order on a GPU. Leave deterministic out, or detach them"
         )
-    values = call_values(problem, mask, score, scale, softmax) | placed.values
-    given = ("o", "lse") if grad_lse is not None else ("o",)
-    values |= {"o": out.contiguous(), "lse": lse.contiguous(), "do": _rows(grad_out, problem)}
-    if grad_lse is not None:
-        values["dlse"] = grad_lse.to(lse.dtype).contiguous()
+    values = call_values(problem, mask, score, scale, softmax, known) | placed.values | rows
     positive = is_positive(values["scale"], target_of(problem.device))
+    given = ("o", "lse") if "dlse" in rows else ("o",)
     executable = _executable(problem, mask, score, softmax, placed, positive, names, given)
-    made = _results(problem, softmax, values, names, captures, lse.dtype)
-    made = {name: tensor for name, tensor in made.items() if name in executable.inputs}
-    run = executable.bind(values | made, allocate=partial(allocate, device=problem.device))
-    run(values | made)
-    found: dict[str, torch.Tensor] = {}
-    for name in names:
-        of = _input(name, problem, softmax, values)
-        grad = made[f"d{name}"]
-        if name == "sinks":
-            grad = grad.sum((0, 2))
-        elif name in captures:
-            grad = grad.sum(0).view(of.shape)
-        elif name in ("k", "v") and problem.one_key_batch:
-            grad = grad.sum(0, keepdim=True)
-        found[name] = grad.to(of.dtype)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (out, grad_out)):
-        raise UnsupportedError("attention: gradients of gradients are not built")
-    return found
+    results = _results(problem, values, captures, rows["lse"].dtype)
+    made = tuple((n, *r) for n, r in results.items() if n in executable.inputs)
+    found = tuple(_found(name, problem, softmax, values) for name in names)
+    waiting = {name: Contiguous(shape) for name, shape, *_ in made}
+    bound = executable.bind(values | waiting, allocate=partial(allocate, device=problem.device))
+    return GradientPlan(bound, made, found, problem.device), values
 
 
-def _rows(grad: torch.Tensor, problem: Problem) -> torch.Tensor:
+def _found(
+    name: str, problem: Problem, softmax: Softmax, values: dict[str, Any]
+) -> tuple[str, str, tuple[int, ...], torch.dtype]:
+    """How the gradient of an input comes from what kernels store."""
+    tensors = {"q": problem.query, "k": problem.key, "v": problem.value, "sinks": softmax.sinks}
+    of = tensors[name] if name in tensors else values[name]
+    shape = tuple(of.shape)
+    if name in ("k", "v") and problem.one_key_batch:
+        return name, "batch", (1, *shape[1:]), of.dtype
+    how = {"q": "", "k": "", "v": "", "sinks": "heads"}.get(name, "slots")
+    return name, how, shape, of.dtype
+
+
+def _rows(grad: torch.Tensor) -> torch.Tensor:
     """The gradient of the output as kernels read it: unit stride, on a GPU rows on multiples of 16 bytes."""
-    grad = grad.to(problem.query.dtype)
-    if grad.stride(3) == 1 and (problem.device.type == "cpu" or is_aligned(grad)):
-        return grad
-    return grad.contiguous() if grad.stride(3) != 1 else grad.clone(memory_format=_contiguous())
-
-
-def _contiguous() -> Any:
     import torch
 
-    return torch.contiguous_format
-
-
-def _input(name: str, problem: Problem, softmax: Softmax, values: dict[str, Any]) -> torch.Tensor:
-    known = {"q": problem.query, "k": problem.key, "v": problem.value, "sinks": softmax.sinks}
-    return known[name] if name in known else values[name]
+    if grad.stride(3) == 1 and (grad.device.type == "cpu" or is_aligned(grad)):
+        return grad
+    return grad.clone(memory_format=torch.contiguous_format)
 
 
 def _results(
-    problem: Problem,
-    softmax: Softmax,
-    values: dict[str, Any],
-    names: tuple[str, ...],
-    captures: tuple[str, ...],
-    wide: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """Tensors for what kernels may store, by their names for them."""
-    import torch
-
-    device, dtype = problem.device, problem.query.dtype
+    problem: Problem, values: dict[str, Any], captures: tuple[str, ...], wide: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype, bool]]:
+    """(shape, dtype, whether it starts as zeros) of what kernels may store, by their names for it."""
+    dtype, rows = problem.query.dtype, tuple(problem.query.shape[:3])
     keys = (problem.batch, *problem.key.shape[1:3])
     made = {
-        "dq": torch.empty(problem.query.shape, dtype=dtype, device=device),
-        "dk": torch.empty((*keys, problem.qk_size), dtype=dtype, device=device),
-        "dv": torch.empty((*keys, problem.v_size), dtype=dtype, device=device),
+        "dq": ((*rows, problem.qk_size), dtype, False),
+        "dk": ((*keys, problem.qk_size), dtype, False),
+        "dv": ((*keys, problem.v_size), dtype, False),
+        "dsinks": (rows, wide, False),
     }
-    if "sinks" in names:
-        made["dsinks"] = torch.empty(problem.query.shape[:3], dtype=wide, device=device)
     for name in captures:
         size = math.prod(values[name].shape)
-        slots = SLOTS if device.type == "cpu" or size * SLOTS * wide.itemsize <= SLOT_BYTES else 1
-        made[f"d{name}"] = torch.zeros((slots, max(size, 1)), dtype=wide, device=device)
+        few = problem.device.type != "cpu" and size * SLOTS * wide.itemsize > SLOT_BYTES
+        made[f"d{name}"] = ((1 if few else SLOTS, max(size, 1)), wide, True)
     return made
 
 

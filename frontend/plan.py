@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _NUMBERS = (float, int, type(None))
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+_UNREAD = {"q", "k", "v", "sinks", "o", "lse", "do", "dlse"}  # tensors whose contents decide nothing
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ class Recalled(NamedTuple):
 
     tensors: dict[str, Any]
     key: Hashable = None
-    plan: Plan | None = None
+    plan: Any = None
 
 
-def recall(plans: Recent[Plan], tensors: dict[str, Any], call: Call) -> Recalled:
-    """What is known of a call. tensors: those that are named, query, key and value among them.
+def recall(plans: Recent[Any], tensors: dict[str, Any], call: Call, *more: Hashable) -> Recalled:
+    """What is known of a call. tensors: those that are named, query, key and value among them. more: what
+    else decides what is done with it.
 
     No plan may serve where numbers or memory are hidden from us (a scale in a tensor, transforms of
     functions), nor, on a CPU, for captured tensors and those that say where sequences are, whose contents are
@@ -66,7 +68,7 @@ def recall(plans: Recent[Plan], tensors: dict[str, Any], call: Call) -> Recalled
         device = tensors["q"].device
         maps = [(letter, m) for letter, m in (("t", call.score), ("w", call.prob)) if m is not None]
         captured = any(reads_by_index(source.term) for source in (mask, *(m for _, m in maps)))
-        checked = device.type == "cpu" and bool(captured or tensors.keys() - {"q", "k", "v", "sinks"})
+        checked = device.type == "cpu" and bool(captured or tensors.keys() - _UNREAD)
         if mask.captures:
             tensors |= {f"c{i}": tensor for i, tensor in enumerate(mask.tensors_on(device))}
         for letter, m in maps:
@@ -81,6 +83,7 @@ def recall(plans: Recent[Plan], tensors: dict[str, Any], call: Call) -> Recalled
             call.scale,
             options,
             call.offset,
+            more,
             tensors["q"].dtype is torch.float32 and precision_of(device, "f32"),
             *map(_signature, tensors.values()),
         )

@@ -62,12 +62,17 @@ class Driver:
             self._library.cuCtxPopCurrent_v2(byref(c_void_p()))
         return function
 
-    def encode(self, *arguments: Any) -> None:
-        """cuTensorMapEncodeTiled. Raises BackendError for what it refuses, and before CUDA 12."""
+    def encode(self, device: int, *arguments: Any) -> None:
+        """cuTensorMapEncodeTiled, of memory on a device. Raises BackendError for what it refuses, and before
+        CUDA 12."""
         call = getattr(self._library, "cuTensorMapEncodeTiled", None)
         if call is None:
             raise BackendError("the CUDA driver is too old for tensor descriptors, expected 12.0 or later")
-        self.check(call(*arguments))
+        code = call(*arguments)
+        if code == _INVALID_CONTEXT:  # the first thing that a thread does, as autograd's own do
+            self.enter(device)
+            code = call(*arguments)
+        self.check(code)
 
     def limits(self, device: int) -> Limits:
         """What a program may use on a device."""

@@ -69,7 +69,7 @@ class CudaKernel:
         constants = self._layout.constants(*self._read(values), *self._own)
         maps = [
             TensorMap(
-                driver(), box.dtype, values[name].shape, values[name].stride(), box.extents, box.swizzle
+                driver(), device, box.dtype, values[name].shape, values[name].stride(), box.extents, box.swizzle
             )
             for name, box in self._boxes
         ]

@@ -25,6 +25,7 @@ class TensorMap:
     def __init__(
         self,
         driver: Any,
+        device: int,
         dtype: str,
         shape: Sequence[int],
         strides: Sequence[int],
@@ -34,7 +35,7 @@ class TensorMap:
         size, rank = _BYTES[dtype], len(shape)
         # A dimension of one element has any stride; an empty tensor is never read.
         steps = [s * size if n > 1 else _STEP for s, n in zip(strides[:-1], shape[:-1], strict=True)]
-        self._driver = driver
+        self._driver, self._device = driver, device
         self._fixed = (
             (c_uint64 * rank)(*(max(1, n) for n in reversed(shape))),
             (c_uint64 * (rank - 1))(*reversed(steps)),
@@ -58,5 +59,5 @@ class TensorMap:
         memory = ctypes.create_string_buffer(SIZE + _ALIGN)
         offset = -ctypes.addressof(memory) % _ALIGN
         place = c_void_p(ctypes.addressof(memory) + offset)
-        self._driver.encode(place, *self._head, c_void_p(address), *self._fixed, *self._tail)
+        self._driver.encode(self._device, place, *self._head, c_void_p(address), *self._fixed, *self._tail)
         return memory.raw[offset : offset + SIZE]

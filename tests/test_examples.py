@@ -39,12 +39,20 @@ def test_quickstart(tmp_path: Path) -> None:
     assert "kernel @attention" in said
 
 
+def test_train_bytes(tmp_path: Path) -> None:
+    picture = tmp_path / "losses.png"
+    small = ("--steps", "8", "--length", "70", "--batch", "2")
+    said = run(tmp_path, "train_bytes.py", *small, "--picture", str(picture))
+    assert "the curves agree within noise" in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_flex_drop_in(tmp_path: Path) -> None:
     said = run(tmp_path, "flex_drop_in.py", "--length", "300")
     assert "BlockMask(shape=(1, 1, 300, 300)" in said
     assert "output (1, 8, 300, 64)" in said
 
 
-@pytest.mark.parametrize("name", ["longformer_bytes.py", "flex_drop_in.py"])
+@pytest.mark.parametrize("name", ["longformer_bytes.py", "flex_drop_in.py", "train_bytes.py"])
 def test_examples_explain_their_options(name: str, tmp_path: Path) -> None:
     assert "--help" in run(tmp_path, name, "--help")

@@ -79,7 +79,7 @@ def test_functorch_is_refused():
     [
         ({"top_k": 5}, "route.top_k: expected 1 to 4, the number of experts; got 5"),
         ({"top_k": 0}, "route.top_k"),
-        ({"router": "switch"}, "route.router: expected one of softmax"),
+        ({"router": "switch"}, "route.router: expected a function, or one of softmax"),
         ({"groups": 3}, "groups that divide 4 experts"),
         ({"groups": 4, "top_groups": 1}, "enough of them open for 2"),
         ({"correction_bias": torch.zeros(3)}, r"route.correction_bias: expected shape \(4,\)"),
