@@ -13,12 +13,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.attention import attention as attention
+    from .frontend.grouped import grouped_mm as grouped_mm
+    from .frontend.grouped import ragged_dot as ragged_dot
     from .frontend.huggingface import register_transformers as register_transformers
     from .frontend.jit import jit as jit
     from .frontend.kernel import AttentionSpec as AttentionSpec
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
     from .frontend.mask import Mask as Mask
+    from .frontend.moe import experts as experts
+    from .frontend.moe import moe as moe
+    from .frontend.router_losses import importance_loss as importance_loss
+    from .frontend.router_losses import load_balance_loss as load_balance_loss
+    from .frontend.router_losses import z_loss as z_loss
+    from .frontend.routing import Routing as Routing
+    from .frontend.routing import route as route
     from .frontend.schedules import tune as tune
     from .frontend.score import ProbMod as ProbMod
     from .frontend.score import ScoreMod as ScoreMod
@@ -36,17 +45,26 @@ _NAMES: dict[str, str] = {
     "ACSRTensor": "frontend.splat",
     "Mask": "frontend.mask",
     "ProbMod": "frontend.score",
+    "Routing": "frontend.routing",
     "Schedule": "ir.plan",
     "ScoreMod": "frontend.score",
     "attention": "frontend.attention",
     "compile": "frontend.kernel",
+    "experts": "frontend.moe",
+    "grouped_mm": "frontend.grouped",
+    "importance_loss": "frontend.router_losses",
     "jit": "frontend.jit",
     "load": "frontend.kernel",
+    "load_balance_loss": "frontend.router_losses",
+    "moe": "frontend.moe",
+    "ragged_dot": "frontend.grouped",
     "register_transformers": "frontend.huggingface",
+    "route": "frontend.routing",
     "sddmm": "frontend.splat",
     "sparse_softmax": "frontend.splat",
     "spmm": "frontend.splat",
     "tune": "frontend.schedules",
+    "z_loss": "frontend.router_losses",
 }
 
 # Public module -> the module it is another name of, as ``os.path`` is of ``posixpath``.

@@ -140,7 +140,8 @@ def _statement(ctx: Context, stmt: Stmt) -> None:
         case Compute():
             compute(ctx, stmt)
         case Load():
-            load(ctx, stmt)
+            if stmt.dst not in ctx.in_place:
+                load(ctx, stmt)
         case Store():
             store(ctx, stmt)
         case Dot():

@@ -14,6 +14,8 @@ from .tvm_layout import Piece, Tile, Workspace, pieces, walk
 from .tvm_names import Names
 from .tvm_text import Lines
 
+Place = tuple[str, tuple[Expr, ...]]  # a tensor and an index
+
 
 class Context:
     """The state of one emission."""
@@ -26,6 +28,7 @@ class Context:
         self.out = Lines()
         self.registers: dict[str, tuple[tuple[int, ...], str]] = {}
         self.definitions = _definitions(kernel)
+        self.in_place = _in_place(kernel, self.definitions) if self.meta.get("in_place") else {}
 
     @property
     def tiles(self) -> dict[str, Tile]:
@@ -117,6 +120,41 @@ class Context:
                 terms.insert(0, str(piece.start))
             stack.enter_context(self.names.at(**{axis: " + ".join(terms)}))
             yield
+
+
+def _in_place(kernel: Kernel, definitions: dict[sympy.Symbol, Expr]) -> dict[str, Place]:
+    """Tiles that dots read where they lie in memory: those loaded as they are, without a guard, along whose
+    rows a dot sums, each element a scalar of its register block. A copy would cost a pass over them, in which
+    nothing else is computed."""
+    tensors = {t.name: t for t in kernel.tensors}
+    found: dict[str, Place] = {}
+    for stmt in walk(kernel.body):
+        if isinstance(stmt, Load) and stmt.guard == sympy.true and kernel.lanes not in stmt.axes:
+            tensor = tensors[stmt.tensor]
+            if tensor.dtype == stmt.dtype and tensor.dtype in ("f32", "f64"):
+                found[stmt.dst] = tensor.name, tuple(i.xreplace(definitions) for i in stmt.index)
+    for stmt in walk(kernel.body):
+        if isinstance(stmt, Dot):
+            over = sympy.Symbol(stmt.over, integer=True)
+            for name in {stmt.a, stmt.b} & set(found):
+                tensor, index = found[name]
+                unit = tensors[tensor].unit
+                others = [i for d, i in enumerate(index) if d != unit]
+                if unit is None or (index[unit] - over).has(over) or any(i.has(over) for i in others):
+                    del found[name]
+    return {n: f for n, f in found.items() if not _used_elsewhere(kernel, n)}
+
+
+def _used_elsewhere(kernel: Kernel, tile: str) -> bool:
+    """Whether anything but dots reads a tile."""
+    for stmt in walk(kernel.body):
+        for name in ("expr", "guard", "other", "value", "cond"):
+            expr = getattr(stmt, name, None)
+            if expr is not None and tile in {str(s) for s in expr.free_symbols}:
+                return True
+        if tile in {str(s) for i in getattr(stmt, "index", ()) for s in i.free_symbols}:
+            return True
+    return False
 
 
 def _definitions(kernel: Kernel) -> dict[sympy.Symbol, Expr]:

@@ -7,7 +7,7 @@ from ..ir.kernel import Compute, Dot, Reduce, Scan
 from .tvm_context import Context
 from .tvm_layout import BYTES, REGISTER_BYTES, Piece, Tile, pieces
 from .tvm_math import literal
-from .tvm_names import Names
+from .tvm_names import safe
 from .tvm_value import nan_aware
 
 MOST_ROWS = 16  # of a micro-kernel
@@ -240,7 +240,7 @@ def _micro_kernel(
         begin = ctx.names.element(tile) if stmt.accumulate else _zero(dtype)
         ctx.out.line(f"{accumulator} = {begin}")
     with ctx.loops(stmt.over), each_row():
-        narrow, wide = (_element_as(ctx.names, t, dtype) for t in reversed(operands))
+        narrow, wide = (_element_as(ctx, t, dtype) for t in reversed(operands))
         ctx.out.line(f"{accumulator} = {accumulator} + {narrow} * {wide}")
     with each_row():
         value = ctx.printer(dtype=dtype).rounded(accumulator, tile.dtype)
@@ -262,6 +262,10 @@ class _Rows:
             part.__exit__(None, None, None)
 
 
-def _element_as(names: Names, tile: Tile, dtype: str) -> str:
-    element = names.element(tile)
+def _element_as(ctx: Context, tile: Tile, dtype: str) -> str:
+    if tile.name in ctx.in_place:
+        tensor, index = ctx.in_place[tile.name]
+        printer = ctx.printer(address=True)
+        return f"{safe(tensor)}[{', '.join(printer.print(i).text for i in index)}]"
+    element = ctx.names.element(tile)
     return element if tile.storage == dtype else f'T.Cast("{dtype}", {element})'

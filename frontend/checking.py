@@ -104,8 +104,12 @@ def check_results(
         assert_close(name, ours, wanted, peer)
 
 
-def assert_close(name: str, ours: torch.Tensor, exact: np.ndarray, plain: torch.Tensor) -> None:
-    """Assert the rule for one result. Infinities must agree in place and sign, NaN in place."""
+def assert_close(
+    name: str, ours: torch.Tensor, exact: np.ndarray, plain: torch.Tensor, least: float | None = None
+) -> None:
+    """Assert the rule for one result. Infinities must agree in place and sign, NaN in place.
+
+    least: the scale of what was added up to it, where that may cancel."""
     assert tuple(ours.shape) == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {exact.shape}"
     got, peer = (t.double().cpu().numpy().astype(exact.dtype) for t in (ours, plain))
     finite = np.isfinite(exact)
@@ -119,7 +123,7 @@ def assert_close(name: str, ours: torch.Tensor, exact: np.ndarray, plain: torch.
     allowed = np.abs(peer[defined] - exact[defined]).max(initial=0)
     info = torch.finfo(ours.dtype)
     # An LSE is a maximum plus the logarithm of a sum: parts of order one, also where they cancel.
-    least = 1.0 if name == "LSE" else info.tiny
+    least = least or (1.0 if name == "LSE" else info.tiny)
     ulp = info.eps * max(np.abs(exact[finite]).max(), least)
     if not error <= 2 * allowed + ulp:
         raise ErrorTooLarge(name, error, allowed, ulp)

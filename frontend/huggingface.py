@@ -39,11 +39,14 @@ class PassMask(blocks.BlockMask):
 
 
 def register_transformers() -> None:
-    """Register "gossamer" with transformers, for `attn_implementation="gossamer"` and
-    `model.set_attn_implementation("gossamer")`.
+    """Register "gossamer" with transformers, for `attn_implementation="gossamer"`,
+    `experts_implementation="gossamer"` and what sets either on a model that exists.
 
-    Raises MissingDependencyError where transformers (4.53 or newer) is missing."""
+    Raises MissingDependencyError where transformers (5 or newer) is missing."""
+    from .huggingface_experts import register_experts
+
     register_attention()
+    register_experts(NAME)
 
 
 def register_attention() -> None:

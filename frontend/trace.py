@@ -30,6 +30,7 @@ __all__ = [
     "kv_length",
     "maximum",
     "minimum",
+    "trace_activation",
     "trace_mask",
     "trace_prob",
     "trace_score",
@@ -84,8 +85,18 @@ ARGUMENTS = {
     "mask_mod": ("b", "h", "q", "k"),
     "score_mod": ("score", "b", "h", "q", "k"),
     "prob_mod": ("prob", "b", "h", "q", "k"),
+    "activation": ("x0", "x1"),
+    "plain activation": ("x0",),
 }
-LETTERS = {"mask_mod": ("p", "c"), "score_mod": ("s", "t"), "prob_mod": ("x", "w")}
+FLOATS = frozenset(("score", "prob", "x0", "x1"))
+GIVEN = {"activation": "gate, up", "plain activation": "x"}  # what else has b, h, q_idx, kv_idx
+LETTERS = {
+    "mask_mod": ("p", "c"),
+    "score_mod": ("s", "t"),
+    "prob_mod": ("x", "w"),
+    "activation": ("a", "t"),
+    "plain activation": ("a", "t"),
+}
 """What the numbers and the tensors that each kind of function captures are called."""
 
 
@@ -102,6 +113,13 @@ def trace_score(function: Callable[..., Any]) -> Traced:
 def trace_prob(function: Callable[..., Any]) -> Traced:
     """The probability map of `prob_mod(prob, b, h, q_idx, kv_idx) -> float`. Raises TraceError."""
     return _trace(function, "prob_mod")
+
+
+def trace_activation(function: Callable[..., Any], *, gated: bool) -> Traced:
+    """What `activation(gate, up) -> float` makes of x0 and x1, or `activation(x)` of x0.
+
+    Raises TraceError."""
+    return _trace(function, "activation" if gated else "plain activation")
 
 
 def kv_length(index: Value) -> Value:
@@ -134,9 +152,7 @@ def run_traced(run: Callable[..., Any], role: str) -> Traced:
 
 def _traced(role: str, code: Any, run: Callable[..., Any]) -> tuple[Trace, _Recorded, Traced]:
     trace = Trace(role, float_params=role != "mask_mod")
-    indices = [
-        Value(trace, name, "float" if name in ("score", "prob") else "int") for name in ARGUMENTS[role]
-    ]
+    indices = [Value(trace, name, "float" if name in FLOATS else "int") for name in ARGUMENTS[role]]
     result = _result(trace, run(trace, *indices), code)
     _check_size(trace, result.term, code)
     recorded, tensors = _finish(trace, result)
@@ -146,7 +162,7 @@ def _traced(role: str, code: Any, run: Callable[..., Any]) -> tuple[Trace, _Reco
 
 def _call(trace: Trace, function: Callable[..., Any], code: Any, indices: list[Value]) -> Any:
     first = f"{indices[0].term}, " if len(indices) == 5 else ""
-    given = f"{first}b, h, q_idx, kv_idx"
+    given = GIVEN.get(trace.role, f"{first}b, h, q_idx, kv_idx")
     positional = _positional(function)
     if positional is not None and not positional[0] <= len(indices) <= positional[1]:
         raise at_definition(
@@ -192,7 +208,7 @@ _KINDS = {"int": "an integer", "float": "a float", "bool": "a truth value", "Non
 
 def _result(trace: Trace, result: Any, code: Any) -> Value:
     """The function's result as an expression of the kind that its role asks for."""
-    like = f"{trace.role.removesuffix('_mod')} * 2"
+    like = f"{GIVEN.get(trace.role, trace.role).split(', ')[-1].removesuffix('_mod')} * 2"
     wanted, like = ("bool", "q_idx >= kv_idx") if trace.role == "mask_mod" else ("float", like)
     known = type(result) in (Value, Captured) or is_number(result) or getattr(result, "shape", None) == ()
     value = value_of(trace, result) if known else None

@@ -157,6 +157,13 @@ def clamp(x: Any, low: Any = None, high: Any = None) -> Any:
     return x if high is None else minimum(x, high)
 
 
+def _gelu(x: Any, approximate: str = "none") -> Any:
+    """torch's gelu: by the error function, or by tanh."""
+    if approximate == "tanh":
+        return 0.5 * x * (1.0 + _floating("tanh")(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+    return 0.5 * x * (1.0 + _floating("erf")(x * math.sqrt(0.5)))
+
+
 def _scaled(op: str) -> Function:
     def apply(a: Any, b: Any, alpha: Any = 1) -> Any:
         return operate(op, a, b if type(alpha) is int and alpha == 1 else alpha * b)
@@ -276,6 +283,7 @@ FUNCTIONS: dict[str, Function] = {
     "log10": lambda x: _floating("log")(x) / math.log(10.0),
     "relu": lambda x: maximum(x, 0),
     "silu": lambda x: x * _floating("sigmoid")(x),
+    "gelu": _gelu,
     "sign": _sign,
     "floor": _round_down("floor"),
     "trunc": _round_down("trunc"),

@@ -11,6 +11,7 @@ from .kernel import Span
 from .mask import Capture, Mask
 from .order import Order, OrderDim
 from .plan import Group, Lists, Loops, Schedule, Summary
+from .ragged import Tiling
 from .score import ProbGrad, ProbMap, ScoreGrad, ScoreMap
 from .sequences import Sequences
 from .text import dump, load, register
@@ -31,5 +32,6 @@ for _cls in (
     Span,
     StoredACSR,
     Summary,
+    Tiling,
 ):
     register(_cls)

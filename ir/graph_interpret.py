@@ -18,6 +18,7 @@ from .evaluate import evaluate, round_to
 from .graph import Graph, Op, Value
 from .graph_verify import verify
 from .mask import Mask
+from .ragged_interpret import RULES as RAGGED
 from .score import ProbMap, ScoreMap
 
 Array = np.ndarray
@@ -298,6 +299,7 @@ RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
     "row_lse": _row_lse,
     "weigh": _weigh,
     "column_sums": _column_sums,
+    **RAGGED,
     "renormalize": _renormalize,
     "map_grad": _map_grad,
     "capture_grad": _capture_grad,

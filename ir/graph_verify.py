@@ -19,6 +19,7 @@ from .errors import VerifyError
 from .graph import Extent, Graph, Op, Value
 from .graph_text import FORMATS, op_text
 from .mask import Mask
+from .ragged_verify import SHAPES as RAGGED
 from .score import ProbMap, ScoreMap
 
 REDUCTIONS = ("sum", "max", "min", "mean")
@@ -70,9 +71,9 @@ def _define(known: dict[str, Value], value: Value, where: str) -> None:
 
 def _results(op: Op, expected: tuple[Shape, ...], where: str) -> None:
     shapes = tuple(v.shape for v in op.outputs)
-    optional = op.kind in ("softmax", "attention", "row_lse", *gradients.FEWER) and 1 <= len(shapes) < len(
-        expected
-    )
+    optional = op.kind in ("softmax", "attention", "row_lse", "grouped_gemm", *gradients.FEWER) and 1 <= len(
+        shapes
+    ) < len(expected)
     if len(shapes) != len(expected) and not optional:
         _fail("type", f"expected {len(expected)} result(s); got {len(shapes)}", where)
     for value, shape in zip(op.outputs, expected, strict=False):
@@ -299,6 +300,7 @@ SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
     "row_lse": _row_lse,
     "weigh": _weigh,
     "column_sums": _column_sums,
+    **RAGGED,
     **gradients.SHAPES,
 }
 """For each kind of operation, the shapes of its results; checks operands and attributes on the way."""

@@ -27,8 +27,11 @@ ROWS, KEYS, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2,
 WIDE = 256  # head sizes from which on tiles of 16 keys are tried
 NUMBERS = (32, 512)
 # Multiply-adds that compilers spell out for a tile where no tensor core takes them: more take seconds to
-# compile, and at twice as many one kernel (f32, two groups, Triton 3.6) was wrong on an H100.
+# compile.
 UNROLLED = 1 << 16
+# Keys of a box that no tensor core takes: with Triton 3.6 on an H100, boxes of (2, 8) rows by (16, 8) keys in
+# f32 give wrong rows at one and two stages, which no interpreter does; (8, 8) and fewer are right.
+SCALAR_BOX = 64
 
 
 Tile = tuple[int, int, int, int]  # rows and keys, all dimensions together, warps, stages
@@ -74,6 +77,8 @@ def hints(spec: AttentionSpec, warps: int, stages: int) -> tuple[tuple[str, int]
 
 def _schedules(spec: AttentionSpec, survey: Survey, sizes: tuple[int, ...]) -> Iterator[Schedule]:
     """All schedules of the set, the plainest first: equal predictions keep this order."""
+    boxes = len(survey.anchors) > 1 and spec.product_dtype in SCALAR
+    sizes = tuple(n for n in sizes if n <= SCALAR_BOX) if boxes else sizes
     for rows, keys in itertools.product(ROWS, sizes):
         for shape in _shapes(survey, rows, keys):
             for warps, stages in itertools.product(WARPS, STAGES):

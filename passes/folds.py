@@ -41,7 +41,8 @@ SINK = real("sink")
 class Part:
     """One kernel of an operation: first and last say where it stands among those that share a state.
 
-    op: the operation, for folds that its attributes describe further."""
+    op: the operation, for folds that its attributes describe further. folded: whether the features of queries
+    are multiplied by scale * log2(e)."""
 
     spec: AttentionSpec
     schedule: Schedule
@@ -52,6 +53,7 @@ class Part:
     first: bool
     last: bool
     op: Op | None = None
+    folded: bool = False
 
 
 @dataclass(frozen=True)

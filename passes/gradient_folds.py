@@ -38,7 +38,7 @@ from ..ir.gradient_interpret import captured_reads
 from ..ir.graph import Op
 from ..ir.kernel import Compute, Dot, For, GridDim, Let, Load, Reduce, Span, Stmt, Store, Tensor
 from ..ir.score import ProbMap
-from .folds import E_AXIS, LOG2E, Carried, Fold, L, N, P, Part, S
+from .folds import E_AXIS, LN2, LOG2E, Carried, Fold, L, N, P, Part, S
 from .operands import Transposed
 from .rounding import together
 from .spec import SCALE
@@ -63,6 +63,7 @@ class Gradient(Fold):
         score, prob = self.spec.score_map, self.spec.prob_map
         assert score is not None
         self.plain = score.expr == real("score") * SCALE
+        self.folded = part.folded
         self.precise = "norm" in self.given
         self.leaves_norm = any(v.name == "norm" for v in self.op.outputs)
         self.keeps_products = not self.plain
@@ -407,8 +408,10 @@ class GradColumns(Gradient):
         return made
 
     def end(self) -> list[Stmt]:
+        # Queries that hold scale * log2(e) already lack ln(2).
+        scaled = [self._set("dK", ("i", "d"), real("dK") * LN2)] if self.folded else self._scaled("dK", "d")
         return [
-            *self._scaled("dK", "d"),
+            *scaled,
             *self._added("dK", "dk", D_AXIS),
             self._store("dk", real("dK"), D_AXIS),
             *self._added("dV", "dv", E_AXIS),

@@ -127,7 +127,8 @@ class _Builder:
         self.score = self.over.bind(together(score, self.acc), attending=True)
         first, last = self.split or index == 0, self.split or index == total - 1
         scale = SCALE * LOG2E if self.late else sympy.S.One
-        self.fold = fold(Part(spec, schedule, self.over, self.at, self.operand, scale, first, last, op))
+        part = Part(spec, schedule, self.over, self.at, self.operand, scale, first, last, op, self.folded)
+        self.fold = fold(part)
 
     def _stop_at_the_last_key(self, kind: str) -> None:
         """Keys behind those of their sequence are taken as zeros: what memory holds there may be anything."""
@@ -194,8 +195,13 @@ class _Builder:
         rows = self.at.rows
         place = (*rows.at, D_AXIS)
         load = Load(rows.tile, self.operand, ("i", "d"), rows.tensor, place, self.at.row_exists)
-        fold = self._set(rows.tile, self.operand, ("i", "d"), real(rows.tile) * SCALE * LOG2E)
-        return [load, *([fold] if self.folded else [])]
+        return [load, *(self._folded(rows.tile, "i") if self.kind not in TRANSPOSED else [])]
+
+    def _folded(self, tile: str, axis: str) -> list[Stmt]:
+        """The scale taken into the features of queries, whichever kernel they are loaded by: so that a pair's
+        score is the same to the bit in all."""
+        fold = self._set(tile, self.operand, (axis, "d"), real(tile) * SCALE * LOG2E)
+        return [fold] if self.folded else []
 
     def _tile(self) -> list[Stmt]:
         """What happens to one key tile: scores, the mask where it cuts, the fold's step."""
@@ -232,6 +238,7 @@ class _Builder:
         products = "R" if kept else "S"
         out: list[Stmt] = [
             Load(cols.tile, self.operand, ("j", "d"), cols.tensor, at, self.over.valid_col),
+            *(self._folded(cols.tile, "j") if self.kind in TRANSPOSED else []),
             Dot(products, self.acc, ij, rows.tile, cols.tile, "d", precision=self.spec.precision),
         ]
         if not mapped:

@@ -47,6 +47,7 @@ SPREADS = {
     (128, "box"): (64, 16, 4, 3),
     (64, "residues"): (64, 32, 4, 3),
     (64, "box"): (64, 64, 4, 2),
+    (64, "lists"): (64, 64, 4, 2),
 }
 
 
@@ -97,11 +98,13 @@ def _described(spec: AttentionSpec) -> bool:
 
 
 def _spread(spec: AttentionSpec, group: Group) -> str:
-    """How the pairs of a group lie: "box", "residues", "long" rows, or "" for others."""
+    """How the pairs of a group lie: "box", "residues", "lists", "long" rows, or "" for others."""
     if len(group.order.dims) > 1:
         return "box"
     if group.order.dims[0].col_stride > 1:
         return "residues"
+    if not group.exact:
+        return "lists"
     rows = Schedule((64,), (64,))
     survey = Survey(spec.mask, group, NUMBER)
     tiles = survey.tiles(rows, survey.size(spec.product_dtype, spec.qk_size, spec.v_size))

@@ -1,0 +1,204 @@
+"""Mixture of experts on this machine's GPU: gossamer and torch's grouped_mm, replayed from CUDA graphs, in
+one run.
+
+    python benchmarks/moe_gpu.py                                     # every model, 1 to 8192 tokens, both
+    routings python benchmarks/moe_gpu.py --models olmoe,qwen3-30b --tokens 16,1024 --peers none
+    python benchmarks/moe_gpu.py --sweep --models olmoe --tokens 8192    # tile sizes of the two products
+
+All start from ids and weights. Every result is held against float64 (over some tokens) before its time
+counts. Bound: 6 T K H I operations at the measured rate of a matrix product, or the bytes of the matrices in
+use, of x and of the result at that of a copy, whichever takes longer. Times are medians of many replays
+(triton's do_bench, the L2 cache overwritten in between); `call_us` is a call without a graph. Results go to
+one JSON a device, and an invocation replaces only what it measured; nothing is started when the budget is
+spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic, perf_counter
+from typing import Annotated, Any
+
+import torch
+import typer
+from attention_gpu import device_slug, provenance_gpu
+from moe_models import MODELS, Model, bound_ms, routed
+from report import ROOT, load, save
+
+import gossamer
+
+SAMPLE = 48  # tokens whose results are computed in float64
+PEERS = ("grouped_mm", "compiled")
+
+
+def main(
+    models: Annotated[str, typer.Option(help=f"of {', '.join(MODELS)}; or 'all'")] = "all",
+    tokens: Annotated[str, typer.Option(help="numbers of tokens")] = "1,16,128,1024,8192",
+    peers: Annotated[str, typer.Option(help=f"of {', '.join(PEERS)}; or 'none'")] = "grouped_mm",
+    routing: Annotated[str, typer.Option(help="uniform, zipf or both")] = "both",
+    sweep: Annotated[bool, typer.Option(help="also time other tiles of the two products")] = False,
+    budget: Annotated[float, typer.Option(help="seconds; nothing is started after them")] = 480.0,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON; default benchmarks/results/moe_gpu_DEVICE.json")
+    ] = None,
+) -> None:
+    """Time layers of experts in bfloat16 on this machine's GPU."""
+    if not torch.cuda.is_available():
+        raise SystemExit("moe_gpu.py needs a CUDA GPU; torch finds none. On a CPU: moe_cpu.py")
+    deadline = monotonic() + budget
+    path = out or ROOT / "benchmarks" / "results" / f"moe_gpu_{device_slug()}.json"
+    results = load(path) | provenance_gpu()
+    rows = {tuple(row["case"]): row for row in results.get("rows", ())}
+    rates = results["ceilings"]["bf16_tflops"] * 1e12, results["ceilings"]["copy_tbs"] * 1e12
+    names = list(MODELS) if models == "all" else models.split(",")
+    others = () if peers == "none" else tuple(peers.split(","))
+    kinds = {"uniform": (False,), "zipf": (True,), "both": (False, True)}[routing]
+    failed = []
+    for name in names:
+        layer = Layer(MODELS[name])
+        for count in map(int, tokens.split(",")):
+            for skewed in kinds:
+                if monotonic() > deadline:
+                    print(f"the budget is spent before {name} T={count}")
+                    continue
+                row = layer.measure(count, skewed, others, rates, sweep)
+                rows[tuple(row["case"])] = row
+                failed += [row["case"]] if "failed" in row else []
+                results["rows"] = list(rows.values())
+                save(path, results)
+        del layer
+        torch.cuda.empty_cache()
+    print(f"wrote {path}")
+    if failed:
+        raise SystemExit(f"wrong or failed: {failed}")
+
+
+class Layer:
+    """The matrices of one model on the device."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        torch.manual_seed(0)
+
+        def made(*shape: int) -> torch.Tensor:
+            found = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+            return found.normal_(0, 0.02)
+
+        self.up = made(model.experts, 2 * model.inner, model.hidden)
+        self.down = made(model.experts, model.hidden, model.inner)
+
+    def measure(
+        self, tokens: int, skewed: bool, peers: tuple[str, ...], rates: tuple[float, float], sweep: bool
+    ) -> dict[str, Any]:
+        """One row: bound, error, our time and the peers'."""
+        model, device = self.model, torch.device("cuda")
+        x = torch.randn(tokens, model.hidden, device=device, dtype=torch.bfloat16)
+        ids, weights = routed(model, tokens, skewed, device)
+        row: dict[str, Any] = {"case": [model.name, tokens, "zipf1.2" if skewed else "uniform"]}
+        row["bound_ms"] = bound_ms(model, tokens, ids, *rates)
+        with torch.inference_mode():
+            try:
+                began = perf_counter()
+                found = gossamer.experts(x, ids, weights, self.up, self.down)
+                torch.cuda.synchronize()
+                row["first_call_s"] = perf_counter() - began
+                row |= self._judged(found, x, ids, weights)
+                call = lambda: gossamer.experts(x, ids, weights, self.up, self.down)  # noqa: E731
+                row["ms"], row["call_us"] = replayed(call), eager_us(call)
+                row["of_bound"] = row["bound_ms"] / row["ms"]
+                for peer in peers:
+                    row[peer] = self._beside(peer, x, ids, weights, found)
+                if sweep:
+                    row["sweep"] = self._sweep(x, ids, weights)
+            except Exception as error:  # a case that fails is a result; the others are measured all the same
+                row["failed"] = f"{type(error).__name__}: {error}"[:500]
+        shown = {k: v for k, v in row.items() if k not in ("case", "sweep")}
+        print(
+            *row["case"],
+            {k: round(v, 4) if isinstance(v, float) else v for k, v in shown.items()},
+            flush=True,
+        )
+        return row
+
+    def _judged(self, found: Any, x: Any, ids: Any, weights: Any) -> dict[str, float]:
+        """Errors of ours and of bf16 torch against float64, over a few tokens. Raises AssertionError."""
+        picked = torch.linspace(0, len(x) - 1, min(SAMPLE, len(x)), device=x.device).long().unique()
+        x, ids, weights = x[picked], ids[picked], weights[picked]
+        exact, plain = torch.zeros(x.shape, dtype=torch.float64, device=x.device), torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            token, place = torch.where(ids == e)
+            for out, dtype in ((exact, torch.float64), (plain, x.dtype)):
+                h = x[token].to(dtype) @ self.up[e].to(dtype).T
+                gate, up = h.chunk(2, -1)
+                y = (torch.nn.functional.silu(gate) * up) @ self.down[e].to(dtype).T
+                out.index_add_(0, token, (y * weights[token, place, None].to(dtype)).to(out.dtype))
+        error, theirs = ((o.double() - exact).abs().max().item() for o in (found[picked], plain))
+        allowed = 2 * theirs + exact.abs().max().item() * 2.0**-8
+        if not error <= allowed:
+            raise AssertionError(f"error {error:.3g}, allowed {allowed:.3g}")
+        return {"error": error, "allowed": allowed}
+
+    def _beside(self, peer: str, x: Any, ids: Any, weights: Any, ours: Any) -> dict[str, Any]:
+        """What a peer takes."""
+        try:
+            run = torch.compile(grouped_mm, dynamic=False) if peer == "compiled" else grouped_mm
+            call = lambda: run(x, ids, weights, self.up, self.down)  # noqa: E731
+            difference = (call().float() - ours.float()).abs().max().item()
+            return {"ms": replayed(call), "call_us": eager_us(call), "difference": difference}
+        except Exception as error:
+            torch.cuda.synchronize()
+            return {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+    def _sweep(self, x: Any, ids: Any, weights: Any) -> list[dict[str, Any]]:
+        """Times of other tiles, the same for both products but for the columns."""
+        from moe_sweep import candidates, timed
+
+        return timed(
+            candidates(len(ids) * ids.shape[1] / self.model.experts), x, ids, weights, self.up, self.down
+        )
+
+
+def grouped_mm(x: Any, ids: Any, weights: Any, up: Any, down: Any) -> torch.Tensor:
+    """torch's grouped products with their glue, none of which waits for the host."""
+    tokens, top_k = ids.shape
+    flat = ids.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.zeros(up.shape[0], device=x.device, dtype=torch.int64)
+    bounds = counts.scatter_add(0, flat, torch.ones_like(flat)).cumsum(0).to(torch.int32)
+    gate, value = torch._grouped_mm(x[order // top_k], up.transpose(-2, -1), offs=bounds).chunk(2, -1)
+    y = torch._grouped_mm(torch.nn.functional.silu(gate) * value, down.transpose(-2, -1), offs=bounds)
+    y = y * weights.to(y.dtype).reshape(-1)[order][:, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(tokens * top_k, device=x.device)
+    return y[back].view(tokens, top_k, -1).sum(1)
+
+
+def replayed(call: Callable[[], Any]) -> float:
+    """Milliseconds of a replay of a CUDA graph of the call."""
+    from triton.testing import do_bench
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return float(do_bench(graph.replay, warmup=15, rep=60, return_mode="median"))
+
+
+def eager_us(call: Callable[[], Any], repeats: int = 30) -> float:
+    """Microseconds a call, one after another without a graph, the host included."""
+    torch.cuda.synchronize()
+    began = perf_counter()
+    for _ in range(repeats):
+        call()
+    torch.cuda.synchronize()
+    return 1e6 * (perf_counter() - began) / repeats
+
+
+if __name__ == "__main__":
+    typer.run(main)

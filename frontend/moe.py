@@ -1,0 +1,282 @@
+"""`gossamer.experts` and `gossamer.moe`: layers of experts on torch tensors.
+
+The hot path touches keys only: a call like an earlier one finds its plan, allocates and launches. Building an
+IR, and importing what that needs, happens behind a miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..ir.errors import InputError, MissingDependencyError
+from ..runtime.driver import driver, get_or_compile
+from .activation import activation_term
+from .device import precision_of, target_of
+from .layers import Layer, check_routing, is_layer_aligned, layer_of
+from .plan import Plan, _signature
+from .problem import _fill_names
+from .routing import Routing, route
+
+try:
+    import torch
+except ImportError:
+    raise MissingDependencyError("torch", "torch", "gossamer.experts") from None
+
+if TYPE_CHECKING:
+    from ..ir.kernel import Program
+
+SINGLE = 512  # entries that one program sorts
+BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
+IDS = {torch.int32: "i32", torch.int64: "i64"}
+
+
+def experts(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor | Routing,
+    topk_weights: torch.Tensor | None,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    *,
+    activation: str | Callable[..., Any] = "swiglu",
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    transposed: bool | None = None,
+    interleaved: bool = False,
+    recompute: bool = False,
+    validate: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """For every token the weighted sum of its experts' outputs, down(activation(gate_up(x))).
+
+    Args:
+        x: (T, H), float16, bfloat16, float32 or float64, on a CPU or a CUDA GPU. T may be 0.
+        topk_ids: (T, k), int32 or int64: the experts of each token, in any order, an expert twice if you
+        like.
+            Ids outside 0 .. E - 1 mean "not here" and are dropped; E and -1 are what others use. Or a
+            Routing; then topk_weights is None.
+        topk_weights: (T, k), any float dtype.
+        gate_up_proj, down_proj: (E, 2 I, H) and (E, H, I), gate first, then up, as Hugging Face and vLLM have
+            them, or transposed, (E, H, 2 I) and (E, I, H); without a gate I in place of 2 I. Any strides.
+            Which layout it is, shapes tell.
+        activation: "swiglu", "geglu", "geglu_tanh", "reglu"; "silu", "gelu", "gelu_tanh", "relu", "relu2"
+        (times
+            up, where there is a gate); or a function of (gate, up), or of (x), which is traced.
+        gate_up_bias, down_bias: (E, 2 I) and (E, H).
+        transposed: which layout, where shapes fit both (I == H without a gate); default: the first.
+        interleaved: gate and up take turns (gpt-oss) instead of following each other.
+        recompute: compute the first product anew for gradients, instead of keeping it: 2 I numbers a row.
+        validate: also check ids, which waits for a GPU: -1 to E.
+        backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (float64, slow).
+
+    Returns:
+        (T, H) in x's dtype. Products accumulate in float32 (float64 for float64); what an expert gives is
+        rounded to x's dtype, weighted and added in float32, in the order of k, whatever the device does.
+
+        Gradients flow to x, topk_weights, the matrices and biases; what needs none costs nothing.
+
+    Raises:
+        InputError: a shape, dtype, device or value is wrong. UnsupportedError: something that is not built
+        yet. TraceError: an activation cannot be captured.
+    """
+    if isinstance(topk_ids, Routing) != (topk_weights is None):
+        expected = "None beside a Routing, a tensor beside ids"
+        raise InputError("experts.topk_weights", expected, type(topk_weights).__name__)
+    settings = (activation, transposed, interleaved, recompute, validate, backend)
+    tensors = {"x": x, "gate_up": gate_up_proj, "down": down_proj}
+    if gate_up_bias is not None and down_bias is not None:
+        tensors |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    return run(tensors, topk_ids, topk_weights, (gate_up_bias, down_bias), *settings)
+
+
+def run(
+    tensors: dict[str, Any],
+    ids: Any,
+    weights: Any,
+    biases: tuple[Any, Any],
+    activation: Any,
+    transposed: Any,
+    interleaved: Any,
+    recompute: bool,
+    validate: bool,
+    backend: str,
+) -> torch.Tensor:
+    """`experts`, its arguments by the kernels' names."""
+    x, gate_up, down = (tensors[name] for name in ("x", "gate_up", "down"))
+    layer = layer_of(x, gate_up, down, *biases, transposed, interleaved)
+    _check_backend(backend, x)
+    if isinstance(ids, Routing):
+        ids.check(x.shape[0], layer.experts, x.device, validate=validate)
+        given = ids.operands()
+    else:
+        names = ("experts.topk_ids", "experts.topk_weights")
+        check_routing(names, ids, weights, x.shape[0], layer.experts, validate=validate)
+        for name, tensor in zip(names, (ids, weights), strict=True):
+            if tensor.device != x.device:
+                raise InputError(name, f"a tensor on {x.device}, as x is", tensor.device)
+        given = {"ids": ids, "weights": weights}
+    term = activation_term(activation, gated=layer.gated)
+    if backend == "reference":
+        from .moe_reference import reference_experts
+
+        return reference_experts(x, given, layer, term)
+    return compute(x, given, layer, term, bool(recompute))
+
+
+def compute(x: Any, given: dict[str, Any], layer: Layer, term: Any, recompute: bool) -> torch.Tensor:
+    """The layer by compiled kernels, for checked arguments. given: ids and weights, or a list of rows."""
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous()
+    needed = (x, given["weights"], *layer.tensors.values())
+    if torch.is_grad_enabled() and any(t.requires_grad for t in needed):
+        from .moe_autograd import differentiable
+
+        return differentiable(x, given, layer, term, recompute)
+    if x.shape[0] == 0 or given["weights"].numel() == 0:
+        return torch.zeros_like(x)
+    return forward(x, given, layer, term)[0]
+
+
+def forward(x: Any, given: dict[str, Any], layer: Layer, term: Any, *, keeps: bool = False) -> Any:
+    """The result and, if asked for, what the activation was taken of, by row. There is at least one row.
+
+    given: ids and weights; tokens, bounds, place and weights by token; or these with starts, by row."""
+    top_k = given["weights"].shape[1] if "starts" not in given else 0
+    flat = {name: tensor.detach().reshape(-1) for name, tensor in given.items()}
+    values = {"x": x.detach(), **flat, **{name: tensor.detach() for name, tensor in layer.tensors.items()}}
+    outputs = (("o", tuple(x.shape), x.dtype),)
+    columns = layer.inner * (2 if layer.gated else 1)
+    if keeps:
+        outputs += (("g", (flat["weights"].shape[0], columns), x.dtype),)
+    asked = (top_k, term, "ids" not in given, keeps)
+    return launch("experts", values, outputs, layer, asked)
+
+
+def launch(
+    what: str,
+    values: dict[str, Any],
+    outputs: tuple[tuple[str, tuple[int, ...], Any], ...],
+    layer: Layer,
+    asked: tuple[int, Any, bool, bool],
+    wanted: tuple[str, ...] = (),
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of the kernels of a layer, "experts", or of its "gradients", those of `wanted` inputs.
+
+    asked: top_k, the activation's term, and whether rows are sorted and products kept already."""
+    x = values["x"]
+    facts = (asked, wanted, layer.halves, layer.transposed, layer.units, precision_of(x.device, _dtype(x)))
+    key = (what, facts, tuple((name, _signature(t)) for name, t in values.items()))
+    plans = driver().plans
+    plan = plans.get(key)
+    if plan is None:
+        plan = _plan(what, values, outputs, layer, asked, wanted)
+        plans.put(key, plan)
+    return plan(values)
+
+
+def _dtype(tensor: Any) -> str:
+    return _fill_names()[tensor.dtype]
+
+
+def _plan(
+    what: str,
+    values: dict[str, Any],
+    outputs: Any,
+    layer: Layer,
+    asked: tuple[Any, ...],
+    wanted: tuple[str, ...],
+) -> Plan:
+    from ..runtime.executable import Contiguous
+    from .attention import allocate
+
+    x, (top_k, term, routed, keeps) = values["x"], asked
+    rows = values["tokens"] if routed else values["ids"]
+    target, entries = target_of(x.device), rows.shape[0]
+    mean = entries / layer.experts
+    alone = what == "experts" and not routed and (x.shape[0] == 1 or 2 * entries <= layer.experts)
+    load = (
+        "one"
+        if alone
+        else "few"
+        if mean <= 16
+        else "some"
+        if mean <= 64 and x.device.type != "cpu"
+        else "many"
+    )
+    facts = {
+        "experts": layer.experts,
+        "top_k": top_k,
+        "hidden": layer.hidden,
+        "inner": layer.inner,
+        "halves": layer.halves,
+        "dtype": _dtype(x),
+        "transposed": layer.transposed,
+        "units": layer.units,
+        "biased": layer.gate_up_bias is not None,
+        "routing": ("i32" if routed else IDS[rows.dtype], _dtype(values.get("weights", x))),
+        "load": load,
+        "single": entries <= SINGLE and not routed,
+        "routed": routed and top_k > 0,
+        "keeps": keeps,
+        "aligned": is_layer_aligned(x, layer),
+        "precision": precision_of(x.device, _dtype(x)),
+    }
+
+    def make() -> Program:
+        from ..passes.moe_pipeline import compile_experts, compile_gradients
+        from ..passes.moe_spec import ExpertsSpec
+        from .term_expr import to_expr
+
+        expr = to_expr(term, frozenset(("x0", "x1")))
+        spec = ExpertsSpec(activation=expr, target=target, **facts)
+        return compile_gradients(spec, wanted) if what == "gradients" else compile_experts(spec)
+
+    executable = get_or_compile((what, term, wanted, tuple(facts.items())), make, target)
+    stand_ins = {name: Contiguous(shape) for name, shape, _ in outputs}
+    bound = executable.bind({**values, **stand_ins}, allocate=partial(allocate, device=x.device))
+    return Plan(bound, outputs, x.device)
+
+
+def _check_backend(backend: Any, x: Any) -> None:
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise InputError("experts.backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+    if x.device.type not in BACKENDS[backend]:
+        kinds = " or ".join(BACKENDS[backend])
+        raise InputError("experts.backend", f"{kinds} tensors for {backend!r}", x.device, 'Pass "auto"')
+
+
+def moe(
+    x: torch.Tensor,
+    router_logits: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    *,
+    top_k: int,
+    router: str | Callable[..., Any] = "softmax",
+    activation: str | Callable[..., Any] = "swiglu",
+    **options: Any,
+) -> torch.Tensor:
+    """A mixture of experts: `route` decides from the logits, `experts` computes.
+
+    Args:
+        x: (T, H). router_logits: (T, E), any float dtype. gate_up_proj, down_proj, activation: as for
+            `experts`. top_k: experts a token, 1 to E. router: as for `route`.
+        options: of `route` and of `experts`, by name.
+
+    Returns (T, H) in x's dtype. Raises as those two do.
+    """
+    known = {name: options.pop(name) for name in ROUTING if name in options}
+    if isinstance(router_logits, torch.Tensor) and router_logits.dim() == 2:
+        for where, wanted in ((0, x.shape[0]), (1, gate_up_proj.shape[0])):
+            if router_logits.shape[where] != wanted:
+                what = f"{wanted} {'tokens, as x has' if where == 0 else 'experts, as gate_up_proj has'}"
+                raise InputError("moe.router_logits", what, router_logits.shape[where])
+    chosen = route(router_logits, top_k, router=router, **known)
+    return experts(x, chosen, None, gate_up_proj, down_proj, activation=activation, **options)
+
+
+ROUTING = (
+    "renormalize", "correction_bias", "groups", "top_groups", "scale", "top_p", "threshold", "capacity",
+    "seed", "token_ids",
+)  # fmt: skip

@@ -1,0 +1,96 @@
+"""The reference of `experts`: float64, one expert after another, in torch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from .layers import Layer
+from .term import float_of
+
+_UNARY = {
+    "sigmoid",
+    "erf",
+    "tanh",
+    "exp",
+    "log",
+    "sqrt",
+    "abs",
+    "neg",
+    "sin",
+    "cos",
+    "tan",
+    "exp2",
+    "log2",
+    "floor",
+    "trunc",
+}
+_BINARY = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "pow": torch.pow,
+    "min": torch.minimum,
+    "max": torch.maximum,
+    **{name: getattr(torch, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
+    "and": torch.logical_and,
+    "or": torch.logical_or,
+}
+
+
+def evaluate_term(term: Any, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A term of an activation on tensors; differentiable. Raises KeyError for what has no torch form."""
+    like = values["x0"]
+
+    def build(t: Any) -> torch.Tensor:
+        if isinstance(t, str):
+            return values[t] if t in values else torch.tensor(t == "true")
+        if isinstance(t, int):
+            return like.new_tensor(t)
+        if t[0] == "f":
+            return like.new_tensor(float_of(t))
+        parts = [build(p) for p in t[1:]]
+        if t[0] == "where":
+            return torch.where(*parts)
+        if t[0] == "not":
+            return ~parts[0]
+        return getattr(torch, t[0])(parts[0]) if t[0] in _UNARY else _BINARY[t[0]](*parts)
+
+    return build(term)
+
+
+def reference_experts(x: Any, given: dict[str, Any], layer: Layer, term: Any) -> torch.Tensor:
+    """The layer in float64, rounded to x's dtype once; differentiable. Waits for the device."""
+    wide = x.double()
+    out = torch.zeros_like(wide)
+    for e, (tokens, weights) in enumerate(_rows(given, layer.experts)):
+        if not len(tokens):
+            continue
+        h = wide[tokens] @ _matrix(layer.gate_up[e], layer.transposed)
+        if layer.gate_up_bias is not None:
+            h = h + layer.gate_up_bias[e].double()
+        values = {"x0": h}
+        if layer.gated:
+            halves = (h[:, 0::2], h[:, 1::2]) if layer.interleaved else h.chunk(2, -1)
+            values = {"x0": halves[0], "x1": halves[1]}
+        y = evaluate_term(term, values) @ _matrix(layer.down[e], layer.transposed)
+        if layer.down_bias is not None:
+            y = y + layer.down_bias[e].double()
+        out = out.index_add(0, tokens, y * weights.double()[:, None])
+    return out.to(x.dtype)
+
+
+def _matrix(w: Any, transposed: bool) -> torch.Tensor:
+    return w.double() if transposed else w.double().T
+
+
+def _rows(given: dict[str, Any], experts: int) -> list[tuple[Any, Any]]:
+    """Tokens and weights of each expert."""
+    if "ids" in given:
+        found = [torch.where(given["ids"] == e) for e in range(experts)]
+        return [(tokens, given["weights"][tokens, place]) for tokens, place in found]
+    pairs = pairwise(given["bounds"].tolist())
+    return [(given["tokens"][a:b].long(), given["weights"][a:b]) for a, b in pairs]

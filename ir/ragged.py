@@ -1,0 +1,63 @@
+"""Ragged groups: rows sorted by the group (the expert) they belong to, with explicit bounds.
+
+The operations of the graph IR over them; none holds anything of size T x E.
+
+    group           ids [T, K] -> tokens [rows], bounds [E + 1], place [T, K]. Rows are the entries of ids,
+                    sorted by group and, within one, by their order in ids. tokens: the first index of each
+                    row's entry; bounds[e] .. bounds[e + 1] are the rows of group e; place: the row of each
+                    entry, -1 where its id is not in 0 .. E - 1 (such entries are dropped)
+    gather          x [T, H], tokens [rows] -> [rows, H]: the rows of x that tokens names
+    grouped_matmul  a [rows, K] x w [E, K, N], bounds [E + 1] (, bias [E, N]) -> [rows, N]: each group's rows
+                    by the matrix of the group; transpose_b: w is [E, N, K]
+    split           [.., 2 N] -> two [.., N]: its halves, or, if `interleaved`, even and odd columns
+    combine         y [rows, H], place [T, K], weights [T, K] -> [T, H]: for each token the weighted sum of
+    its
+                    rows, in the order of K. With place [rows], starts [T + 1] and weights [rows] for the last
+                    two, token t has the rows place[starts[t]] .. place[starts[t + 1] - 1]; weights are those
+                    of rows
+
+    grouped_outer   a [rows, M], b [rows, N], bounds (, tokens) -> [E, M, N]: for each group the sum over its
+    rows
+                    of a's row times b's. `gathers`: 'a' or 'b', of which tokens names the rows, or None
+    map_grad_rows   g [rows, C], dh [rows, N], weights [rows], bounds -> dg [rows, C], hw [rows, N], dw
+    [rows]: of
+                    h = `expr` of the `halves` of g, as in grouped_gemm, where rows are weighted behind it:
+                    the gradient of g, h times its row's weight, and the gradient of the weight, sum of h * dh
+
+What fuse makes of gather, grouped_matmul, split and map:
+
+    grouped_gemm    a, w, bounds (, tokens) (, bias) -> [rows, N]. `gathers`, `biased`: which operands follow;
+                    `halves`: None, 'split' or 'interleaved'; `expr`: over x0 (and x1, the second half).
+                    A second result is what `expr` was taken of, [rows, C], kept for gradients
+
+What moe_direct makes of all of it, where entries are few; rows are entries, in the order of ids:
+
+    entry_gemm      a [T, K], w, ids [T, k] (, bias) -> [rows, N], as grouped_gemm
+    entry_combine   h [rows, K], w, ids [T, k], weights [T, k] (, bias) -> [T, N]: grouped_gemm, combine
+
+Rows at or beyond bounds[E] belong to nobody: nothing reads them, and the interpreter makes them zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HALVES = ("split", "interleaved")
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a grouped_gemm runs: tiles of `rows` rows by `cols` columns (of each half, where there are two).
+
+    inner: how much of the summed axis a step takes. resident: a program loads all of a row tile once and
+    walks over all columns (CPUs); else it takes one column tile. wide: column tiles that start side by side,
+    before the next row tile. blocked: intermediates are stored a row tile after another, rows innermost.
+    meta: backend hints."""
+
+    rows: int
+    cols: int
+    inner: int
+    resident: bool = False
+    wide: int = 1
+    blocked: bool = False
+    meta: tuple[tuple[str, int], ...] = ()

@@ -1,0 +1,187 @@
+"""Rules of the operations over ragged groups (see ir/ragged.py); `graph_verify` calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import sympy
+
+from . import expr as E
+from .graph import Extent
+from .ragged import HALVES
+
+if TYPE_CHECKING:
+    from .graph_verify import Checker
+
+Shape = tuple[Extent, ...]
+
+
+def _count(c: Checker, *counts: int) -> None:
+    if len(c.operands) not in counts:
+        c.fail("operands", f"expected {' or '.join(map(str, counts))}; got {len(c.operands)}")
+
+
+def _integers(c: Checker, *places: int) -> None:
+    for value in (c.operands[p] for p in places):
+        if value.dtype not in ("i32", "i64"):
+            c.fail("type", f"%{value.name}: expected i32 or i64; got {value.dtype}")
+
+
+def _group(c: Checker) -> tuple[Shape, ...]:
+    (ids,) = c.shapes(1, (2,))
+    _count(c, 1)
+    _integers(c, 0)
+    return ("rows",), (c.attr("experts", int) + 1,), ids
+
+
+def _gather(c: Checker) -> tuple[Shape, ...]:
+    x, tokens = c.shapes(2, (2, 1))
+    _count(c, 2)
+    _integers(c, 1)
+    return ((tokens[0], x[1]),)
+
+
+def _product(c: Checker, a: Shape, w: Shape, bounds: Shape) -> Extent:
+    """The number of columns of a by the matrices w."""
+    columns = _columns(c, a, w)
+    if isinstance(w[0], int):
+        c.same("number of bounds, one more than groups", bounds[0], w[0] + 1)
+    return columns
+
+
+def _columns(c: Checker, a: Shape, w: Shape) -> Extent:
+    inner, columns = (w[2], w[1]) if c.attr("transpose_b", bool, needed=False) else (w[1], w[2])
+    c.same("summed extent", a[1], inner)
+    return columns
+
+
+def _bias(c: Checker, bias: Shape, w: Shape, columns: Extent) -> None:
+    c.same("number of groups", bias[0], w[0])
+    c.same("number of columns", bias[1], columns)
+
+
+def _grouped_matmul(c: Checker) -> tuple[Shape, ...]:
+    _count(c, 3, 4)
+    a, w, bounds, *bias = c.shapes(len(c.operands), (2, 3, 1, 2))
+    _integers(c, 2)
+    columns = _product(c, a, w, bounds)
+    for one in bias:
+        _bias(c, one, w, columns)
+    return ((a[0], columns),)
+
+
+def _split(c: Checker) -> tuple[Shape, ...]:
+    (x,) = c.shapes(1)
+    _count(c, 1)
+    c.attr("interleaved", bool, needed=False)
+    half = (*x[:-1], _half(c, x[-1]))
+    return half, half
+
+
+def _half(c: Checker, extent: Extent) -> int:
+    if not isinstance(extent, int) or extent % 2:
+        c.fail("type", f"expected an even number of columns; got {extent}")
+    return extent // 2
+
+
+def _combine(c: Checker) -> tuple[Shape, ...]:
+    _count(c, 3, 4)
+    ragged = len(c.operands) == 4
+    y, place, *rest = c.shapes(len(c.operands), (2, 1, 1, 1) if ragged else (2, 2, 2))
+    _integers(c, 1, *([2] if ragged else []))
+    if ragged:
+        c.same("number of rows", place[0], y[0])
+        c.same("number of weights", rest[1][0], y[0])
+        return (("T", y[1]),)
+    c.same("number of tokens", place[0], rest[0][0])
+    c.same("top_k", place[1], rest[0][1])
+    return ((place[0], y[1]),)
+
+
+def _grouped_gemm(c: Checker) -> tuple[Shape, ...]:
+    gathers, biased = (bool(c.attr(name, bool, needed=False)) for name in ("gathers", "biased"))
+    _count(c, 3 + gathers + biased)
+    ranks = (2, 3, 1, *([1] if gathers else []), *([2] if biased else []))
+    a, w, bounds, *rest = c.shapes(3 + gathers + biased, ranks)
+    columns = _product(c, a, w, bounds)
+    if biased:
+        _bias(c, rest[-1], w, columns)
+    halves, expr = c.attr("halves", str, needed=False), c.attr("expr", sympy.Basic, needed=False)
+    if halves is not None:
+        if halves not in HALVES:
+            c.fail("attrs", f"halves: expected one of {', '.join(HALVES)}; got {halves!r}")
+        columns = _half(c, columns)
+    names = {"x0", "x1"} if halves else {"x0"}
+    if expr is not None and not {s.name for s in E.symbols(expr)} <= names:
+        c.fail("attrs", f"expr: expected one of {', '.join(sorted(names))}; got {E.to_text(expr)}")
+    rows = rest[0][0] if gathers else a[0]
+    kept = w[1] if c.attr("transpose_b", bool, needed=False) else w[2]
+    return (rows, columns), (rows, kept)
+
+
+def _grouped_outer(c: Checker) -> tuple[Shape, ...]:
+    gathers = c.attr("gathers", str, needed=False)
+    _count(c, 4 if gathers else 3)
+    a, b, bounds, *tokens = c.shapes(len(c.operands), (2, 2, 1, 1))
+    _integers(c, 2, *([3] if gathers else []))
+    if not gathers:
+        c.same("number of rows", a[0], b[0])
+    elif gathers not in ("a", "b"):
+        c.fail("attrs", f"gathers: expected 'a' or 'b'; got {gathers!r}")
+    else:
+        c.same("number of rows", (b if gathers == "a" else a)[0], tokens[0][0])
+    if not isinstance(bounds[0], int):
+        c.fail("type", f"expected a number of bounds; got {bounds[0]}")
+    return ((bounds[0] - 1, a[1], b[1]),)
+
+
+def _map_grad_rows(c: Checker) -> tuple[Shape, ...]:
+    g, dh, weights, _ = c.shapes(4, (2, 2, 1, 1))
+    _count(c, 4)
+    _integers(c, 3)
+    c.attr("expr", sympy.Basic)
+    half = _half(c, g[1]) if c.attr("halves", str, needed=False) else g[1]
+    c.same("number of columns", half, dh[1])
+    c.same("number of rows", g[0], dh[0])
+    c.same("number of weights", weights[0], dh[0])
+    return g, dh, weights
+
+
+def _entry_gemm(c: Checker) -> tuple[Shape, ...]:
+    biased = bool(c.attr("biased", bool, needed=False))
+    _count(c, 3 + biased)
+    a, w, ids, *bias = c.shapes(3 + biased, (2, 3, 2, 2))
+    _integers(c, 2)
+    c.same("number of tokens", a[0], ids[0])
+    columns = _columns(c, a, w)
+    if biased:
+        _bias(c, bias[0], w, columns)
+    return (("rows", _half(c, columns) if c.attr("halves", str, needed=False) else columns),)
+
+
+def _entry_combine(c: Checker) -> tuple[Shape, ...]:
+    biased = bool(c.attr("biased", bool, needed=False))
+    _count(c, 4 + biased)
+    h, w, ids, weights, *bias = c.shapes(4 + biased, (2, 3, 2, 2, 2))
+    _integers(c, 2)
+    c.same("number of tokens", ids[0], weights[0])
+    c.same("top_k", ids[1], weights[1])
+    columns = _columns(c, h, w)
+    if biased:
+        _bias(c, bias[0], w, columns)
+    return ((ids[0], columns),)
+
+
+SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
+    "group": _group,
+    "gather": _gather,
+    "grouped_matmul": _grouped_matmul,
+    "split": _split,
+    "combine": _combine,
+    "grouped_gemm": _grouped_gemm,
+    "grouped_outer": _grouped_outer,
+    "map_grad_rows": _map_grad_rows,
+    "entry_gemm": _entry_gemm,
+    "entry_combine": _entry_combine,
+}

@@ -1,0 +1,80 @@
+"""moe_build: a layer of experts as the graph that its passes start from.
+
+    %tokens, %bounds, %place = group %ids {experts = E}
+    %xs = gather %x, %tokens
+    %g = grouped_matmul %xs, %gate_up, %bounds {transpose_b = True}
+    %a, %b = split %g {interleaved = False}
+    %h = map %a, %b {expr = ...}                                        the activation
+    %y = grouped_matmul %h, %down, %bounds {transpose_b = True}
+    %o = combine %y, %place, %weights
+
+With top_k = 0 the results of group are inputs, and place is a list by token with its starts.
+"""
+
+from __future__ import annotations
+
+from ..ir.graph import Graph, Op, Value
+from .moe_spec import ExpertsSpec
+
+
+def build_experts(spec: ExpertsSpec) -> Graph:
+    """The unfused graph of a spec. Facts about the target travel as attributes of the products."""
+    wide, e = spec.accumulator, spec.experts
+    ids_dtype, weights_dtype = spec.routing
+
+    def matrix(name: str, out: int, inner: int) -> Value:
+        return Value(name, spec.dtype, (e, inner, out) if spec.transposed else (e, out, inner))
+
+    def product(a: str, w: Value, bias: list[Value], out: Value, unit: int | None) -> Op:
+        facts = {"transpose_b": not spec.transposed, "unit": unit}
+        return Op("grouped_matmul", (a, w.name, "bounds", *(b.name for b in bias)), (out,), _attrs(facts))
+
+    x = Value("x", spec.dtype, ("T", spec.hidden))
+    up, down = matrix("gate_up", spec.up_columns, spec.hidden), matrix("down", spec.hidden, spec.inner)
+    columns = (("gate_up_bias", spec.up_columns), ("down_bias", spec.hidden))
+    biases = [[Value(n, spec.dtype, (e, size))] if spec.biased else [] for n, size in columns]
+    tokens, bounds = Value("tokens", "i32", ("rows",)), Value("bounds", "i32", (e + 1,))
+    ops: list[Op] = []
+    if spec.top_k:
+        pairs = ("T", spec.top_k)
+        ids, place = Value("ids", ids_dtype, pairs), Value("place", "i32", pairs)
+        routing, rest = ([tokens, bounds, place] if spec.routed else [ids]), ["place"]
+        if not spec.routed:
+            attrs = _attrs({"experts": e, "single": spec.single})
+            ops.append(Op("group", ("ids",), (tokens, bounds, place), attrs))
+        weights = Value("weights", weights_dtype, pairs)
+    else:
+        place, starts = Value("place", "i32", ("rows",)), Value("starts", "i32", ("bounds_of_tokens",))
+        routing, rest = [tokens, bounds, place, starts], ["place", "starts"]
+        weights = Value("weights", weights_dtype, ("rows",))
+    first = Value("g", spec.dtype if spec.keeps else wide, ("rows", spec.up_columns))
+    halves = [Value(n, wide, ("rows", spec.inner)) for n in ("a", "b")]
+    h = Value("h", spec.dtype, ("rows", spec.inner))
+    y = Value("y", spec.dtype, ("rows", spec.hidden))
+    o = Value("o", spec.dtype, ("T", spec.hidden))
+    ops += [
+        Op("gather", ("x", "tokens"), (Value("xs", spec.dtype, ("rows", spec.hidden)),)),
+        product("xs", up, biases[0], first, spec.units[0]),
+    ]
+    if spec.halves:
+        ops.append(Op("split", ("g",), tuple(halves), _attrs({"interleaved": spec.halves == "interleaved"})))
+    activated = ("a", "b") if spec.halves else ("g",)
+    ops += [
+        Op("map", activated, (h,), _attrs({"expr": spec.activation})),
+        product("h", down, biases[1], y, spec.units[1]),
+        Op("combine", ("y", *rest, "weights"), (o,)),
+    ]
+    inputs = (x, *routing, weights, up, *biases[0], down, *biases[1])
+    return Graph("experts", inputs, tuple(ops), ("o", "g") if spec.keeps else ("o",))
+
+
+def build_groups(spec: ExpertsSpec) -> Graph:
+    """The graph of routing alone: which rows each expert gets."""
+    graph = build_experts(spec)
+    (op,) = graph.of_kind("group")
+    kept = tuple(v for v in graph.inputs if v.name == "ids")
+    return Graph("groups", kept, (op,), tuple(v.name for v in op.outputs))
+
+
+def _attrs(values: dict[str, object]) -> tuple[tuple[str, object], ...]:
+    return tuple((name, value) for name, value in values.items() if value is not None and value is not False)

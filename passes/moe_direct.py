@@ -1,0 +1,191 @@
+"""moe_direct: a handful of entries are not sorted; a program takes one entry, and matrices are read as
+vectors are.
+
+Before::
+
+    %tokens, %bounds, %place = group %ids
+    %h = grouped_gemm %x, %gate_up, %bounds, %tokens {gathers, halves, expr}
+    %y = grouped_gemm %h, %down, %bounds
+    %o = combine %y, %place, %weights
+
+After, two kernels::
+
+    %h = entry_gemm %x, %gate_up, %ids {halves, expr}        a row for each entry, in the order of ids
+    %o = entry_combine %h, %down, %ids, %weights             all rows of a token in one program
+
+Leaves alone: any other graph; one whose rows are used elsewhere or returned.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from ..ir.expr import Expr, all_of, cast, floordiv, integer, maximum, minimum, real
+from ..ir.graph import Graph, Op
+from ..ir.kernel import Axis, Compute, For, GridDim, If, Kernel, Let, Load, Reduce, Span, Stmt, Store, Tensor
+from .moe_spec import BYTES, ExpertsSpec
+
+KINDS = ["group", "grouped_gemm", "grouped_gemm", "combine"]
+ZERO, NONE = sympy.Integer(0), sympy.Float(0.0)
+N, D, R, T, U, K = map(integer, ("n", "d", "r", "t", "u", "k"))
+ID, EXPERT, COL = map(integer, ("id", "expert", "col"))
+ENTRIES, T_EXTENT = integer("entries"), integer("T")
+CPU_COLS, COLS, STEP = 16, 8, 512  # columns of a program, and how much of the summed axis GPUs take at once
+
+
+def direct(graph: Graph) -> Graph:
+    """The layer without sorting, where that is all there is to the graph."""
+    if [op.kind for op in graph.ops] != KINDS or len(graph.outputs) != 1:
+        return graph
+    _, up, down, combine = graph.ops
+    place = combine.inputs[1]
+    ids = graph.ops[0].inputs[0]
+    if place != graph.ops[0].outputs[2].name or len(up.outputs) > 1:
+        return graph
+    kept = ("halves", "expr", "transpose_b", "unit", "biased")
+    first = {k: up.attr(k) for k in kept if up.attr(k) is not None}
+    last = {k: down.attr(k) for k in kept if down.attr(k) is not None}
+    biases = [[op.inputs[-1]] if op.attr("biased") else [] for op in (up, down)]
+    operands = (down.inputs[0], down.inputs[1], ids, combine.inputs[2], *biases[1])
+    ops = (
+        Op("entry_gemm", (up.inputs[0], up.inputs[1], ids, *biases[0]), up.outputs, tuple(first.items())),
+        Op("entry_combine", operands, combine.outputs, tuple(last.items())),
+    )
+    return Graph(graph.name, graph.inputs, ops, graph.outputs)
+
+
+def entry_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
+    """The kernel of an entry_gemm or an entry_combine."""
+    return _Builder(graph, op, spec).kernel()
+
+
+class _Builder:
+    def __init__(self, graph: Graph, op: Op, spec: ExpertsSpec) -> None:
+        self.op, self.spec, self.combines = op, spec, op.kind == "entry_combine"
+        a, w, ids, *rest = op.inputs
+        self.a, self.w, self.ids = graph.values[a], graph.values[w], graph.values[ids]
+        self.weights = graph.values[rest.pop(0)] if self.combines else None
+        self.bias = graph.values[rest[0]] if op.attr("biased") else None
+        self.top_k = int(self.ids.shape[1])
+        self.by_rows = bool(op.attr("transpose_b"))
+        experts, *sizes = self.w.shape
+        self.experts, self.inner = int(experts), int(sizes[self.by_rows])
+        self.columns = int(op.output.shape[1])
+        self.cpu, self.acc = spec.is_cpu, spec.accumulator
+        self.cols = min(self.columns, CPU_COLS if self.cpu else COLS)
+        if not self.cpu:
+            self.cols = 1 << (self.cols - 1).bit_length()
+        wide = STEP * 2 // BYTES[spec.dtype]
+        self.step = self.inner if self.cpu else min(wide, max(16, 1 << (self.inner - 1).bit_length()))
+        match op.attr("halves"):
+            case None:
+                self.places: list[Expr] = [COL]
+            case "split":
+                self.places = [COL, COL + self.columns]
+            case _:
+                self.places = [2 * COL, 2 * COL + 1]
+
+    def kernel(self) -> Kernel:
+        entry = T * self.top_k + K if self.combines else R
+        find: list[Stmt] = [
+            Load("id", self.ids.dtype, (), "ids", (entry,)),
+            Let(
+                "expert", minimum(maximum(_narrow(ID, self.ids.dtype), ZERO), sympy.Integer(self.experts - 1))
+            ),
+        ]
+        there = all_of([ID >= 0, self.experts > ID])
+        head: list[Stmt] = [Compute("col", "i32", ("n",), integer("n0") * self.cols + N)]
+        sums = [Compute(f"acc{k}", self.acc, ("n",), NONE) for k in range(len(self.places))]
+        if self.combines:
+            one = [*find, If(there, tuple(self._products(entry)))]
+            loop = For("k", (Span(ZERO, sympy.Integer(self.top_k)),), tuple(one))
+            body = [*head, *sums, loop, *self._end(T)]
+        else:
+            body = [*head, *find, If(there, (*sums, *self._products(R), *self._end(R)))]
+        tiles = sympy.Integer(-(-self.columns // self.cols))
+        rows = GridDim("t", T_EXTENT) if self.combines else GridDim("r", ENTRIES)
+        return Kernel(
+            f"experts_{self.op.output.name}",
+            self._arguments(),
+            (GridDim("n0", tiles), rows),
+            (Axis("n", self.cols, self.cols), Axis("d", self.step, self.step)),
+            "d" if self.cpu else None,
+            tuple(body),
+            () if self.cpu else (("stages", 3), ("warps", 4)),
+            (f"an entry at a time, [{self.inner}] x [{self.inner}, {self.columns}]",),
+        )
+
+    def _arguments(self) -> tuple[Tensor, ...]:
+        unit = self.op.attr("unit")
+        align = self._align(int(self.w.shape[unit])) if unit else 1
+        rows = ("entries", "T") if self.combines else ("T", "entries")
+        flat = [Tensor("ids", self.ids.dtype, ("entries",), unit=0)]
+        flat += [Tensor(self.weights.name, self.weights.dtype, ("entries",), unit=0)] if self.weights else []
+        return (
+            Tensor(self.a.name, self.a.dtype, (rows[0], self.inner), unit=1, align=self._align(self.inner)),
+            Tensor(self.w.name, self.w.dtype, tuple(self.w.shape), unit=unit, align=align),
+            *flat,
+            *([Tensor(self.bias.name, self.bias.dtype, tuple(self.bias.shape), unit=1)] if self.bias else []),
+            Tensor(self.op.output.name, self.op.output.dtype, (rows[1], self.columns), "out", unit=1),
+        )
+
+    def _align(self, columns: int) -> int:
+        size = columns * BYTES[self.spec.dtype]
+        return 1 if self.cpu or not self.spec.aligned else min(16, size & -size)
+
+    def _products(self, entry: Expr) -> list[Stmt]:
+        """acc0 (and acc1) += the expert's matrix times the row of an entry, weighted where rows are added."""
+        row = entry if self.combines else floordiv(R, sympy.Integer(self.top_k))
+        parts = range(len(self.places))
+        out: list[Stmt] = []
+        if self.weights is not None:
+            out.append(Load("weight", self.acc, (), self.weights.name, (entry,)))
+        if self.cpu:
+            out += [*self._load(row, ZERO)]
+            for k in parts:
+                term = real(f"W{k}") * self._value()
+                out.append(Reduce(f"part{k}", self.acc, ("n",), "sum", term, ("d",)))
+        else:
+            whole = [Compute(f"P{k}", self.acc, ("n", "d"), NONE) for k in parts]
+            step = [*self._load(row, U * self.step)]
+            for k in parts:
+                more = real(f"P{k}") + real(f"W{k}") * self._value()
+                step.append(Compute(f"P{k}", self.acc, ("n", "d"), more, declares=False))
+            out += [*whole, For("u", (Span(ZERO, sympy.Integer(-(-self.inner // self.step))),), tuple(step))]
+            out += [Reduce(f"part{k}", self.acc, ("n",), "sum", real(f"P{k}"), ("d",)) for k in parts]
+        for k, place in enumerate(self.places):
+            value = real(f"part{k}")
+            if self.bias is not None:
+                index = (EXPERT, place)
+                out.append(Load(f"bias{k}", self.acc, ("n",), self.bias.name, index, self._valid(), NONE))
+                value = value + real(f"bias{k}")
+            if self.weights is not None:
+                value = value * real("weight")
+            out.append(Compute(f"acc{k}", self.acc, ("n",), real(f"acc{k}") + value, declares=False))
+        return out
+
+    def _value(self) -> Expr:
+        return real("A")
+
+    def _load(self, row: Expr, at: Expr) -> list[Stmt]:
+        feature = at + D
+        within = sympy.true if self.inner % self.step == 0 else feature < self.inner
+        guard = all_of([within, self._valid()])
+        loads: list[Stmt] = [Load("A", self.acc, ("d",), self.a.name, (row, feature), within, NONE)]
+        for k, place in enumerate(self.places):
+            index = (EXPERT, place, feature) if self.by_rows else (EXPERT, feature, place)
+            loads.append(Load(f"W{k}", self.acc, ("n", "d"), self.w.name, index, guard, NONE))
+        return loads
+
+    def _valid(self) -> Expr:
+        return sympy.true if self.columns % self.cols == 0 else self.columns > COL
+
+    def _end(self, row: Expr) -> list[Stmt]:
+        expr = self.op.attr("expr")
+        values = {real(f"x{k}"): real(f"acc{k}") for k in range(len(self.places))}
+        result = real("acc0") if expr is None else sympy.sympify(expr).xreplace(values)
+        return [Store(self.op.output.name, (row, COL), result, ("n",), self._valid())]
+
+
+def _narrow(value: Expr, dtype: str) -> Expr:
+    return cast(sympy.Symbol("i32"), value) if dtype == "i64" else value

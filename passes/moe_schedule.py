@@ -1,0 +1,86 @@
+"""moe_schedule: tile sizes of products by groups, as a Tiling on each.
+
+Before::  %h = grouped_gemm ...
+After::   %h = grouped_gemm ... {tiling = Tiling(rows=128, cols=128, inner=64, wide=8, meta=(...))}
+
+CPUs keep rows in the vector lanes and all of the summed axis of a row tile in the cache; each matrix is read
+once a row tile. On GPUs tiles follow how many rows an expert gets: few rows are bound by reading matrices,
+many by the tensor cores.
+
+Leaves alone: operations that have a tiling; all others.
+"""
+
+from __future__ import annotations
+
+from ..ir.graph import Graph, Op
+from ..ir.ragged import Tiling
+from .devices import device_of
+from .moe_spec import BYTES, ExpertsSpec
+
+CPU_ROWS = {"one": 16, "few": 16, "some": 32, "many": 32}
+CPU_COLS = 32
+CPU_INNER = 128  # summed one after another; sums of more are added up, which keeps rounding errors small
+# (rows, columns of each half where there are two, summed extent of a step, warps, stages) by load
+GPU = {
+    "one": (16, 64, 128, 4, 4),
+    "few": (16, 64, 128, 4, 4),
+    "some": (64, 64, 64, 4, 4),
+    "many": (128, 128, 64, 8, 3),
+}
+SHARED = 64 * 1024  # bytes that a program has at least, on GPUs that are not described
+GPU_PLAIN = {  # products without halves have half the columns to hold
+    "one": (16, 64, 256, 4, 4),
+    "few": (16, 64, 256, 4, 4),
+    "some": (64, 128, 64, 4, 4),
+    "many": (128, 256, 64, 8, 3),
+}
+
+
+def schedule_experts(graph: Graph, spec: ExpertsSpec) -> Graph:
+    """A tiling for every grouped_gemm that has none."""
+    given = iter(spec.tiling or ())
+
+    def rule(op: Op) -> Op | None:
+        if op.kind != "grouped_gemm" or op.attr("tiling") is not None:
+            return None
+        return op.with_attrs(tiling=next(given, None) or choose(graph, op, spec))
+
+    return graph.map_ops(rule)
+
+
+def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
+    """The default tiling of one product."""
+    columns = graph.values[op.output.name].shape[1]
+    inner = graph.values[op.inputs[0]].shape[1]
+    assert isinstance(inner, int) and isinstance(columns, int)
+    if spec.is_cpu:
+        step = _part(inner, CPU_INNER)
+        meta = (("in_place", 1),)
+        return Tiling(CPU_ROWS[spec.load], min(CPU_COLS, columns), step, True, blocked=True, meta=meta)
+    rows, cols, step, warps, stages = (GPU if op.attr("halves") else GPU_PLAIN)[spec.load]
+    size = {"f64": 4, "f32": 2}.get(spec.dtype, 1)
+    cols = max(16, cols // size)
+    step = max(32, step // size)
+    chip = getattr(device_of(spec.target), "chip", None)
+    room = chip.shared_program if chip else SHARED
+    while True:
+        held = (rows + cols * (2 if op.attr("halves") else 1)) * step * BYTES[spec.dtype]
+        if held * stages <= room or stages == 2 == cols // 8:
+            break
+        stages, cols = (stages - 1, cols) if stages > 2 else (stages, max(16, cols // 2))
+    wide = min(8 if spec.load == "many" else 1 << 20, -(-columns // cols))
+    meta = (("stages", stages), ("warps", warps))
+    return Tiling(rows, cols, step, wide=wide, meta=meta)
+
+
+def _part(extent: int, least: int) -> int:
+    """An extent cut into parts of this size, the last of which may be smaller: equal parts if that can be,
+    of at least `least`, and no more than 16 of them.
+
+    >>> _part(512, 128), _part(7168, 128), _part(300, 128), _part(257, 128), _part(100, 128)
+    (128, 448, 150, 129, 100)
+    """
+    least = max(least, -(-extent // 16))
+    even = [n for n in range(least, min(2 * least, extent) + 1) if extent % n == 0]
+    parts = max(1, extent // least)
+    return even[0] if even else -(-extent // parts)

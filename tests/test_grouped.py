@@ -1,0 +1,78 @@
+"""gossamer.grouped_mm and ragged_dot: as torch's, gradients included; rows of nobody are zeros."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("tvm_ffi_orcjit")
+import gossamer  # noqa: E402
+from gossamer.ir.errors import InputError, UnsupportedError  # noqa: E402
+
+OFFS = torch.tensor([5, 5, 12, 30], dtype=torch.int32)
+
+
+def expected(a, b, offs, bias=None):
+    out, start = torch.zeros(a.shape[0], b.shape[2], dtype=a.dtype), 0
+    for g, end in enumerate(offs.tolist()):
+        rows = a[start:end] @ b[g] + (0 if bias is None else bias[g])
+        out, start = torch.cat((out[:start], rows, out[end:])), end
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_products(dtype, turned):
+    a, b = torch.randn(33, 20).to(dtype), torch.randn(4, 20, 24).to(dtype)
+    b = b.transpose(1, 2).contiguous().transpose(1, 2) if turned else b
+    bias = torch.randn(4, 24).to(dtype)
+    found = gossamer.grouped_mm(a, b, offs=OFFS, bias=bias)
+    exact = expected(a.double(), b.double(), OFFS, bias.double())
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
+    assert not found[30:].any()
+
+
+def test_two_matrices_give_one_for_each_group():
+    a, b = torch.randn(30, 20), torch.randn(30, 24)
+    found = gossamer.grouped_mm(a.T, b, offs=OFFS)
+    for g, (start, end) in enumerate([(0, 5), (5, 5), (5, 12), (12, 30)]):
+        torch.testing.assert_close(found[g], a[start:end].T @ b[start:end], rtol=1e-4, atol=1e-5)
+
+
+def test_ragged_dot():
+    lhs, rhs = torch.randn(33, 8), torch.randn(4, 8, 6)
+    found = gossamer.ragged_dot(lhs, rhs, torch.tensor([5, 0, 7, 18]))
+    torch.testing.assert_close(found, expected(lhs, rhs, OFFS), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients():
+    given = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((31, 3), (4, 3, 2), (4, 2))]
+    run = lambda a, b, bias: gossamer.grouped_mm(a, b, offs=OFFS, bias=bias)  # noqa: E731
+    assert torch.autograd.gradcheck(run, given)
+
+
+def test_no_rows():
+    offs = torch.zeros(4, dtype=torch.int32)
+    assert gossamer.grouped_mm(torch.zeros(0, 3), torch.zeros(4, 3, 2), offs=offs).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mat_b": torch.zeros(4, 7, 2)}, "3 in the summed dimension"),
+        ({"mat_b": torch.zeros(3)}, r"grouped_mm.mat_b: expected \(groups, K, N\)"),
+        ({"offs": torch.zeros(3, dtype=torch.int32)}, "4 groups, as mat_b has"),
+        ({"offs": torch.zeros(4)}, "int32 or int64"),
+        ({"bias": torch.zeros(2)}, r"\(groups, N\)"),
+        ({"bias": torch.zeros(4, 3)}, r"shape \(4, 2\)"),
+    ],
+    ids=str,
+)
+def test_bad_input(changed, message):
+    given = {"mat_a": torch.zeros(30, 3), "mat_b": torch.zeros(4, 3, 2), "offs": OFFS} | changed
+    with pytest.raises(InputError, match=message):
+        gossamer.grouped_mm(**given)
+
+
+def test_two_matrices_have_no_gradient_yet():
+    with pytest.raises(UnsupportedError, match="no gradient yet"):
+        gossamer.grouped_mm(torch.zeros(3, 30, requires_grad=True), torch.zeros(30, 2), offs=OFFS)

@@ -1,0 +1,174 @@
+"""Kernels of layers of experts as Triton text: on Triton's interpreter, and compiled ahead of time."""
+
+import math
+
+import numpy as np
+import pytest
+from sympy import sympify
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+from gossamer.codegen.triton import emit, signature  # noqa: E402
+from gossamer.ir.evaluate import evaluate  # noqa: E402
+from gossamer.ir.expr import integer, real, sigmoid  # noqa: E402
+from gossamer.ir.graph_interpret import interpret  # noqa: E402
+from gossamer.ir.ragged import Tiling  # noqa: E402
+from gossamer.passes.moe_build import build_experts  # noqa: E402
+from gossamer.passes.moe_gradient import build_gradients  # noqa: E402
+from gossamer.passes.moe_pipeline import compile_experts, compile_gradients  # noqa: E402
+from gossamer.passes.moe_router import RouterSpec, compile_router  # noqa: E402
+from gossamer.passes.moe_spec import LOADS, ExpertsSpec  # noqa: E402
+from gossamer.runtime.gpu import compile_ahead  # noqa: E402
+from gossamer.runtime.triton_interpreter import run_interpreted  # noqa: E402
+
+SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")
+DTYPES = {"f16": torch.float16, "f32": torch.float32, "i32": torch.int32}
+SMALL = (Tiling(16, 16, 32, wide=2), Tiling(16, 16, 16, wide=1))
+
+
+def run(program, given, sizes):
+    """All tensors of a program after its kernels have run on Triton's interpreter."""
+    values = {k: torch.from_numpy(v.copy()) for k, v in given.items()}
+    for t in program.intermediates:
+        extents = [integer(n) if isinstance(n, str) else sympify(n) for n in t.shape]
+        shape = [int(evaluate(n, sizes)) for n in extents]
+        values[t.name] = torch.full(shape, math.nan if t.dtype[0] == "f" else -7, dtype=DTYPES[t.dtype])
+    for kernel in program.kernels:
+        run_interpreted(emit(kernel), {a.name: values[a.name] for a in kernel.args})
+    return values
+
+
+@pytest.mark.parametrize(("single", "load"), [(True, "few"), (False, "few"), (False, "one")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"halves": "interleaved", "transposed": True, "biased": True},
+        {"halves": None, "dtype": "f16"},
+    ],
+    ids=str,
+)
+def test_interpreter(more, single, load):
+    activation = SWIGLU if more.get("halves", "split") else sigmoid(real("x0"))
+    spec = ExpertsSpec(
+        5,
+        3,
+        40,
+        24,
+        activation,
+        single=single,
+        load=load,
+        target="cuda:sm_90",
+        aligned=False,
+        tiling=SMALL,
+        **more,
+    )
+    rng, tokens = np.random.default_rng(0), 30
+    kind = np.float16 if spec.dtype == "f16" else np.float32
+
+    def normal(*shape):
+        return (rng.standard_normal(shape) / shape[-1] ** 0.5).astype(kind)
+
+    n = spec.up_columns
+    up, down = ((5, 40, n), (5, 24, 40)) if spec.transposed else ((5, n, 40), (5, 40, 24))
+    given = {"x": normal(tokens, 40), "gate_up": normal(*up), "down": normal(*down)}
+    if spec.biased:
+        given |= {"gate_up_bias": normal(5, n), "down_bias": normal(5, 40)}
+    ids = np.concatenate([rng.integers(-1, 6, (tokens // 2, 3)), np.full((tokens // 2, 3), 2)])
+    routing = {"ids": ids, "weights": rng.random((tokens, 3)).astype(np.float32)}
+    expected = interpret(build_experts(spec), given | routing)["o"]
+    flat = {name: value.reshape(-1) for name, value in routing.items()}
+    out = {"o": np.full((tokens, 40), np.nan, kind)}
+    found = run(compile_experts(spec), given | flat | out, {"entries": ids.size, "T": tokens})["o"].numpy()
+    tolerance = 2e-3 if kind == np.float16 else 1e-5
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_router_on_the_interpreter():
+    spec = RouterSpec(12, 3, groups=3, top_groups=2, target="cuda:sm_90")
+    logits = np.random.default_rng(0).standard_normal((9, 12)).astype(np.float32)
+    arguments = {
+        "logits": torch.from_numpy(logits),
+        "ids": torch.zeros(9, 3, dtype=torch.int32),
+        "weights": torch.zeros(9, 3),
+        "scale": 1.0,
+    }
+    run_interpreted(emit(compile_router(spec).kernels[0]), arguments)
+    scores = torch.from_numpy(logits).softmax(-1)
+    ranks = scores.view(9, 3, 4).topk(2, -1)[0].sum(-1)
+    open_ = torch.zeros(9, 3).scatter(1, ranks.topk(2, -1)[1], 1).bool().repeat_interleave(4, 1)
+    ids = scores.masked_fill(~open_, -1).topk(3, -1)[1]
+    assert torch.equal(arguments["ids"].long(), ids)
+    weights = scores.gather(1, ids)
+    torch.testing.assert_close(arguments["weights"], weights / weights.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("load", LOADS[1:])
+def test_products_compile_for_an_h100_without_spills(load):
+    program = compile_experts(
+        ExpertsSpec(64, 8, 2048, 1024, SWIGLU, dtype="bf16", load=load, target="cuda:sm_90")
+    )
+    for kernel in program.kernels[2:4]:
+        binary = compile_ahead(emit(kernel), "cuda:sm_90")
+        assert not binary.spills and not binary.lacks
+        assert ("wgmma" in binary.assembly) == (load != "few")
+        assert "cp.async" in binary.assembly
+
+
+def test_entries_compile_for_an_h100_without_spills():
+    for experts, hidden, inner in ((8, 4096, 14336), (32, 2880, 2880)):
+        spec = ExpertsSpec(experts, 2, hidden, inner, SWIGLU, dtype="bf16", load="one", target="cuda:sm_90")
+        for kernel in compile_experts(spec).kernels:
+            binary = compile_ahead(emit(kernel), "cuda:sm_90")
+            assert not binary.spills and "ld.global.v4" in binary.assembly
+
+
+def test_strides_of_matrices_are_64_bits():
+    program = compile_experts(ExpertsSpec(64, 8, 2048, 1024, SWIGLU, dtype="bf16", target="cuda:sm_90"))
+    for kernel, matrix in zip(program.kernels[2:4], ("gate_up", "down"), strict=True):
+        types = {a.name: a.type for a in signature(kernel)}
+        assert types[f"s_{matrix}_0"] == "i64"
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_80", "hip:gfx942"])
+def test_every_kernel_compiles_elsewhere(target):
+    spec = ExpertsSpec(24, 4, 320, 192, SWIGLU, dtype="f16", biased=True, load="some", target=target)
+    router = RouterSpec(24, 4, "sigmoid", corrected=True, groups=4, top_groups=2, target=target)
+    for kernel in (*compile_experts(spec).kernels, *compile_router(router).kernels):
+        assert not compile_ahead(emit(kernel), target).lacks
+
+
+def test_gradients_on_the_interpreter_and_compiled():
+    wanted = ("x", "gate_up", "down", "gate_up_bias", "down_bias", "weights")
+    spec = ExpertsSpec(
+        4, 2, 40, 24, SWIGLU, biased=True, aligned=False, target="cuda:sm_90", tiling=(SMALL[1],) * 3
+    )
+    rng, tokens, entries = np.random.default_rng(0), 20, 40
+    graph = build_gradients(spec, wanted)
+    sizes = {"T": tokens, "rows": entries}
+    given = {
+        v.name: rng.standard_normal([sizes.get(n, n) for n in v.shape]).astype(np.float32)
+        for v in graph.inputs
+    }
+    place = rng.permutation(entries)
+    tokens_of_rows = np.zeros(entries, np.int32)
+    tokens_of_rows[place] = np.arange(entries) // 2
+    given |= {
+        "tokens": tokens_of_rows,
+        "bounds": np.array([0, 17, 17, 20, 40], np.int32),
+        "place": place.reshape(tokens, 2).astype(np.int32),
+    }
+    expected = interpret(graph, given)
+    flat = given | {name: given[name].reshape(-1) for name in ("place", "ones")}
+    flat |= {name: np.full_like(value, np.nan) for name, value in expected.items()}
+    program = compile_gradients(spec, wanted)
+    found = run(program, flat, {"entries": entries, "T": tokens})
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name].numpy(), value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_gradients_compile_for_an_h100_without_spills():
+    spec = ExpertsSpec(64, 8, 2048, 1024, SWIGLU, dtype="bf16", keeps=True, target="cuda:sm_90")
+    for kernel in compile_gradients(spec, ("x", "gate_up", "down", "weights")).kernels:
+        binary = compile_ahead(emit(kernel), "cuda:sm_90")
+        assert not binary.spills and not binary.lacks, kernel.name
