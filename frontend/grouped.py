@@ -141,7 +141,7 @@ def _is_aligned(tensor: Any) -> bool:
 
 
 def _run(values: dict[str, Any], sizes: tuple[int, int, int], facts: tuple[Any, ...]) -> None:
-    from .attention import allocate
+    from .prepare import allocate
 
     a = values["a"]
     dtype, target = _fill_names()[a.dtype], target_of(a.device)

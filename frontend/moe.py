@@ -188,7 +188,7 @@ def _plan(
     wanted: tuple[str, ...],
 ) -> Plan:
     from ..runtime.executable import Contiguous
-    from .attention import allocate
+    from .prepare import allocate
 
     x, (top_k, term, routed, keeps) = values["x"], asked
     rows = values["tokens"] if routed else values["ids"]

@@ -168,7 +168,7 @@ class Routing:
 
 def grouped(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
     """tokens (T k,), bounds (E + 1,) and place (T, k) of ids, as ir/ragged.py defines them."""
-    from .attention import allocate
+    from .prepare import allocate
 
     flat = topk_ids.reshape(-1)
     entries, device = flat.shape[0], topk_ids.device

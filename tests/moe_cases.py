@@ -1,6 +1,6 @@
 """Layers of experts for tests: tensors, what torch makes of them, and how far a result may be off."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import gossamer
 ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """A layer and a routing: sizes, layout, dtypes."""
 
@@ -27,6 +27,12 @@ class Case:
     ids_dtype: Any = torch.int64
     activation: Any = "swiglu"
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """What differs from the defaults: the same in every process."""
+        plain, told = Case(), {f.name: getattr(self, f.name) for f in fields(self)}
+        told = {name: value for name, value in told.items() if value != getattr(plain, name)}
+        return ", ".join(f"{n} {getattr(v, '__name__', v)}" for n, v in told.items()) or "plain"
 
     def layer(self, seed: int = 0) -> dict[str, Any]:
         """gate_up_proj, down_proj and the keywords of `experts`."""
