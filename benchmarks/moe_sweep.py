@@ -52,8 +52,8 @@ def timed(
 def _rows(pairs: Any, x: Any, ids: Any, weights: Any, up: Any, down: Any) -> Iterator[dict[str, Any]]:
     from triton.testing import do_bench
 
-    from gossamer.frontend.prepare import allocate
     from gossamer.frontend.device import target_of
+    from gossamer.frontend.prepare import allocate
     from gossamer.ir.expr import real, sigmoid
     from gossamer.passes.moe_pipeline import compile_experts
     from gossamer.passes.moe_spec import ExpertsSpec

@@ -222,7 +222,11 @@ class _Builder:
         return Load(name, self.operand, axes, self.w.name, index, guard, ZERO)
 
     def _valid_column(self) -> Expr:
-        return sympy.true if self.columns % self.tiling.cols == 0 else self.col < self.columns
+        """Whether a column is there: tiles of columns may hang over, and so may the last of `wide` tiles."""
+        t = self.tiling
+        tiles = -(-self.columns // t.cols)
+        whole = self.columns % t.cols == 0 and (tiles <= t.wide or tiles % t.wide == 0)
+        return sympy.true if whole else self.col < self.columns
 
     def _column_tile(self, n_tile: Expr) -> list[Stmt]:
         head: list[Stmt] = [Compute("col", "i32", ("n",), n_tile * self.tiling.cols + N)]

@@ -68,7 +68,10 @@ def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
         if held * stages <= room or stages == 2 == cols // 8:
             break
         stages, cols = (stages - 1, cols) if stages > 2 else (stages, max(16, cols // 2))
-    wide = min(8 if spec.load == "many" else 1 << 20, -(-columns // cols))
+    tiles = -(-columns // cols)
+    wide = min(8, tiles) if spec.load == "many" else tiles
+    if tiles > wide:  # none hangs over where a number near 8 divides them
+        wide = next((n for n in (8, 7, 6, 5) if tiles % n == 0), wide)
     meta = (("stages", stages), ("warps", warps))
     return Tiling(rows, cols, step, wide=wide, meta=meta)
 

@@ -23,7 +23,7 @@ from gossamer.runtime.triton_interpreter import run_interpreted  # noqa: E402
 
 SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")
 DTYPES = {"f16": torch.float16, "f32": torch.float32, "i32": torch.int32}
-SMALL = (Tiling(16, 16, 32, wide=2), Tiling(16, 16, 16, wide=1))
+SMALL = (Tiling(16, 16, 32, wide=2), Tiling(16, 16, 16, wide=2))
 
 
 def run(program, given, sizes):
@@ -45,23 +45,24 @@ def run(program, given, sizes):
         {},
         {"halves": "interleaved", "transposed": True, "biased": True},
         {"halves": None, "dtype": "f16"},
+        {"hidden": 48},  # three tiles of columns, two side by side
     ],
     ids=str,
 )
 def test_interpreter(more, single, load):
+    size = more.get("hidden", 40)
     activation = SWIGLU if more.get("halves", "split") else sigmoid(real("x0"))
     spec = ExpertsSpec(
         5,
         3,
-        40,
-        24,
-        activation,
+        inner=24,
+        activation=activation,
         single=single,
         load=load,
         target="cuda:sm_90",
         aligned=False,
         tiling=SMALL,
-        **more,
+        **({"hidden": size} | more),
     )
     rng, tokens = np.random.default_rng(0), 30
     kind = np.float16 if spec.dtype == "f16" else np.float32
@@ -70,15 +71,15 @@ def test_interpreter(more, single, load):
         return (rng.standard_normal(shape) / shape[-1] ** 0.5).astype(kind)
 
     n = spec.up_columns
-    up, down = ((5, 40, n), (5, 24, 40)) if spec.transposed else ((5, n, 40), (5, 40, 24))
-    given = {"x": normal(tokens, 40), "gate_up": normal(*up), "down": normal(*down)}
+    up, down = ((5, size, n), (5, 24, size)) if spec.transposed else ((5, n, size), (5, size, 24))
+    given = {"x": normal(tokens, size), "gate_up": normal(*up), "down": normal(*down)}
     if spec.biased:
-        given |= {"gate_up_bias": normal(5, n), "down_bias": normal(5, 40)}
+        given |= {"gate_up_bias": normal(5, n), "down_bias": normal(5, size)}
     ids = np.concatenate([rng.integers(-1, 6, (tokens // 2, 3)), np.full((tokens // 2, 3), 2)])
     routing = {"ids": ids, "weights": rng.random((tokens, 3)).astype(np.float32)}
     expected = interpret(build_experts(spec), given | routing)["o"]
     flat = {name: value.reshape(-1) for name, value in routing.items()}
-    out = {"o": np.full((tokens, 40), np.nan, kind)}
+    out = {"o": np.full((tokens, size), np.nan, kind)}
     found = run(compile_experts(spec), given | flat | out, {"entries": ids.size, "T": tokens})["o"].numpy()
     tolerance = 2e-3 if kind == np.float16 else 1e-5
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
