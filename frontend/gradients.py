@@ -137,7 +137,7 @@ def planned(
             "order on a GPU. Leave deterministic out, or detach them"
         )
     values = call_values(problem, mask, score, scale, softmax, known) | placed.values | rows
-    positive = is_positive(values["scale"], target_of(problem.device))
+    positive = is_positive(float(values["scale"]), target_of(problem.device))
     given = ("o", "lse") if "dlse" in rows else ("o",)
     executable = gradient_executable(problem, mask, score, softmax, placed, positive, names, given)
     results = _results(problem, values, captures, rows["lse"].dtype)

@@ -297,8 +297,9 @@ def route(
         if tuple(correction_bias.shape) != (experts,):
             raise InputError("route.correction_bias", f"shape ({experts},)", tuple(correction_bias.shape))
         values["bias"] = correction_bias.detach().to(device=device, dtype=wide).contiguous()
-    if cut is not None:
-        values["limit"] = float(top_p if threshold is None else threshold)
+    limit = top_p if threshold is None else threshold
+    if cut is not None and limit is not None:
+        values["limit"] = float(limit)
     if scoring == "random":
         values["seed"] = int(seed)
     if token_ids is not None:
@@ -337,7 +338,7 @@ def _weights(logits: torch.Tensor, ids: torch.Tensor, router: Any, renormalize: 
         "sigmoid": logits.sigmoid,
         "softmax_of_topk": lambda: logits,
     }
-    whole = router(logits) if callable(router) else scores[router]()
+    whole = scores[router]() if isinstance(router, str) else router(logits)
     found = whole.gather(1, ids.clamp(min=0).long())
     if router == "softmax_of_topk":
         return found.masked_fill(ids < 0, -torch.inf).softmax(-1)

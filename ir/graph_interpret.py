@@ -231,9 +231,8 @@ def _column_sums(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _renormalize(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    return (
-        _weights_of(*(operand.astype(floats) for operand in x[:2]), x[2].astype(floats) if x[2:] else None),
-    )
+    scores, lse, *sinks = (operand.astype(floats) for operand in x)
+    return (_weights_of(scores, lse, sinks[0] if sinks else None),)
 
 
 def _map_grad(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:

@@ -187,7 +187,8 @@ class _OverQueries(Gradient):
         """What rows add to the gradients of their heads' sinks."""
         if len(self.op.outputs) < self._sinks_at:
             return []
-        taken: Expr = 1 / (1 + exp2(real("only") * LOG2E - SINK))
+        others: Expr = exp2(real("only") * LOG2E - SINK)
+        taken: Expr = 1 / (1 + others)
         return [self._row("only", "lse"), self._store("dsinks", -taken * sums)]
 
     @property
@@ -209,9 +210,11 @@ class _OverQueries(Gradient):
 
     def _norm_of_sum(self) -> Expr:
         """log2 of what makes that sum the part that sinks leave of 1."""
-        total: Expr = L * (1 + exp2(SINK - N)) if self.spec.sinks else L
+        taken: Expr = exp2(SINK - N) if self.spec.sinks else sympy.Integer(0)
+        total: Expr = L * (1 + taken)
         empty = sympy.Eq(L, 0)
-        return where(empty, 0, -log2(where(empty, 1, total)))
+        taken_log: Expr = log2(where(empty, 1, total))
+        return where(empty, 0, -taken_log)
 
     def products(self) -> list[Stmt]:
         v = self.at.values

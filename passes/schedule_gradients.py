@@ -99,9 +99,10 @@ def _described(spec: AttentionSpec) -> bool:
 
 def _spread(spec: AttentionSpec, group: Group) -> str:
     """How the pairs of a group lie: "box", "residues", "lists", "long" rows, or "" for others."""
-    if len(group.order.dims) > 1:
+    first, *inner = group.order.dims
+    if inner:
         return "box"
-    if group.order.dims[0].col_stride > 1:
+    if first.col_stride > 1:
         return "residues"
     if not group.exact:
         return "lists"
