@@ -33,7 +33,30 @@ def calls(device: str) -> dict[str, Call]:
     pages = torch.randn(90, 2, 16, 64).to(device, torch.float16)
     table_of_pages = torch.randperm(90)[None, :80].int().to(device)
     bounds = torch.tensor([0, 33, 33, 170, 201], dtype=torch.int32, device=device)
+
+    def gradients(given: tuple[torch.Tensor, ...], **options: object) -> Call:
+        def run() -> object:
+            leaves = [t.detach().requires_grad_() for t in given]
+            with torch.enable_grad():
+                out = gossamer.attention(*leaves, **options)
+                return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+        return run
+
+    learned = bias.clone().requires_grad_()
+    by_distance = {"score_mod": lambda s, b, h, q, k: s + learned[h, q - k], "mask": masks.causal()}
+    x = torch.randn(77, 96).to(device, torch.float16)
+    up, down = (torch.randn(5, *shape).to(device, torch.float16) for shape in ((112, 96), (96, 56)))
+    logits = torch.randn(77, 5, device=device)
     return {
+        "gradients": gradients(short),
+        "gradients, causal": gradients(wide, mask=masks.causal()),
+        "gradients, strided": gradients(long, mask=masks.strided(16, 20)),
+        "gradients, neighborhood": gradients(long, mask=masks.neighborhood((13, 31), 5)),
+        "gradients, documents": gradients(long, mask=masks.document(ids)),
+        "gradients, captured": gradients(short, **by_distance),
+        "experts": lambda: gossamer.moe(x, logits, up, down, top_k=2),
+        "experts, one token": lambda: gossamer.moe(x[:1], logits[:1], up, down, top_k=2),
         "dense": lambda: gossamer.attention(*short),
         "causal": lambda: gossamer.attention(*short, mask=masks.causal(), return_lse=True),
         "odd head size": lambda: gossamer.attention(*wide, mask=masks.causal()),
