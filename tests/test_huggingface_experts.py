@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("tvm_ffi_orcjit")
 import gossamer  # noqa: E402
-from gossamer.frontend.huggingface_experts import gate_of  # noqa: E402
+from gossamer.frontend.huggingface_experts import experts_forward, gate_of  # noqa: E402
 from gossamer.ir.errors import UnsupportedError  # noqa: E402
 
 SMALL = {
@@ -121,6 +121,4 @@ def test_a_norm_behind_experts_is_refused():
     module = experts_of("Mixtral")
     module.has_post_expert_norm = True
     with pytest.raises(UnsupportedError, match="a norm behind each expert"):
-        from gossamer.frontend.huggingface import experts_forward
-
         experts_forward(module, torch.zeros(1, 32), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2))
