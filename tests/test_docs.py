@@ -43,6 +43,10 @@ def named(page: Path) -> str:
 def test_python_examples(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if re.search(r"^import jax$", page.read_text(), re.MULTILINE):
         pytest.importorskip("jax_tvm_ffi")
+    if "torch._dynamo" in page.read_text():  # which counts what a process has compiled
+        dynamo = pytest.importorskip("torch._dynamo")
+        dynamo.reset()
+        dynamo.utils.counters.clear()
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "example"}
     printed, runs = "", False
