@@ -2,8 +2,9 @@
 
     python benchmarks/backward_cpu.py --json benchmarks/results/backward_cpu_mine.json
 
-Contestants take turns, round after round; gradients are those of q, k and v through autograd, held against
-float64 before their time counts. FlexAttention has no backward on CPUs.
+Contestants take turns, round after round; gradients are those of q, k and v through autograd. `error` is the
+largest one against float64 over what the rule of docs/design.md allows, which a table of times has to show too.
+FlexAttention has no backward on CPUs.
 """
 
 from __future__ import annotations
@@ -63,8 +64,6 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
     given, run = backward_of(tensors, ours)
     judged = gradient_accuracy(run(), given, lambda rows: case.dense(SHAPE[2], rows))
-    if not judged.passes:
-        raise SystemExit(f"{name}: error {judged.error:.2f} times what is allowed")
     grad = given[3]
 
     def learn(attend: Any) -> Any:
