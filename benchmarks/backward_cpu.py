@@ -3,7 +3,7 @@
     python benchmarks/backward_cpu.py --json benchmarks/results/backward_cpu_mine.json
 
 Contestants take turns, round after round; gradients are those of q, k and v through autograd. `error` is the
-largest one against float64 over what the rule of docs/design.md allows, which a table of times has to show too.
+largest one against float64 over what the rule of docs/design.md allows: times without it say little.
 FlexAttention has no backward on CPUs.
 """
 
