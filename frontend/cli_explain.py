@@ -190,8 +190,8 @@ def count_pairs(mask: Mask, size: Size, one: int | None = None) -> int:
     total = 0
     for b in range(batches):
         for h in range(heads):
-            known = one is not None and b == h == 0
-            total += one if known else mask.analyze(size.q_len, size.kv_len, b, h).nnz  # type: ignore[operator]
+            known = one if b == h == 0 else None
+            total += mask.analyze(size.q_len, size.kv_len, b, h).nnz if known is None else known
     return total * (size.batch // batches) * (size.heads // heads)
 
 

@@ -162,7 +162,7 @@ def take_apart(call: Call, device: Any) -> Parts:
     numbers: dict[str, list[Any]] = {"int": [], "float": []}
     if call.scale is not None:
         numbers["float"].append(call.scale)
-    parts: list[Part | None] = []
+    parts: list[Any] = []
     for source in (call.mask, call.score, call.prob):
         if source is None:
             parts.append(None)
@@ -177,7 +177,8 @@ def take_apart(call: Call, device: Any) -> Parts:
     if call.offset is not None:
         numbers["int"].append(plain_number(call.offset))
     options = call.options._replace(schedule=_spelled(call.options.schedule))
-    form = Form(*parts, tuple(call.held), call.scale is not None, call.offset is not None, options)  # type: ignore[arg-type]
+    mask, score, prob = parts
+    form = Form(mask, score, prob, tuple(call.held), call.scale is not None, call.offset is not None, options)
     return Parts(form, tensors, *numbers.values())
 
 

@@ -15,12 +15,13 @@ from .graph_inline import is_whole, write_out
 from .graph_match import Attention
 from .graph_memory import Memory
 from .graph_ops import operation, value_of
-from .graph_report import Compiled, Left, place
+from .graph_report import place
 from .graph_score import LOW, bind, split
 from .graph_site import Site, numbers_in, tensors_in
 from .graph_tensor import SIZE, LeftAlone, Opaque, Reader, size_term
 from .graph_terms import kind_of, reads_in, tidy
 from .graph_views import VIEWS
+from .report import Compiled, Left
 from .term import TRUE, constant
 from .trace_torch import FUNCTIONS, METHODS
 

@@ -78,7 +78,8 @@ def _broadcast(labels: tuple[str, ...], shape: tuple[Any, ...], node: fx.Node) -
 
 
 def _einsum(node: fx.Node) -> Contraction | None:
-    equation, *operands = node.args
+    given: tuple[Any, ...] = node.args
+    equation, *operands = given
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
     if not isinstance(equation, str) or len(operands) != 2 or "." in equation:
@@ -100,4 +101,5 @@ def _einsum(node: fx.Node) -> Contraction | None:
         for label, n in zip(part, value_of(x).shape, strict=True):
             if sizes.setdefault(label, n) is not n and (is_one(n) != is_one(sizes[label])):
                 return None
-    return Contraction(node, *operands, tuple(left), tuple(right), tuple(out), summed.pop())  # type: ignore[arg-type]
+    first, second = operands
+    return Contraction(node, first, second, tuple(left), tuple(right), tuple(out), summed.pop())

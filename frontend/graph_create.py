@@ -136,11 +136,12 @@ def _cat(reader: Reader, node: fx.Node) -> Found:
 
 
 def _flip(reader: Reader, node: fx.Node) -> Found:
-    source, *dims = node.args
-    tensor = reader.operand(source, node)  # type: ignore[arg-type]
-    dims = node.kwargs.get("dims", dims)
-    dims = [d for given in dims for d in (given if isinstance(given, (tuple, list)) else [given])]  # type: ignore[union-attr]
-    turned = {d % len(tensor.shape) for d in dims}  # type: ignore[operator]
+    given: tuple[Any, ...] = node.args
+    tensor, named = reader.operand(given[0], node), node.kwargs.get("dims", given[1:])
+    dims: list[Any] = []
+    for one in named if isinstance(named, (tuple, list)) else (named,):
+        dims += one if isinstance(one, (tuple, list)) else [one]
+    turned = {d % len(tensor.shape) for d in dims}
     indices: list[Term] = []
     for d, n in enumerate(tensor.shape):
         place = 0 if is_one(n) else axis(d)
@@ -173,8 +174,9 @@ def meshgrid(reader: Reader, source: fx.Node, node: fx.Node, index: int) -> Foun
     did = operation(source)
     if did is None or did.name != "meshgrid":
         raise Opaque("one of several results")
-    parts = source.args[0] if isinstance(source.args[0], (tuple, list)) else source.args
-    tensor = reader.operand(parts[index], source)  # type: ignore[index,arg-type]
+    given: tuple[Any, ...] = source.args
+    parts = given[0] if isinstance(given[0], (tuple, list)) else given
+    tensor = reader.operand(parts[index], source)
     place = 1 - index if source.kwargs.get("indexing") == "xy" and index < 2 else index
     shape = tuple(value_of(node).shape)
     return shape, tensor.at([0 if is_one(shape[place]) else axis(place)]), tensor.kind

@@ -24,7 +24,8 @@ def is_flex(node: fx.Node) -> bool:
 
 def flex(reader: Reader, node: fx.Node) -> Attention:
     """The attention of a `flex_attention` operator. Raises LeftAlone."""
-    query, key, value, score_mod, block_mask, scale, _, *buffers = node.args
+    given: tuple[Any, ...] = node.args
+    query, key, value, score_mod, block_mask, scale, _, *buffers = given
     used = {user.args[1]: user for user in node.users}
     if set(used) - {0}:
         raise LeftAlone("its LSE or its largest scores are asked for")
@@ -32,7 +33,7 @@ def flex(reader: Reader, node: fx.Node) -> Attention:
         raise LeftAlone("its output is not used")
     if not isinstance(scale, (int, float)):
         raise LeftAlone("its scale is known at run time only")
-    shapes = [tuple(value_of(x).shape) for x in (query, key, value)]  # type: ignore[arg-type]
+    shapes = [tuple(value_of(x).shape) for x in (query, key, value)]
     full = (*shapes[0][:3], shapes[1][2])
     axes, roles, sizes = named_batch(full)
     sizes |= {"d": shapes[0][-1], "e": shapes[2][-1]}
@@ -40,18 +41,17 @@ def flex(reader: Reader, node: fx.Node) -> Attention:
     indices = axes.in_indices(sizes)
     b, h = (rename(roles.get(f"i{d}", 0), indices) for d in (0, 1))
     places = [Tensor((), term, "int") for term in (b, h, "q", "k")]
-    outer = [buffer for group in buffers for buffer in group]  # type: ignore[union-attr]
-    count = len(buffers[0])  # type: ignore[arg-type]
+    outer = [buffer for group in buffers for buffer in group]
+    count = len(buffers[0])
     score: Term = ("mul", "score", constant(float(scale)))
     score = _mod(reader, node, score_mod, [Tensor((), score, "float"), *places], outer[:count])
-    mask = _mod(reader, node, block_mask[-1], places, outer[count:])  # type: ignore[index]
+    mask = _mod(reader, node, block_mask[-1], places, outer[count:])
     key_part, value_part = (
-        shared(reader, x, operand, node, sizes)  # type: ignore[arg-type]
-        for x, operand in zip((key, value), operands[1:], strict=True)
+        shared(reader, x, operand, node, sizes) for x, operand in zip((key, value), operands[1:], strict=True)
     )
     return Attention(
         used[0],
-        (query, key_part[0], value_part[0]),  # type: ignore[arg-type]
+        (query, key_part[0], value_part[0]),
         (operands[0], key_part[1], value_part[1]),
         (*(roles.get(f"i{d}", 0) for d in (0, 1, 2)), "e"),
         axes,

@@ -85,7 +85,8 @@ def _argument(reader: Reader, value: Any, node: fx.Node, shape: tuple[Any, ...])
 def _cast(reader: Reader, node: fx.Node) -> Tensor:
     """A conversion to another dtype, device or layout. Roundings of floats are left out: kernels compute in
     float32 or wider and round at the end."""
-    operand = reader.operand(node.args[0], node)  # type: ignore[arg-type]
+    source: Any = node.args[0]
+    operand = reader.operand(source, node)
     dtype = value_of(node).dtype
     kind, value = kind_of_dtype(dtype), Value(reader.trace, operand.term, operand.kind)
     if kind == operand.kind:

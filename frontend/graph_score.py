@@ -70,11 +70,11 @@ def split(term: Term, low: float) -> Split:
                     (op, found.score, parts[1]) if inner is parts[0] else (op, parts[0], found.score)
                 )
                 return Split(found.mask, score, fills)
-    if op == "max" and any((value := number(p)) is not None and value <= low for p in parts):
-        inner = parts[0] if number(parts[1]) is not None else parts[1]
-        found = split(inner, low)
-        if found.fills:
-            return Split(found.mask, found.score, tuple(Fill(float(value), False) for _ in found.fills))  # type: ignore[arg-type]
+    if op == "max":
+        least = next((n for p in parts if (n := number(p)) is not None and n <= low), None)
+        found = split(parts[0] if number(parts[1]) is not None else parts[1], low)
+        if least is not None and found.fills:
+            return Split(found.mask, found.score, tuple(Fill(float(least), False) for _ in found.fills))
     return Split(TRUE, term)
 
 

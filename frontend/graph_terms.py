@@ -186,10 +186,10 @@ def _compute(op: str, *parts: Term) -> Term:
 
 def _pair(op: str, *parts: Term) -> Term | None:
     """An operation on two choices, if its results are two at most."""
-    choices = [_choice(p) for p in parts]
-    if len(choices) != 2 or None in choices:
+    choices = [choice for p in parts if (choice := _choice(p)) is not None]
+    if len(choices) != 2 or len(parts) != 2:
         return None
-    (c, *left), (d, *right) = choices  # type: ignore[misc]
+    (c, *left), (d, *right) = choices
     found: dict[Term, Term] = {}
     for first, x in ((c, left[0]), (_not(c), left[1])):
         for second, y in ((d, right[0]), (_not(d), right[1])):

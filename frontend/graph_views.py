@@ -117,9 +117,9 @@ def permuted(node: fx.Node, name: str, rank: int) -> list[int]:
         order[a], order[b] = order[b], order[a]
         return order
     if name == "permute":
-        dims = node.kwargs.get("dims", node.args[1:])
-        dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims  # type: ignore[index,arg-type]
-        return [d % rank for d in dims]  # type: ignore[union-attr,operator]
+        dims: Any = node.kwargs.get("dims", node.args[1:])
+        dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+        return [d % rank for d in dims]
     _, source, destination = arguments(node, "input", "source", "destination")
     moved = [[x] if isinstance(x, int) else list(x) for x in (source, destination)]
     ends = {d % rank: s % rank for s, d in zip(*moved, strict=True)}
@@ -173,8 +173,9 @@ def _repeat_interleave(reader: Reader, node: fx.Node) -> tuple[tuple[Any, ...], 
 
 
 def _getitem(reader: Reader, node: fx.Node) -> tuple[tuple[Any, ...], Term, str]:
-    source, items = node.args
-    if not isinstance(value_of(source), torch.Tensor):  # type: ignore[arg-type]
+    given: tuple[Any, ...] = node.args
+    source, items = given
+    if not isinstance(value_of(source), torch.Tensor):
         return _member(reader, node)
     tensor, shape = _first(reader, node), _shape(node)
     items = list(items) if isinstance(items, tuple) else [items]
@@ -205,8 +206,9 @@ def _member(reader: Reader, node: fx.Node) -> tuple[tuple[Any, ...], Term, str]:
     """One of the results of meshgrid."""
     from .graph_create import meshgrid
 
-    source, index = node.args
-    return meshgrid(reader, source, node, index)  # type: ignore[arg-type]
+    given: tuple[Any, ...] = node.args
+    source, index = given
+    return meshgrid(reader, source, node, index)
 
 
 def _from_start(index: Term, size: Any) -> Term:

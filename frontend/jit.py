@@ -20,7 +20,8 @@ except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.jit") from None
 
 from .graph_compile import compile_graph
-from .graph_report import Findings, Report
+from .graph_report import Findings
+from .report import Report
 
 
 def jit(target: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False) -> Any:

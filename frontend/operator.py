@@ -102,9 +102,9 @@ def _attention(
 
 
 def _attention_backward(*arguments: Any) -> list[Tensor]:
-    query, key, value, tensors, integers, numbers, form, *results, wanted = arguments
-    given = (query, key, value, tensors, integers, numbers)
-    return differentiate(Form.parse(form), *given, *results, wanted.split(","))  # type: ignore[call-arg]
+    call, (form, *results, wanted) = arguments[:6], arguments[6:]
+    given = (*call, *results, wanted.split(","))
+    return differentiate(Form.parse(form), *given)
 
 
 for _device in ("CPU", "CUDA"):

@@ -31,7 +31,9 @@ class Left:
 
 @dataclass(frozen=True)
 class Report:
-    """compiled, left: the parts, in the order of the program. Its text has one line for each."""
+    """compiled, left: the parts, in the order of the program. Its text has one line for each.
+
+    A program that was captured anew, for other shapes or types, reports the last capture of each piece."""
 
     compiled: tuple[Compiled, ...] = ()
     left: tuple[Left, ...] = ()

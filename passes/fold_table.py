@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .folds import Attention, ColumnSums, Fold, RowLse, Weigh
-from .gradient_folds import GradCaptures, GradColumns, GradDelta, GradRows, RowNorm
+from .gradient_captures import GradCaptures
+from .gradient_columns import GradColumns
+from .gradient_rows import GradDelta, GradRows, RowNorm
 
 FOLDS: dict[str, type[Fold]] = {
     "attention": Attention,

@@ -8,6 +8,7 @@ col0, col1, ...
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import sympy
@@ -35,6 +36,7 @@ from ..ir.expr import (
     shr,
 )
 from ..ir.kernel import Compute, For, GridDim, If, Let, Span, Stmt
+from ..ir.order import OrderDim
 from ..ir.plan import Group, Loops, Schedule
 from ..ir.sequences import PLAIN, Sequences
 from . import sequences as sq
@@ -298,9 +300,9 @@ class Scaffold:
         return form.xreplace(names | {integer("q"): ROW})
 
     def _tiles(
-        self, stem: str, axis: str, inner: Expr, index: object, sizes: tuple[int, ...]
+        self, stem: str, axis: str, inner: Expr, index: Callable[..., list[Expr]], sizes: tuple[int, ...]
     ) -> tuple[list[Stmt], list[Expr], Expr]:
-        parts = index(self.order, self.schedule, _unflatten(inner, sizes))  # type: ignore[operator]
+        parts = index(self.order, self.schedule, _unflatten(inner, sizes))
         if not self.boxes:
             return [Compute(stem, "i32", (axis,), parts[0])], [integer(stem)], sympy.true
         names: list[Expr] = [integer(f"{stem}{d}") for d in range(len(parts))]
@@ -358,7 +360,7 @@ def _unflatten(rest: Expr, sizes: tuple[int, ...]) -> list[Expr]:
     return out
 
 
-def _delinearised(expr: Expr, dims: tuple, index: str, names: list[Expr]) -> Expr:  # type: ignore[type-arg]
+def _delinearised(expr: Expr, dims: tuple[OrderDim, ...], index: str, names: list[Expr]) -> Expr:
     """index // W, index % W and index - W * (index // W) spelled by the coordinates that are at hand.
 
     Not inside reads: coordinates beyond their width are none of the index that reads are clamped to."""
@@ -371,13 +373,13 @@ def _delinearised(expr: Expr, dims: tuple, index: str, names: list[Expr]) -> Exp
         outer = floordiv(outer, width)
     known[outer] = names[0]
     if len(dims) == 3:
-        inner = sympy.Integer(dims[1].width * dims[2].width)
+        inner = sympy.Integer((dims[1].width or 1) * (dims[2].width or 1))
         known[floordiv(symbol, inner)] = names[0]
         known[floordiv(floormod(symbol, inner), sympy.Integer(dims[2].width))] = names[1]
 
     whole = names[0]
     for dim, name in zip(dims[1:], names[1:], strict=True):
-        whole = whole * dim.width + name
+        whole = whole * (dim.width or 1) + name
 
     def spell(part: Expr) -> Expr:
         if part in known:

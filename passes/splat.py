@@ -257,7 +257,12 @@ def _integers(spec: AttentionSpec, plan: TermPlan) -> tuple[Scalar, ...]:
 
 
 def _kernel(
-    name: str, spec: AttentionSpec, plan: TermPlan, args: tuple, axes: tuple, body: list[Stmt]
-) -> Kernel:  # type: ignore[type-arg]
+    name: str,
+    spec: AttentionSpec,
+    plan: TermPlan,
+    args: tuple[Tensor | Scalar, ...],
+    axes: tuple[Axis, ...],
+    body: list[Stmt],
+) -> Kernel:
     comment = (f"mask: {spec.mask_text}", f"term {plan.index}")
     return Kernel(name, args, plan.over.grid(), axes, "i", tuple(body), comment=comment)
