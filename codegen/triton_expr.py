@@ -230,6 +230,11 @@ class Speller:
     def _trunc(self, expr: Expr) -> Value:
         return self._helper("trunc", [self.number(expr.args[0], floating=True)])
 
+    def _float_of_bits(self, expr: Expr) -> Value:
+        value = self.convert(self.integer(expr.args[0]), "i32")
+        bits = f"{value.at(ATOM)}.to(tl.float32, bitcast=True)"
+        return self.convert(Value(bits, "f32", value.axes), self.floats)
+
     def _random_bits(self, expr: Expr) -> Value:
         value = self._helper("random_bits", [self.integer(a) for a in expr.args])
         return replace(value, dtype="i32")
@@ -371,6 +376,7 @@ class Speller:
         (sympy.tan, _tan),
         (sympy.tanh, _tanh),
         (ex.trunc, _trunc),
+        (ex.float_of_bits, _float_of_bits),
         (ex.random_bits, _random_bits),
         (tuple(_UNARY), _unary),
         ((ex.floordiv, ex.floormod), _divide),
