@@ -30,12 +30,12 @@ GPU = {
     "many": (128, 128, 64, 8, 3),
 }
 CPU_STEPS = 16  # of a slice, each of which is spelled out
-# Of quantised matrices: (rows, columns of all halves, columns of a slice a turn, warps, stages) by load
+# Of quantised matrices: (rows, columns of all halves, columns of all slices a turn, warps, stages) by load
 GPU_CODES = {
-    "one": (16, 128, 128, 4, 4),
-    "few": (16, 128, 128, 4, 4),
-    "some": (64, 128, 64, 4, 4),
-    "many": (128, 256, 64, 8, 3),
+    "one": (16, 128, 128, 4, 5),
+    "few": (16, 128, 128, 4, 5),
+    "some": (64, 128, 128, 4, 4),
+    "many": (128, 256, 64, 8, 4),
 }
 SHARED = 64 * 1024  # bytes that a program has at least, on GPUs that are not described
 GPU_PLAIN = {  # products without halves have half the columns to hold
@@ -100,8 +100,8 @@ def _of_codes(op: Op, q: Quantized, spec: ExpertsSpec, inner: int, columns: int)
     parts = (2 if op.attr("halves") else 1) if by_rows else q.slices
     rows, cols, most, warps, stages = GPU_CODES[spec.load]
     size = {"f64": 4, "f32": 2}.get(spec.dtype, 1)
-    cols, most = max(16, cols // parts), max(32, most // size)
-    step, unroll = steps_of(q, most, cpu=False) if by_rows else (max(32, most // 2), 1)
+    cols, most = max(16, cols // parts), max(32, most // size // q.slices)
+    step, unroll = steps_of(q, most, cpu=False) if by_rows else (32, 1)
     tiles = -(-(columns if by_rows else q.stretch) // cols)
     wide = min(8, tiles) if spec.load == "many" else tiles
     scales = "sums" if q.groups == 1 else "codes" if spec.load == "many" else "products"
