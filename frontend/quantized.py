@@ -32,6 +32,7 @@ class QuantizedWeight(torch.nn.Module):
     layout of `ir/quantized.py`; nbytes, of all that is stored."""
 
     scales: torch.Tensor
+    widths: torch.Tensor | None
 
     def __init__(
         self, q: Quantized, shape: Sequence[int], codes: Sequence[torch.Tensor], scales: torch.Tensor,

@@ -97,7 +97,8 @@ class Codes:
         most = self.q.planes[-1]
         chosen = read(integer(self.names[-1]), EXPERT)
         lost = most - integer("bits")
-        middle = (cast(F32, shl(sympy.Integer(1), lost)) - 1) * sympy.Float(0.5)
+        ways: Expr = cast(F32, shl(sympy.Integer(1), lost))
+        middle = (ways - 1) * sympy.Float(0.5)
         return [
             Let("bits", minimum(maximum(chosen, sympy.Integer(self.q.planes[0])), sympy.Integer(most))),
             Compute("middle", "f32", (), middle),
@@ -232,7 +233,8 @@ def _or(a: Expr, b: Expr) -> Expr:
 
 def _e4m3(code: Expr) -> Expr:
     """Bits of the code where those of an f32 are give the number times 2**-120; 127 is NaN."""
-    size, sign = bitand(code, 127), bitand(code, 128)
+    size: Expr = bitand(code, 127)
+    sign = bitand(code, 128)
     bits = bitor(shl(size, sympy.Integer(20)), shl(sign, sympy.Integer(24)))
     value = float_of_bits(bits) * sympy.Float(2.0**120)
     return where(size < 127, value, sympy.nan)
@@ -249,8 +251,8 @@ def _e2m1(byte: Expr, shift: int) -> Expr:
 
 def _e2m1_cpu(byte: Expr, shift: int) -> Expr:
     """The same without numbers below the least normal one, for which CPUs take long."""
-    code = bitand(_right(byte, shift), 15)
-    size = bitand(code, 7)
+    code: Expr = bitand(_right(byte, shift), 15)
+    size: Expr = bitand(code, 7)
     large = float_of_bits(shl(size + 252, sympy.Integer(22)))
-    value = where(size < 2, cast(F32, size) * sympy.Float(0.5), large)
+    value: Expr = where(size < 2, cast(F32, size) * sympy.Float(0.5), large)
     return where(code < 8, value, -value)
