@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
-from .problem import _fill_names, is_aligned
+from .problem import ALIGN, _fill_names, is_aligned
+from .quantized import QuantizedWeight
 
 try:
     import torch
@@ -41,15 +42,24 @@ class Layer:
         return ("interleaved" if self.interleaved else "split") if self.gated else None
 
     @property
+    def matrices(self) -> dict[str, Any]:
+        """The tensors that the matrices lie in, by the names that kernels give them."""
+        found: dict[str, Any] = {}
+        for name, matrix in (("gate_up", self.gate_up), ("down", self.down)):
+            found |= {name: matrix} if isinstance(matrix, torch.Tensor) else matrix.tensors(name)
+        return found
+
+    @property
     def tensors(self) -> dict[str, Any]:
         """The tensors that there are, by the names that kernels give them."""
-        named = {
-            "gate_up": self.gate_up,
-            "down": self.down,
-            "gate_up_bias": self.gate_up_bias,
-            "down_bias": self.down_bias,
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
+        return self.matrices | {name: tensor for name, tensor in biases.items() if tensor is not None}
+
+    @property
+    def quantized(self) -> tuple[Any, Any]:
+        """The fields of the Quantized that matrices are stored by, None: as they are."""
+        up, down = (None if isinstance(m, torch.Tensor) else m.key for m in (self.gate_up, self.down))
+        return up, down
 
 
 def layer_of(
@@ -58,6 +68,9 @@ def layer_of(
     """The layer that tensors make, its layout read off their shapes. Raises InputError, UnsupportedError."""
     check_tensor("experts.x", x, 2, "(tokens, hidden)")
     for name, tensor in (("gate_up_proj", gate_up), ("down_proj", down)):
+        if isinstance(tensor, QuantizedWeight):
+            tensor.check(f"experts.{name}", x)
+            continue
         check_tensor(f"experts.{name}", tensor, 3, "(experts, out, in) or (experts, in, out)")
         check_like(f"experts.{name}", tensor, x)
     for name, tensor in (("gate_up_bias", gate_up_bias), ("down_bias", down_bias)):
@@ -67,12 +80,17 @@ def layer_of(
     if (gate_up_bias is None) != (down_bias is None):
         missing = "gate_up_bias" if gate_up_bias is None else "down_bias"
         raise InputError(f"experts.{missing}", "both biases or neither", None, "Pass zeros for the other")
+    if x.dtype not in _fill_names():
+        raise InputError("experts.x", "float16, bfloat16, float32 or float64", x.dtype)
     hidden, experts = x.shape[1], gate_up.shape[0]
     if not 1 <= experts <= MOST_EXPERTS:
         raise InputError("experts.gate_up_proj", f"1 to {MOST_EXPERTS} experts", experts)
     if down.shape[0] != experts:
         raise InputError("experts.down_proj", f"{experts} experts, as gate_up_proj has", down.shape[0])
     flipped = _is_transposed(hidden, gate_up.shape, down.shape, transposed)
+    if flipped and not all(isinstance(m, torch.Tensor) for m in (gate_up, down)):
+        got = _shown(gate_up, down)
+        raise InputError("experts.gate_up_proj, down_proj", "quantised matrices (experts, out, in)", got)
     columns, inner = (gate_up.shape[2], down.shape[1]) if flipped else (gate_up.shape[1], down.shape[2])
     gated = columns == 2 * inner
     for name, bias, size in (("gate_up_bias", gate_up_bias, columns), ("down_bias", down_bias, hidden)):
@@ -109,7 +127,9 @@ def _shown(*tensors: Any) -> str:
 
 
 def _unit(matrix: Any) -> int | None:
-    """The dimension of a stack of matrices whose stride is 1."""
+    """The dimension of a stack of matrices whose stride is 1; of codes None."""
+    if not isinstance(matrix, torch.Tensor):
+        return None
     for d in (2, 1):
         if matrix.stride(d) == 1 or matrix.shape[d] == 1:
             return d
@@ -126,11 +146,13 @@ def is_layer_aligned(x: Any, layer: Layer) -> bool:
         return True
     size = x.element_size()
     rows = (layer.hidden * size) % 16 == 0 and (layer.inner * size) % 16 == 0
-    if not rows or None in layer.units:
+    pairs = list(zip((layer.gate_up, layer.down), layer.units, strict=True))
+    dense = [(matrix, unit) for matrix, unit in pairs if isinstance(matrix, torch.Tensor)]
+    if not rows or any(unit is None for _, unit in dense):
         return False
-    pairs = zip((layer.gate_up, layer.down), layer.units, strict=True)
-    ordered = [matrix if unit == 2 else matrix.transpose(1, 2) for matrix, unit in pairs]
-    return is_aligned(x) and all(map(is_aligned, ordered))
+    ordered = [matrix if unit == 2 else matrix.transpose(1, 2) for matrix, unit in dense]
+    codes = [plane for matrix, _ in pairs if isinstance(matrix, QuantizedWeight) for plane in matrix.codes]
+    return is_aligned(x) and all(map(is_aligned, ordered)) and all(c.data_ptr() % ALIGN == 0 for c in codes)
 
 
 def check_tensor(where: str, tensor: Any, rank: int, meaning: str) -> None:

@@ -17,6 +17,7 @@ from .device import precision_of, target_of
 from .layers import Layer, check_routing, is_layer_aligned, layer_of
 from .plan import Plan, _signature
 from .problem import _fill_names
+from .quantized import QuantizedWeight
 from .routing import Routing, route
 
 try:
@@ -36,8 +37,8 @@ def experts(
     x: torch.Tensor,
     topk_ids: torch.Tensor | Routing,
     topk_weights: torch.Tensor | None,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | QuantizedWeight,
+    down_proj: torch.Tensor | QuantizedWeight,
     *,
     activation: str | Callable[..., Any] = "swiglu",
     gate_up_bias: torch.Tensor | None = None,
@@ -59,7 +60,7 @@ def experts(
         topk_weights: (T, k), any float dtype.
         gate_up_proj, down_proj: (E, 2 I, H) and (E, H, I), gate first, then up, as Hugging Face and vLLM have
             them, or transposed, (E, H, 2 I) and (E, I, H); without a gate I in place of 2 I. Any strides.
-            Which layout it is, shapes tell.
+            Which layout it is, shapes tell. Or a QuantizedWeight (E, out, in), either or both.
         activation: "swiglu", "geglu", "geglu_tanh", "reglu"; "silu", "gelu", "gelu_tanh", "relu", "relu2"
         (times
             up, where there is a gate); or a function of (gate, up), or of (x), which is traced.
@@ -165,7 +166,8 @@ def launch(
 
     asked: top_k, the activation's term, and whether rows are sorted and products kept already."""
     x = values["x"]
-    facts = (asked, wanted, layer.halves, layer.transposed, layer.units, precision_of(x.device, _dtype(x)))
+    facts = (asked, wanted, layer.halves, layer.transposed, layer.units, layer.quantized)
+    facts += (precision_of(x.device, _dtype(x)),)
     key = (what, facts, tuple((name, _signature(t)) for name, t in values.items()))
     plans = driver().plans
     plan = plans.get(key)
@@ -219,17 +221,20 @@ def _plan(
         "single": entries <= SINGLE and not routed,
         "routed": routed and top_k > 0,
         "keeps": keeps,
+        "quantized": layer.quantized,
         "aligned": is_layer_aligned(x, layer),
         "precision": precision_of(x.device, _dtype(x)),
     }
 
     def make() -> Program:
+        from ..ir.quantized import Quantized
         from ..passes.moe_pipeline import compile_experts, compile_gradients
         from ..passes.moe_spec import ExpertsSpec
         from .term_expr import to_expr
 
         expr = to_expr(term, frozenset(("x0", "x1")))
-        spec = ExpertsSpec(activation=expr, target=target, **facts)
+        stored = tuple(q and Quantized(*q) for q in layer.quantized)
+        spec = ExpertsSpec(activation=expr, target=target, **{**facts, "quantized": stored})
         return compile_gradients(spec, wanted) if what == "gradients" else compile_experts(spec)
 
     executable = get_or_compile((what, term, wanted, tuple(facts.items())), make, target)
@@ -249,8 +254,8 @@ def _check_backend(backend: Any, x: Any) -> None:
 def moe(
     x: torch.Tensor,
     router_logits: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | QuantizedWeight,
+    down_proj: torch.Tensor | QuantizedWeight,
     *,
     top_k: int,
     router: str | Callable[..., Any] = "softmax",
