@@ -23,11 +23,12 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.mask import Mask as Mask
     from .frontend.moe import experts as experts
     from .frontend.moe import moe as moe
+    from .frontend.router_losses import entropy_loss as entropy_loss
     from .frontend.router_losses import importance_loss as importance_loss
     from .frontend.router_losses import load_balance_loss as load_balance_loss
     from .frontend.router_losses import z_loss as z_loss
+    from .frontend.routers import route as route
     from .frontend.routing import Routing as Routing
-    from .frontend.routing import route as route
     from .frontend.schedules import tune as tune
     from .frontend.score import ProbMod as ProbMod
     from .frontend.score import ScoreMod as ScoreMod
@@ -50,6 +51,7 @@ _NAMES: dict[str, str] = {
     "ScoreMod": "frontend.score",
     "attention": "frontend.attention",
     "compile": "frontend.kernel",
+    "entropy_loss": "frontend.router_losses",
     "experts": "frontend.moe",
     "grouped_mm": "frontend.grouped",
     "importance_loss": "frontend.router_losses",
@@ -59,7 +61,7 @@ _NAMES: dict[str, str] = {
     "moe": "frontend.moe",
     "ragged_dot": "frontend.grouped",
     "register_transformers": "frontend.huggingface",
-    "route": "frontend.routing",
+    "route": "frontend.routers",
     "sddmm": "frontend.splat",
     "sparse_softmax": "frontend.splat",
     "spmm": "frontend.splat",

@@ -13,6 +13,7 @@ try:
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.experts") from None
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_EXPERTS = 1024  # as passes.moe_spec has it
 
 

@@ -6,6 +6,7 @@ IR, and importing what that needs, happens behind a miss.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from .device import precision_of, target_of
 from .layers import Layer, check_routing, is_layer_aligned, layer_of
 from .plan import Plan, _signature
 from .problem import _fill_names
-from .routing import Routing, route
+from .routers import route
+from .routing import Routing
 
 try:
     import torch
@@ -148,7 +150,8 @@ def forward(x: Any, given: dict[str, Any], layer: Layer, term: Any, *, keeps: bo
     outputs = (("o", tuple(x.shape), x.dtype),)
     columns = layer.inner * (2 if layer.gated else 1)
     if keeps:
-        outputs += (("g", (flat["weights"].shape[0], columns), x.dtype),)
+        rows = flat.get("tokens", flat["weights"]).shape[0]
+        outputs += (("g", (rows, columns), x.dtype),)
     asked = (top_k, term, "ids" not in given, keeps)
     return launch("experts", values, outputs, layer, asked)
 
@@ -276,7 +279,4 @@ def moe(
     return experts(x, chosen, None, gate_up_proj, down_proj, activation=activation, **options)
 
 
-ROUTING = (
-    "renormalize", "correction_bias", "groups", "top_groups", "scale", "top_p", "threshold", "capacity",
-    "seed", "token_ids",
-)  # fmt: skip
+ROUTING = frozenset(inspect.signature(route).parameters) - {"router_logits", "top_k", "router"}

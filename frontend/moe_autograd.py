@@ -86,7 +86,7 @@ def gradients(
     elif layer.gate_up_bias is not None:
         values["gate_up_bias"] = layer.gate_up_bias.detach()
     if "x" in wanted:
-        values["ones"] = torch.ones(rows, dtype=wide, device=device)
+        values["ones"] = torch.ones(values["place"].shape, dtype=wide, device=device)
     if "gate_up_bias" in wanted:
         values["ones_of_rows"] = torch.ones((rows, 1), dtype=wide, device=device)
     if "down_bias" in wanted:

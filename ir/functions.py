@@ -161,6 +161,15 @@ def _word(value: Expr) -> int:
     return int(value) % 2**32
 
 
+class float_bits(_Typed):
+    """`float_bits(x)`: the bits of x rounded to float32, as a signed integer: IEEE 754's binary32.
+
+    Of numbers that are not negative, the larger one has the larger bits."""
+
+    result = "int"
+    nargs = (1,)
+
+
 class minimum(_Typed):
     """The smaller of two numbers; unlike sympy.Min it never reasons, so it stays cheap."""
 
@@ -245,7 +254,10 @@ _SYMPY_FUNCTIONS = (sympy.exp, sympy.log, sympy.sqrt, sympy.tanh, sympy.sin, sym
 FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "min": minimum,
     "max": maximum,
-    **{f.__name__: f for f in (where, read, readf, bitand, bitor, bitxor, shl, shr, random_bits, cast)},
+    **{
+        f.__name__: f
+        for f in (where, read, readf, bitand, bitor, bitxor, shl, shr, random_bits, float_bits, cast)
+    },
     **{f.__name__: f for f in (exp2, log2, sigmoid, erf, trunc)},
     **{f.__name__: f for f in _SYMPY_FUNCTIONS},
     "abs": sympy.Abs,
