@@ -13,17 +13,17 @@ from .router_step import cosine_gradients, facts_of, plain, spec_of, wide
 
 
 class ExpertChoice:
-    """tokens [E capacity], bounds [E + 1], place [T, E], scores [T, E] (, scored [T, E])."""
+    """scores [T, E], tokens [E capacity], bounds [E + 1], place [T, E] (, scored [T, E])."""
 
     def made(self, call: Arguments) -> list[Made]:
         logits, vectors = call.tensors["logits"], call.tensors.get("vectors")
         tokens, experts = logits.shape[0], logits.shape[1] if vectors is None else vectors.shape[0]
         capacity, table = call.integers["capacity"], (tokens, experts)
         found = [
+            Made("scores", table, wide(logits)),
             Made("tokens", (experts * capacity,), torch.int32),
             Made("bounds", (experts + 1,), torch.int32),
             Made("place", table, torch.int32),
-            Made("scores", table, wide(logits)),
         ]
         return found if vectors is None else [*found, Made("scored", table, wide(logits))]
 

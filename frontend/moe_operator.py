@@ -18,10 +18,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..ir.errors import UnsupportedError
 from .moe_form import MoeForm
+from .operator_vmap import each
 from .operators import is_traced
 
 LIBRARY = torch.library.Library("gossamer", "FRAGMENT")
@@ -65,7 +68,12 @@ class Step(Protocol):
 
 
 # The modules of steps, loaded when they are asked for: each holds a STEP.
-STEPS = {"route": "router_step", "expert_choice": "expert_choice_step", "experts": "experts_step"}
+STEPS = {
+    "route": "router_step",
+    "expert_choice": "expert_choice_step",
+    "groups": "group_step",
+    "experts": "experts_step",
+}
 
 
 def step_of(form: MoeForm) -> Step:
@@ -88,10 +96,23 @@ def call(
 ) -> Sequence[Tensor]:
     """The results of a step: by its operator where somebody watches, else at once."""
     if torch.compiler.is_compiling() or is_traced(tensors):
+        if not torch.compiler.is_compiling():
+            _refuse(form, tensors)
         return torch.ops.gossamer.moe(list(tensors), list(integers), list(numbers), form.text)
     if form.learns:
         return _Step.apply(form, integers, numbers, *tensors)  # type: ignore[return-value]
     return step_of(form).evaluate(_arguments(form, tensors, integers, numbers))
+
+
+def _refuse(form: MoeForm, tensors: Sequence[Tensor]) -> None:
+    """Raise UnsupportedError for gradients that torch.func asks for, and for tangents."""
+    dual = forward_ad._current_level >= 0
+    for name, tensor in zip(form.tensors, tensors, strict=True):
+        if is_gradtrackingtensor(tensor) or (dual and forward_ad.unpack_dual(tensor).tangent is not None):
+            raise UnsupportedError(
+                f"{form.kind}: {name} is inside torch.func.grad, jvp or the like, which are not built for "
+                "layers of experts. Use torch.autograd.grad"
+            )
 
 
 def learns(tensors: Sequence[Tensor | None]) -> bool:
@@ -200,8 +221,25 @@ def _backward(ctx: Any, slopes: Any) -> tuple[Any, ...]:
     def compute(tensors: Any, integers: Any, numbers: Any, form: MoeForm, *rest: Any) -> Sequence[Tensor]:
         return torch.ops.gossamer.moe_backward(tensors, integers, numbers, form.text, *rest)
 
-    needs = ctx.needs_input_grad[0]
-    return _gradients(ctx, slopes, needs, compute), None, None, None
+    none = [
+        None if numbers else [] for numbers in ctx.call[:2]
+    ]  # torch takes an empty list for one of tensors
+    return _gradients(ctx, slopes, ctx.needs_input_grad[0], compute), *none, None
 
 
 torch.library.register_autograd(FORWARD, _backward, setup_context=_setup, lib=LIBRARY)
+
+
+# torch.func -----------------------------------------------------------------------------------------
+
+
+def _vmap(info: Any, dims: Any, *arguments: Any) -> tuple[list[Tensor], list[int]]:
+    return each(torch.ops.gossamer.moe, info.batch_size, dims, arguments)
+
+
+def _vmap_backward(info: Any, dims: Any, *arguments: Any) -> tuple[list[Tensor], list[int]]:
+    return each(torch.ops.gossamer.moe_backward, info.batch_size, dims, arguments)
+
+
+torch.library.register_vmap(FORWARD, _vmap, lib=LIBRARY)
+torch.library.register_vmap(BACKWARD, _vmap_backward, lib=LIBRARY)

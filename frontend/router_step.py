@@ -67,13 +67,13 @@ def results(values: Any, made: list[Made]) -> list[Tensor]:
 
 
 class Router:
-    """ids and weights [T, top_k]; `scored` [T, E], the logits, where they are made of features; `chosen`
+    """weights and ids [T, top_k]; `scored` [T, E], the logits, where they are made of features; `chosen`
     [T, top_k], ids before a table or a limit changed them, where a gradient may be asked for."""
 
     def made(self, call: Arguments) -> list[Made]:
         logits, facts = call.tensors["logits"], call.facts
         tokens, by_token = logits.shape[0], (logits.shape[0], facts["top_k"])
-        found = [Made("ids", by_token, torch.int32), Made("weights", by_token, wide(logits))]
+        found = [Made("weights", by_token, wide(logits)), Made("ids", by_token, torch.int32)]
         if "vectors" in call.tensors:
             found.append(Made("scored", (tokens, call.tensors["vectors"].shape[0]), wide(logits)))
         if call.form.learns and (facts.get("limited") or facts.get("remapped")):

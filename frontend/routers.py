@@ -158,7 +158,7 @@ def route(
         facts["limited"], integers["capacity"] = capacity_order, capacity
     learning = router != "random" and learns([t for n, t in tensors.items() if n in LEARNT])
     form = MoeForm("route", tuple(tensors), tuple(integers), tuple(numbers), tuple(facts.items()), learning)
-    ids, weights, *rest = call(form, [*tensors.values()], [*integers.values()], [*numbers.values()])
+    weights, ids, *rest = call(form, [*tensors.values()], [*integers.values()], [*numbers.values()])
     chosen = Routing.from_topk(ids, weights, experts)
     if expert_vectors is not None:
         chosen.logits = rest[0]
@@ -181,7 +181,7 @@ def _expert_choice(tensors: dict[str, Any], top_k: int, capacity: int) -> Routin
     facts = (("top_k", top_k), ("renormalize", False), ("scoring", "softmax"), ("term", None))
     learning = learns([*tensors.values()])
     form = MoeForm("expert_choice", tuple(tensors), ("capacity",), (), facts, learning)
-    rows, bounds, place, scores, *rest = call(form, [*tensors.values()], [capacity])
+    scores, rows, bounds, place, *rest = call(form, [*tensors.values()], [capacity])
     chosen = Routing.chosen(rows, bounds, place, scores)
     chosen.logits = rest[0] if rest else None
     return chosen
@@ -259,6 +259,7 @@ def _check(name: str, tensor: Any, shape: tuple[Any, ...], like: Any = None) -> 
     check_tensor(f"route.{name}", tensor, len(shape), f"{shape}")
     if any(wanted is not None and wanted != n for wanted, n in zip(shape, tensor.shape, strict=True)):
         shown = ", ".join("any" if n is None else str(n) for n in shape)
+        shown += "," * (len(shape) == 1)
         raise InputError(f"route.{name}", f"shape ({shown})", tuple(tensor.shape))
     if like is not None and tensor.dtype not in FLOATS:
         raise InputError(f"route.{name}", "float16, bfloat16, float32 or float64", tensor.dtype)

@@ -3,22 +3,16 @@ gives can be inspected, edited and passed to `gossamer.experts`."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError
-from ..runtime.driver import get_or_compile
-from .device import target_of
+from .moe_form import MoeForm
+from .moe_operator import call
 
 try:
     import torch
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.route") from None
-
-if TYPE_CHECKING:
-    from ..ir.kernel import Program
-
-GROUPED = 512  # entries that one program sorts
 
 
 class Routing:
@@ -200,28 +194,6 @@ class Routing:
 
 def grouped(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
     """tokens (T k,), bounds (E + 1,) and place (T, k) of ids, as ir/ragged.py defines them."""
-    from .prepare import allocate
-
-    flat = topk_ids.reshape(-1)
-    entries, device = flat.shape[0], topk_ids.device
-    tokens, place = (torch.empty(entries, dtype=torch.int32, device=device) for _ in range(2))
-    bounds = torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
-    if entries:
-        ids = "i64" if flat.dtype == torch.int64 else "i32"
-        target = target_of(device)
-        facts = (num_experts, topk_ids.shape[1], ids, entries <= GROUPED)
-
-        def make() -> Program:
-            from ..ir.expr import real
-            from ..passes.moe_pipeline import compile_groups
-            from ..passes.moe_spec import ExpertsSpec
-
-            spec = ExpertsSpec(
-                *facts[:2], 1, 1, real("x0"), None, routing=(ids, "f32"), single=facts[3], target=target
-            )
-            return compile_groups(spec)
-
-        values = {"ids": flat, "tokens": tokens, "bounds": bounds, "place": place}
-        executable = get_or_compile(("groups", facts), make, target)
-        executable(values, allocate=partial(allocate, device=device))
-    return tokens, bounds, place.reshape(topk_ids.shape)
+    form = MoeForm("groups", ("ids",), facts=(("experts", num_experts),))
+    tokens, bounds, place = call(form, [topk_ids])
+    return tokens, bounds, place
