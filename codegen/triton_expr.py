@@ -236,7 +236,7 @@ class Speller:
 
     def _float_bits(self, expr: Expr) -> Value:
         value = self.convert(self.number(expr.args[0], floating=True), "f32")
-        return Value(f"{value.at(ATOM)}.to(tl.int32, bitcast=True)", "i32", value.axes)
+        return replace(value, text=f"tl.cast({value.text}, tl.int32, bitcast=True)", dtype="i32", level=ATOM)
 
     def _divide(self, expr: Any) -> Value:
         a, b = expr.args
