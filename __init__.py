@@ -26,11 +26,12 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.quantize import quantize as quantize
     from .frontend.quantize import quantize_experts as quantize_experts
     from .frontend.quantized import QuantizedWeight as QuantizedWeight
+    from .frontend.router_losses import entropy_loss as entropy_loss
     from .frontend.router_losses import importance_loss as importance_loss
     from .frontend.router_losses import load_balance_loss as load_balance_loss
     from .frontend.router_losses import z_loss as z_loss
+    from .frontend.routers import route as route
     from .frontend.routing import Routing as Routing
-    from .frontend.routing import route as route
     from .frontend.schedules import tune as tune
     from .frontend.score import ProbMod as ProbMod
     from .frontend.score import ScoreMod as ScoreMod
@@ -54,6 +55,7 @@ _NAMES: dict[str, str] = {
     "ScoreMod": "frontend.score",
     "attention": "frontend.attention",
     "compile": "frontend.kernel",
+    "entropy_loss": "frontend.router_losses",
     "experts": "frontend.moe",
     "grouped_mm": "frontend.grouped",
     "importance_loss": "frontend.router_losses",
@@ -65,7 +67,7 @@ _NAMES: dict[str, str] = {
     "quantize_experts": "frontend.quantize",
     "ragged_dot": "frontend.grouped",
     "register_transformers": "frontend.huggingface",
-    "route": "frontend.routing",
+    "route": "frontend.routers",
     "sddmm": "frontend.splat",
     "sparse_softmax": "frontend.splat",
     "spmm": "frontend.splat",
