@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.kernel import AttentionSpec as AttentionSpec
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
+    from .frontend.linear import linear_attention as linear_attention
     from .frontend.mask import Mask as Mask
     from .frontend.moe import experts as experts
     from .frontend.moe import moe as moe
@@ -54,6 +55,7 @@ _NAMES: dict[str, str] = {
     "grouped_mm": "frontend.grouped",
     "importance_loss": "frontend.router_losses",
     "jit": "frontend.jit",
+    "linear_attention": "frontend.linear",
     "load": "frontend.kernel",
     "load_balance_loss": "frontend.router_losses",
     "moe": "frontend.moe",
@@ -69,6 +71,7 @@ _NAMES: dict[str, str] = {
 
 # Public module -> the module it is another name of, as ``os.path`` is of ``posixpath``.
 _MODULES = {
+    "feature_maps": "frontend.feature_maps",
     "flex": "frontend.flex",
     "jax": "frontend.jax_face",
     "masks": "frontend.masks",

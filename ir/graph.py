@@ -45,7 +45,7 @@ What `fuse` makes of them; passes attach their plans. `sinks`: whether an operan
     grad_columns the gradients of k and v
     grad_captures  the gradients of captured tensors, `of` a map
 
-Operations over rows in groups (experts): ir/ragged.py.
+Operations over rows in groups (experts): ir/ragged.py. Linear attention: ir/linear.py.
 
 Runtime numbers and captured tensors of a mask, then of a score map, then of a probability map, are
 further operands, in the order in which these name them. Semantics: graph_interpret.py; rules:

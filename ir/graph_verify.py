@@ -18,6 +18,7 @@ from . import gradient_shapes as gradients
 from .errors import VerifyError
 from .graph import Extent, Graph, Op, Value
 from .graph_text import FORMATS, op_text
+from .linear_verify import SHAPES as LINEAR
 from .mask import Mask
 from .ragged_verify import SHAPES as RAGGED
 from .score import ProbMap, ScoreMap
@@ -301,6 +302,7 @@ SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
     "weigh": _weigh,
     "column_sums": _column_sums,
     **RAGGED,
+    **LINEAR,
     **gradients.SHAPES,
 }
 """For each kind of operation, the shapes of its results; checks operands and attributes on the way."""
