@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
     from .frontend.linear import linear_attention as linear_attention
+    from .frontend.low_rank import flurka as flurka
+    from .frontend.low_rank import flurka_orders as flurka_orders
     from .frontend.mask import Mask as Mask
     from .frontend.moe import experts as experts
     from .frontend.moe import moe as moe
@@ -52,6 +54,8 @@ _NAMES: dict[str, str] = {
     "attention": "frontend.attention",
     "compile": "frontend.kernel",
     "experts": "frontend.moe",
+    "flurka": "frontend.low_rank",
+    "flurka_orders": "frontend.low_rank",
     "grouped_mm": "frontend.grouped",
     "importance_loss": "frontend.router_losses",
     "jit": "frontend.jit",

@@ -5,51 +5,22 @@ The hot path touches keys only, as that of `gossamer.experts` does.
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError
-from ..runtime.driver import driver, get_or_compile
-from ..runtime.knobs import NUM_THREADS
 from . import feature_maps
-from .device import precision_of, target_of
-from .feature_maps import FeatureMap
 from .layers import check_tensor
-from .plan import Plan, _signature
-from .problem import _fill_names, is_aligned
+from .linear_launch import Settings, attend
+from .problem import _fill_names
 
 try:
     import torch
-    from torch.autograd.function import once_differentiable
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.linear_attention") from None
 
-if TYPE_CHECKING:
-    from ..ir.kernel import Program
-
 BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
 WIDEST = 1024
-ROWS = {"cpu": 32, "cuda": 64}  # of a chunk, as passes/linear_schedule.py has them
-PROGRAMS = 528  # that fill a GPU: four for each of its multiprocessors
-LEAST = 4  # chunks of a segment at least
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What a call asks for, besides its tensors."""
-
-    q_map: FeatureMap
-    k_map: FeatureMap
-    causal: bool
-    eps: float | None
-    initial: bool
-    final: bool
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return self.q_map.key, self.k_map.key, self.causal, self.eps, self.initial, self.final
 
 
 def linear_attention(
@@ -117,14 +88,14 @@ def linear_attention(
         expected = f"rows of one size for q and k, 1 to {WIDEST}"
         raise InputError("linear_attention.key", expected, f"{rows_q.shape[3]} and {rows_k.shape[3]}")
     states = _states(initial_state, rows_k, value, len(k_map.parts), normalize)
-    settings = _Settings(
+    settings = Settings(
         q_map, k_map, bool(causal), float(eps) if normalize else None, bool(states), bool(return_state)
     )
     empty = 0 in (*query.shape, *key.shape, *value.shape)
     if backend == "reference" or empty:
         found = reference(rows_q, rows_k, value, states, settings)
     else:
-        found = _attend(rows_q, rows_k, value, states, settings)
+        found = attend(rows_q, rows_k, value, states, settings)
     if not return_state:
         return found[0]
     return found[0], (found[1:] if normalize else found[1])
@@ -189,14 +160,12 @@ def _states(given: Any, k: Any, v: Any, parts: int, normalize: bool) -> tuple[to
 # the formula ------------------------------------------------------------------------------------------
 
 
-def reference(q: Any, k: Any, v: Any, states: tuple[Any, ...], settings: _Settings) -> tuple[Any, ...]:
+def reference(q: Any, k: Any, v: Any, states: tuple[Any, ...], settings: Settings) -> tuple[Any, ...]:
     """The formula over all pairs in float64, differentiable: (out, *new states), rounded at the end."""
     return plain(q, k, v, states, settings, torch.float64)
 
 
-def plain(
-    q: Any, k: Any, v: Any, states: tuple[Any, ...], settings: _Settings, dtype: Any
-) -> tuple[Any, ...]:
+def plain(q: Any, k: Any, v: Any, states: tuple[Any, ...], settings: Settings, dtype: Any) -> tuple[Any, ...]:
     """The formula over all pairs by torch in some dtype. q and k: prepared rows."""
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     repeat = q.shape[1] // max(1, k.shape[1])
@@ -219,142 +188,3 @@ def plain(
             (n if not states else n + s.to(dtype)).to(wide) for n, s in zip(new, states or new, strict=True)
         ]
     return tuple(found)
-
-
-# kernels ----------------------------------------------------------------------------------------------
-
-NAMES: tuple[str, ...] = ("q", "k", "v", "state", "sums")
-
-
-def _attend(q: Any, k: Any, v: Any, states: tuple[Any, ...], settings: _Settings) -> tuple[Any, ...]:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *states)):
-        return _Linear.apply(settings, q, k, v, *states)
-    return _forward(dict(zip(NAMES, (q, k, v, *states), strict=False)), settings, keeps=False)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, settings: _Settings, *tensors: Any) -> tuple[Any, ...]:
-        values = dict(zip(NAMES, tensors, strict=False))
-        found = _forward(values, settings, keeps=True)
-        normalised = settings.eps is not None
-        o, den, new = (found[0], found[1:2], found[2:]) if normalised else (found[0], (), found[1:])
-        ctx.settings, ctx.count = settings, len(tensors)
-        ctx.save_for_backward(*tensors, *((o, *den) if normalised else ()))
-        return (o, *new)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        values = dict(zip(NAMES, saved[: ctx.count], strict=False))
-        values |= dict(zip(("o", "den"), saved[ctx.count :], strict=False))
-        values |= dict(zip(("do", "dnew_state", "dnew_sums"), grads, strict=False))
-        asked = zip(NAMES, ctx.needs_input_grad[1:], strict=False)
-        wanted = tuple(name for name, needed in asked if needed)
-        found = dict(zip(wanted, _gradients(values, ctx.settings, wanted), strict=True))
-        return (None, *(found.get(name) for name in NAMES[: ctx.count]))
-
-
-def _forward(values: dict[str, Any], settings: _Settings, *, keeps: bool) -> tuple[torch.Tensor, ...]:
-    q, k, v = (values[name] for name in ("q", "k", "v"))
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    outputs: list[tuple[str, tuple[int, ...], Any]] = [("o", (*q.shape[:3], v.shape[3]), q.dtype)]
-    normalised = settings.eps is not None
-    if keeps and normalised:
-        outputs.append(("den", tuple(q.shape[:3]), wide))
-    if settings.final:
-        state = (*k.shape[:2], k.shape[3] * len(settings.k_map.parts), v.shape[3])
-        outputs.append(("new_state", state, wide))
-        if normalised:
-            outputs.append(("new_sums", state[:3], wide))
-    return _launch(values, tuple(outputs), settings, keeps, ())
-
-
-def _gradients(
-    values: dict[str, Any], settings: _Settings, wanted: tuple[str, ...]
-) -> tuple[torch.Tensor, ...]:
-    outputs = tuple((f"d{name}", tuple(values[name].shape), values[name].dtype) for name in wanted)
-    return _launch(values, outputs, settings, True, wanted)
-
-
-def _launch(
-    values: dict[str, Any],
-    outputs: tuple[tuple[str, tuple[int, ...], Any], ...],
-    settings: _Settings,
-    keeps: bool,
-    wanted: tuple[str, ...],
-) -> tuple[torch.Tensor, ...]:
-    values = {name: _plain(tensor) for name, tensor in values.items()}
-    q = values["q"]
-    dtype = _fill_names()[q.dtype]
-    facts = (settings.key, keeps, wanted, precision_of(q.device, dtype), NUM_THREADS.get())
-    key = ("linear", facts, tuple((name, _signature(t)) for name, t in values.items()))
-    plans = driver().plans
-    plan = plans.get(key)
-    if plan is None:
-        plan = _plan(values, outputs, settings, keeps, wanted)
-        plans.put(key, plan)
-    return plan(values)
-
-
-def _plain(tensor: Any) -> Any:
-    """A tensor that kernels can read: its rows are contiguous."""
-    tensor = tensor.detach().resolve_neg()
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _plan(
-    values: dict[str, Any], outputs: Any, settings: _Settings, keeps: bool, wanted: tuple[str, ...]
-) -> Plan:
-    from ..runtime.executable import Contiguous
-    from .prepare import allocate
-
-    q, k, v = (values[name] for name in ("q", "k", "v"))
-    target, dtype = target_of(q.device), _fill_names()[q.dtype]
-    span = _span(q, k)
-    facts = {
-        "dtype": dtype,
-        "qk_size": q.shape[3],
-        "v_size": v.shape[3],
-        "causal": settings.causal,
-        "eps": settings.eps,
-        "initial": settings.initial,
-        "final": settings.final,
-        "keeps": keeps,
-        "grouped": q.shape[1] != k.shape[1],
-        "split": span > 0,
-        "aligned": q.device.type == "cpu" or all(is_aligned(t) for t in values.values() if t.dim() == 4),
-        "precision": precision_of(q.device, dtype),
-    }
-
-    def make() -> Program:
-        from ..ir.linear import FeatureMap as Features
-        from ..passes.linear_pipeline import compile_linear, compile_linear_gradients
-        from ..passes.linear_spec import LinearSpec
-        from .term_expr import to_expr
-
-        maps = []
-        for one in (settings.q_map, settings.k_map):
-            parts = tuple(to_expr(part, frozenset(("x0",))) for part in one.parts)
-            maps.append(Features(parts, one.softmax))
-        spec = LinearSpec(*maps, target=target, **facts)
-        return compile_linear_gradients(spec, wanted) if wanted else compile_linear(spec)
-
-    quick = ("linear", settings.q_map.key, settings.k_map.key, wanted, tuple(facts.items()))
-    executable = get_or_compile(quick, make, target)
-    stand_ins: dict[str, Any] = {name: Contiguous(shape) for name, shape, _ in outputs}
-    numbers = {"span": span} if span else {}
-    bound = executable.bind({**values, **stand_ins, **numbers}, allocate=partial(allocate, device=q.device))
-    return Plan(bound, outputs, q.device)
-
-
-def _span(q: Any, k: Any) -> int:
-    """Chunks of a segment; 0 where heads alone keep the device busy, or sequences are short."""
-    cpu = q.device.type == "cpu"
-    chunks = -(-max(q.shape[2], k.shape[2]) // ROWS[q.device.type])
-    programs = (NUM_THREADS.get() or os.cpu_count() or 1) if cpu else PROGRAMS
-    heads = k.shape[0] * k.shape[1]
-    if 2 * heads >= programs or chunks < 2 * LEAST:
-        return 0
-    return max(LEAST, -(-chunks * heads // programs))
