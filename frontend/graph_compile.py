@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import GossamerError
+from .adapters import adapted_parts
 from .graph_attention import find_attention
 from .graph_create import CREATIONS
 from .graph_inline import is_whole, write_out
@@ -35,7 +36,7 @@ _PRODUCTS = ("softmax", "matmul", "bmm", "mm", "einsum", "baddbmm", "scaled_dot_
 
 def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled | Left]]:
     """The graph with everything that can be proven equal replaced, and what was found."""
-    parts: list[Compiled | Left] = list(_written_out(module.graph))
+    parts: list[Compiled | Left] = [*adapted_parts(module.graph), *_written_out(module.graph)]
     reader = Reader(module.graph)
     for kind, (find, replace) in KINDS.items():
         for node, match in list(find(reader, module.graph)):

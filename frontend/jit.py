@@ -19,6 +19,7 @@ try:
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.jit") from None
 
+from . import adapt_bigbird, adapt_experts, adapt_longformer  # noqa: F401  they register themselves
 from .graph_compile import compile_graph
 from .graph_report import Findings
 from .report import Report
@@ -62,15 +63,19 @@ def backend_of(findings: Findings) -> Callable[..., Any]:
 
     def gossamer(graph: torch.fx.GraphModule, example_inputs: Any, **options: Any) -> Callable[..., Any]:
         compiled, parts = compile_graph(graph)
-        findings.pieces[_piece(graph)] = parts
+        findings.add(_piece(graph), parts)
         return compiled.forward
 
+    gossamer.findings = findings  # type: ignore[attr-defined]  # for adapters, while a program is captured
     return gossamer
 
 
 def backend(graph: torch.fx.GraphModule, example_inputs: Any, **options: Any) -> Callable[..., Any]:
     """`torch.compile(backend="gossamer")`."""
     return backend_of(Findings())(graph, example_inputs, **options)
+
+
+backend.findings = Findings()  # type: ignore[attr-defined]  # that nobody asks for
 
 
 def _piece(graph: torch.fx.GraphModule) -> Any:
