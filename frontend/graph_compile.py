@@ -12,6 +12,8 @@ from ..ir.errors import GossamerError
 from .adapters import adapted_parts
 from .graph_attention import find_attention
 from .graph_create import CREATIONS
+from .graph_expert_site import replace_experts
+from .graph_experts import find_experts
 from .graph_inline import is_whole, write_out
 from .graph_match import Attention
 from .graph_memory import Memory
@@ -225,4 +227,7 @@ def sweep(graph: fx.Graph, memory: Memory) -> None:
 _PURE = frozenset((*CREATIONS, *VIEWS, *FUNCTIONS, *METHODS, *_PRODUCTS))
 
 # Kind -> (what finds it: nodes that stand for it, with a match or why it is left alone; what replaces it).
-KINDS: dict[str, tuple[Find, Replace]] = {"attention": (find_attention, replace_attention)}
+KINDS: dict[str, tuple[Find, Replace]] = {
+    "attention": (find_attention, replace_attention),
+    "experts": (find_experts, replace_experts),
+}

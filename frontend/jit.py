@@ -50,7 +50,8 @@ def jit(target: Any = None, *, dynamic: bool | None = None, fullgraph: bool = Fa
     if not callable(target):
         raise InputError("gossamer.jit", "a torch.nn.Module or a function", type(target).__name__)
     findings = Findings()
-    compiled: Any = torch.compile(target, backend=backend_of(findings), dynamic=dynamic, fullgraph=fullgraph)
+    capture = torch._dynamo.optimize(backend_of(findings), nopython=fullgraph, dynamic=dynamic)
+    compiled: Any = capture(target)
     if isinstance(target, torch.nn.Module):
         compiled.__dict__["report"] = findings.report  # beside the attributes that it forwards to the module
     else:
@@ -67,7 +68,21 @@ def backend_of(findings: Findings) -> Callable[..., Any]:
         return compiled.forward
 
     gossamer.findings = findings  # type: ignore[attr-defined]  # for adapters, while a program is captured
+    gossamer.backend_ctx_ctor = _Settings  # type: ignore[attr-defined]
     return gossamer
+
+
+class _Settings:
+    """How torch captures programs for us: operations whose sizes depend on data, such as `torch.where` of one
+    argument in loops over experts, end no graph."""
+
+    change = staticmethod(torch._dynamo.config._make_closure_patcher(capture_dynamic_output_shape_ops=True))
+
+    def __enter__(self) -> None:
+        self.back = self.change()
+
+    def __exit__(self, *_: Any) -> None:
+        self.back()
 
 
 def backend(graph: torch.fx.GraphModule, example_inputs: Any, **options: Any) -> Callable[..., Any]:
