@@ -48,7 +48,9 @@ def compute(
         return x.view(batch, length, module.num_attention_heads, -1).transpose(1, 2)
 
     query, key, value = (heads(f(hidden)) for f in (module.query, module.key, module.value))
-    mask, weigh = of_drawn_blocks(module, length, hidden.device) if module.training else of_first_block(module, length)
+    mask, weigh = (
+        of_drawn_blocks(module, length, hidden.device) if module.training else of_first_block(module, length)
+    )
     whole = hidden.device.type == "cpu" and bool(to_mask.all())
     added = (1.0 - to_mask[:, 0, 0]) * PENALTY
 
@@ -56,7 +58,7 @@ def compute(
         score = score + weigh(h, q, k)
         return score if whole else score + added[b, k]
 
-    out = attention(query, key, value, mask=mask, score_mod=score_mod)
+    out: Any = attention(query, key, value, mask=mask, score_mod=score_mod)
     return (out * from_mask).transpose(1, 2).reshape(batch, length, -1)
 
 

@@ -40,7 +40,7 @@ def compute(module: Any, hidden: torch.Tensor, kinds: torch.Tensor) -> torch.Ten
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.view(batch, -1, module.num_heads, module.head_dim).transpose(1, 2)
 
-    def joined(x: torch.Tensor) -> torch.Tensor:
+    def joined(x: Any) -> torch.Tensor:
         return x.transpose(1, 2).reshape(batch, -1, size)
 
     query, key, value = (heads(f(hidden)) for f in (module.query, module.key, module.value))

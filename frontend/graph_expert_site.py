@@ -1,4 +1,4 @@
-"""A mixture of experts of a captured graph at run time, and how it takes the place of what the program wrote."""
+"""A mixture of experts of a captured graph at run time, and how it takes the place of what stood there."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from .graph_constant import identity
-from .graph_experts import Experts
+from .graph_expert import Experts, Network
+from .graph_memory import Memory
 from .graph_ops import Operation, operation, value_of
 from .graph_product import Product
-from .graph_tensor import LeftAlone, Reader
+from .graph_tensor import LeftAlone, Reader, same_size
 from .moe import experts
 from .term import Term
 
@@ -33,7 +34,9 @@ class ExpertSite:
         self.__name__ = "gossamer_experts"
 
     def __call__(self, x: Any, ids: Any, weights: Any, matrices: Any, biases: Any) -> torch.Tensor:
-        given = [t for part in (*matrices, *biases) for t in (part if isinstance(part, (list, tuple)) else [part])]
+        given = [
+            t for part in (*matrices, *biases) for t in (part if isinstance(part, (list, tuple)) else [part])
+        ]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
         key = None if learns else tuple((identity(t), t.data_ptr()) for t in given)
         if key is None or self.kept[0] != key or any(place is None for place, _ in key):
@@ -61,7 +64,7 @@ def _stacked(part: Any, order: Sequence[int]) -> torch.Tensor:
 
 def replace_experts(graph: fx.Graph, reader: Reader, match: Experts) -> None:
     """Put an ExpertSite in the place of experts. Raises LeftAlone, and changes nothing then."""
-    _check(match)
+    _check(match, reader.memory)
     first, root = match.networks[0], match.root
     products = [[*n.firsts, n.second] for n in match.networks]
     matrices: list[Any] = []
@@ -73,8 +76,6 @@ def replace_experts(graph: fx.Graph, reader: Reader, match: Experts) -> None:
     biases = [[p.bias for p in column] for column in zip(*products, strict=True)]
     if any((b is None) != (biases[0][0] is None) for column in biases for b in column):
         raise LeftAlone("some of its products have a bias, and some have none")
-    for node in (match.x, match.ids, match.weights):
-        reader.check(node, match.node)
     site = ExpertSite(first.activation, first.halves, orders)
     given = (match.x, match.ids, match.weights, matrices, biases if biases[0][0] is not None else [])
     with graph.inserting_after(match.node):
@@ -89,21 +90,41 @@ def replace_experts(graph: fx.Graph, reader: Reader, match: Experts) -> None:
     _erase(graph, reader, match)
 
 
-def _check(match: Experts) -> None:
-    """Raise LeftAlone for dtypes that kernels do not take, and where gradients stop inside."""
-    x, dtypes = value_of(match.x), set()
-    for network in match.networks:
-        for product in (*network.firsts, network.second):
-            dtypes |= {value_of(product.matrix).dtype, value_of(product.node).dtype}
-            source, matrix = value_of(product.source), value_of(product.matrix)
-            if value_of(product.node).requires_grad != (source.requires_grad or matrix.requires_grad) and (
-                torch.is_grad_enabled() or value_of(match.node).requires_grad
-            ):
-                raise LeftAlone("gradients stop inside it")
-    if dtypes != {x.dtype} or x.dtype not in FLOATS or value_of(match.node).dtype != x.dtype:
+def _check(match: Experts, memory: Memory) -> None:
+    """Raise LeftAlone for types that kernels do not take, for gradients that stop inside, and for inputs that
+    are written to between the node that made them and the result."""
+    x, ids, weights, out = map(value_of, (match.x, match.ids, match.weights, match.node))
+    products = [p for n in match.networks for p in (*n.firsts, n.second)]
+    dtypes = {value_of(node).dtype for p in products for node in (p.node, p.matrix)}
+    if dtypes != {x.dtype} or x.dtype not in FLOATS or out.dtype != x.dtype:
         raise LeftAlone("its tokens, products and matrices have different dtypes, or no floats")
-    if value_of(match.ids).dtype not in (torch.int32, torch.int64) or value_of(match.ids).dim() != 2:
+    if ids.dtype not in (torch.int32, torch.int64) or ids.dim() != 2:
         raise LeftAlone("its ids are no integers (T, k)")
+    if weights.dim() != 2 or not all(map(same_size, weights.shape, ids.shape)):
+        raise LeftAlone("its weights have another shape than its ids")
+    inputs = {match.x, match.ids, match.weights, *(p.matrix for p in products)}
+    for node in inputs | {p.bias for p in products if p.bias is not None}:
+        first, last = memory.place[node], memory.place[match.node]
+        if any(first < memory.place[w] <= last for w in memory.writes[memory.group[node]]):
+            raise LeftAlone(f"{node.name} is written in place before its end")
+    if out.requires_grad and not all(_flows(node, match) for node in match.networks):
+        raise LeftAlone("gradients stop inside it")
+    if out.requires_grad and any(value_of(s).requires_grad != weights.requires_grad for s in match.scales):
+        raise LeftAlone("gradients of its weights stop inside it")
+
+
+def _flows(network: Network, match: Experts) -> bool:
+    """Whether every step of an expert needs gradients if what it is computed from does."""
+    for p in (*network.firsts, network.second):
+        given = [node for node in (p.source, p.matrix, p.bias) if node is not None]
+        if _learns(p.node) != any(map(_learns, given)):
+            return False
+    sources = [_learns(p.source) == _learns(match.x) for p in network.firsts]
+    return all(sources) and _learns(network.second.source) == any(_learns(p.node) for p in network.firsts)
+
+
+def _learns(node: fx.Node) -> bool:
+    return value_of(node).requires_grad
 
 
 def _matrices(reader: Reader, column: Sequence[Product], at: fx.Node) -> tuple[Any, Sequence[int]]:

@@ -1,4 +1,4 @@
-"""gossamer.jit: mixtures of experts found however programs spell them, and left alone where they are others."""
+"""gossamer.jit: mixtures of experts found however programs spell them, left alone where they are others."""
 
 import pytest
 import torch
@@ -163,8 +163,8 @@ def test_matrices_of_modules_are_put_together_again_when_they_change():
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(f(x), block(x))
-            block.experts[1].w1.weight.mul_(2)
-            block.experts[2].w2.weight.data = torch.randn(H, INNER)
+            block.get_parameter("experts.1.w1.weight").mul_(2)
+            block.get_parameter("experts.2.w2.weight").data = torch.randn(H, INNER)
 
 
 # ---- what is left alone ----
