@@ -234,6 +234,10 @@ class Speller:
         value = self._helper("random_bits", [self.integer(a) for a in expr.args])
         return replace(value, dtype="i32")
 
+    def _float_bits(self, expr: Expr) -> Value:
+        value = self.convert(self.number(expr.args[0], floating=True), "f32")
+        return replace(value, text=f"tl.cast({value.text}, tl.int32, bitcast=True)", dtype="i32", level=ATOM)
+
     def _divide(self, expr: Any) -> Value:
         a, b = expr.args
         remainder = isinstance(expr, ex.floormod)
@@ -372,6 +376,7 @@ class Speller:
         (sympy.tanh, _tanh),
         (ex.trunc, _trunc),
         (ex.random_bits, _random_bits),
+        (ex.float_bits, _float_bits),
         (tuple(_UNARY), _unary),
         ((ex.floordiv, ex.floormod), _divide),
         (tuple(_BITWISE), _bits),

@@ -126,6 +126,8 @@ def _function(expr: E.Expr, parts: list[Compiled], floats: type) -> Compiled:
             return lambda v: divide(_int(a(v)), _divisor(b(v), text))
         case E.random_bits():
             return lambda v: random_bits(*(_int(p(v)) for p in parts))
+        case E.float_bits():
+            return lambda v: np.asarray(parts[0](v), np.float32).view(np.int32).astype(np.int64)
         case sympy.Abs():
             return lambda v: np.abs(_number(parts[0](v)))
         case sympy.floor():

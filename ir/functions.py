@@ -157,6 +157,13 @@ class random_bits(_Typed):
         return sympy.Integer(int(philox(*map(_word, (key, x, y))))) if _ints(key, x, y) else None
 
 
+class float_bits(_Typed):
+    """`float_bits(x)`: the 32 bits of x, rounded to f32, as a signed integer (IEEE 754, binary32)."""
+
+    result = "int"
+    nargs = (1,)
+
+
 def _word(value: Expr) -> int:
     return int(value) % 2**32
 
@@ -245,7 +252,8 @@ _SYMPY_FUNCTIONS = (sympy.exp, sympy.log, sympy.sqrt, sympy.tanh, sympy.sin, sym
 FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "min": minimum,
     "max": maximum,
-    **{f.__name__: f for f in (where, read, readf, bitand, bitor, bitxor, shl, shr, random_bits, cast)},
+    **{f.__name__: f for f in (where, read, readf, bitand, bitor, bitxor, shl, shr, cast)},
+    **{f.__name__: f for f in (random_bits, float_bits)},
     **{f.__name__: f for f in (exp2, log2, sigmoid, erf, trunc)},
     **{f.__name__: f for f in _SYMPY_FUNCTIONS},
     "abs": sympy.Abs,
