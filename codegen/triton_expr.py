@@ -239,6 +239,10 @@ class Speller:
         value = self._helper("random_bits", [self.integer(a) for a in expr.args])
         return replace(value, dtype="i32")
 
+    def _bits_of_float(self, expr: Expr) -> Value:
+        value = self.convert(self.number(expr.args[0], floating=True), "f32")
+        return replace(value, text=f"tl.cast({value.text}, tl.int32, bitcast=True)", dtype="i32", level=ATOM)
+
     def _divide(self, expr: Any) -> Value:
         a, b = expr.args
         remainder = isinstance(expr, ex.floormod)
@@ -378,6 +382,7 @@ class Speller:
         (ex.trunc, _trunc),
         (ex.float_of_bits, _float_of_bits),
         (ex.random_bits, _random_bits),
+        (ex.bits_of_float, _bits_of_float),
         (tuple(_UNARY), _unary),
         ((ex.floordiv, ex.floormod), _divide),
         (tuple(_BITWISE), _bits),

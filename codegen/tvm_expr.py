@@ -297,6 +297,10 @@ class Printer(Typing):
         key, x, y = (self._to(w, "uint32").text for w in words)
         return Text(random_bits(key, x, y, self.let), "int32", any(w.varying for w in words))
 
+    def _bits_of_float(self, expr: Expr) -> Text:
+        value = self._to(self._float(self._print(expr.args[0])), "float32")
+        return Text(f'T.reinterpret("int32", {value.text})', "int32", value.varying)
+
     # choice ---------------------------------------------------------------------------------------
 
     def _minimum(self, expr: Expr) -> Text:

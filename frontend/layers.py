@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+from ..ir.errors import InputError, MissingDependencyError
 from .problem import ALIGN, _fill_names, is_aligned
 from .quantized import QuantizedWeight
 
@@ -14,6 +14,7 @@ try:
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.experts") from None
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_EXPERTS = 1024  # as passes.moe_spec has it
 
 
@@ -157,18 +158,8 @@ def is_layer_aligned(x: Any, layer: Layer) -> bool:
 
 def check_tensor(where: str, tensor: Any, rank: int, meaning: str) -> None:
     """Raise InputError or UnsupportedError unless a kernel can take a tensor."""
-    from torch._C._functorch import is_functorch_wrapped_tensor as is_transformed
-    from torch._subclasses.fake_tensor import FakeTensor
-
     if not isinstance(tensor, torch.Tensor):
         raise InputError(where, "a torch.Tensor", type(tensor).__name__)
-    if isinstance(tensor, FakeTensor) or torch.compiler.is_compiling():
-        raise UnsupportedError(
-            f"{where}: inside torch.compile or torch.export is not built yet. "
-            "Wrap the call in a function decorated with torch.compiler.disable"
-        )
-    if is_transformed(tensor):
-        raise UnsupportedError(f"{where} is inside torch.func.vmap, jvp or the like, which are not built yet")
     if tensor.dim() != rank:
         raise InputError(where, f"{rank} dimensions {meaning}", f"{tensor.dim()}: {tuple(tensor.shape)}")
     if tensor.device.type not in ("cpu", "cuda"):
@@ -179,7 +170,7 @@ def check_tensor(where: str, tensor: Any, rank: int, meaning: str) -> None:
 
 def check_like(where: str, tensor: Any, x: Any) -> None:
     """Raise InputError unless a tensor has x's dtype and device."""
-    if x.dtype not in _fill_names():
+    if x.dtype not in FLOATS:
         raise InputError("experts.x", "float16, bfloat16, float32 or float64", x.dtype)
     if tensor.dtype != x.dtype:
         raise InputError(where, f"x's dtype {x.dtype}", tensor.dtype, "Cast one of them")
@@ -195,7 +186,7 @@ def check_routing(
     check_tensor(where[1], weights, 2, "(tokens, top_k)")
     if ids.dtype not in (torch.int32, torch.int64):
         raise InputError(where[0], "int32 or int64", ids.dtype)
-    if weights.dtype not in _fill_names():
+    if weights.dtype not in FLOATS:
         raise InputError(where[1], "float16, bfloat16, float32 or float64", weights.dtype)
     if ids.shape[0] != tokens:
         raise InputError(where[0], f"{tokens} tokens, as x has", ids.shape[0])

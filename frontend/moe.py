@@ -6,19 +6,25 @@ IR, and importing what that needs, happens behind a miss.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import InputError, MissingDependencyError
+from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
 from ..runtime.driver import driver, get_or_compile
 from .activation import activation_term
 from .device import precision_of, target_of
 from .layers import Layer, check_routing, is_layer_aligned, layer_of
+from .moe_form import MoeForm
+from .moe_operator import call, learns
+from .operators import is_traced
 from .plan import Plan, _signature
 from .problem import _fill_names
+from .pure import pure
 from .quantized import QuantizedWeight
-from .routing import Routing, route
+from .routers import route
+from .routing import Routing
 
 try:
     import torch
@@ -86,8 +92,10 @@ def experts(
         raise InputError("experts.topk_weights", expected, type(topk_weights).__name__)
     settings = (activation, transposed, interleaved, recompute, validate, backend)
     tensors = {"x": x, "gate_up": gate_up_proj, "down": down_proj}
-    if gate_up_bias is not None and down_bias is not None:
-        tensors |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    if gate_up_bias is not None:
+        tensors["gate_up_bias"] = gate_up_bias
+    if down_bias is not None:
+        tensors["down_bias"] = down_bias
     return run(tensors, topk_ids, topk_weights, (gate_up_bias, down_bias), *settings)
 
 
@@ -105,6 +113,9 @@ def run(
 ) -> torch.Tensor:
     """`experts`, its arguments by the kernels' names."""
     x, gate_up, down = (tensors[name] for name in ("x", "gate_up", "down"))
+    if torch.compiler.is_compiling() or is_traced(tensors.values()):
+        settings = (activation, transposed, interleaved, recompute, validate, backend)
+        return traced(tensors, ids, weights, *settings)
     layer = layer_of(x, gate_up, down, *biases, transposed, interleaved)
     _check_backend(backend, x)
     if isinstance(ids, Routing):
@@ -123,6 +134,40 @@ def run(
 
         return reference_experts(x, given, layer, term)
     return compute(x, given, layer, term, bool(recompute))
+
+
+def traced(
+    tensors: dict[str, Any],
+    ids: Any,
+    weights: Any,
+    activation: Any,
+    transposed: Any,
+    interleaved: Any,
+    recompute: bool,
+    validate: bool,
+    backend: str,
+) -> torch.Tensor:
+    """`run` where torch watches: one operator. Dynamo reads every line of this."""
+    if backend not in ("auto", "tvm", "triton"):
+        raise UnsupportedError(f'experts.backend={backend!r} inside a tracer of torch. Pass "auto"')
+    given = ids.operands() if isinstance(ids, Routing) else {"ids": ids, "weights": weights}
+    named = {**tensors, **given}
+    up, down = tensors["gate_up"], tensors["down"]
+    gated = up.shape[1] * up.shape[2] == 2 * down.shape[1] * down.shape[2]
+    facts = (
+        ("activation", activation if isinstance(activation, str) else (_term_of(activation, gated),)),
+        ("transposed", transposed),
+        ("interleaved", bool(interleaved)),
+        ("recompute", bool(recompute)),
+        ("validate", bool(validate)),
+    )
+    form = MoeForm("experts", tuple(named), (), (), facts, learns(list(named.values())))
+    return call(form, list(named.values()))[0]
+
+
+@pure
+def _term_of(activation: Any, gated: bool) -> Any:
+    return activation_term(activation, gated=gated)
 
 
 def compute(x: Any, given: dict[str, Any], layer: Layer, term: Any, recompute: bool) -> torch.Tensor:
@@ -149,7 +194,8 @@ def forward(x: Any, given: dict[str, Any], layer: Layer, term: Any, *, keeps: bo
     outputs = (("o", tuple(x.shape), x.dtype),)
     columns = layer.inner * (2 if layer.gated else 1)
     if keeps:
-        outputs += (("g", (flat["weights"].shape[0], columns), x.dtype),)
+        rows = flat.get("tokens", flat["weights"]).shape[0]
+        outputs += (("g", (rows, columns), x.dtype),)
     asked = (top_k, term, "ids" not in given, keeps)
     return launch("experts", values, outputs, layer, asked)
 
@@ -281,7 +327,4 @@ def moe(
     return experts(x, chosen, None, gate_up_proj, down_proj, activation=activation, **options)
 
 
-ROUTING = (
-    "renormalize", "correction_bias", "groups", "top_groups", "scale", "top_p", "threshold", "capacity",
-    "seed", "token_ids",
-)  # fmt: skip
+ROUTING = frozenset(inspect.signature(route).parameters) - {"router_logits", "top_k", "router"}

@@ -128,6 +128,8 @@ def _function(expr: E.Expr, parts: list[Compiled], floats: type) -> Compiled:
             return lambda v: _int(parts[0](v)).astype(np.uint32).view(np.float32).astype(floats)
         case E.random_bits():
             return lambda v: random_bits(*(_int(p(v)) for p in parts))
+        case E.bits_of_float():
+            return lambda v: np.asarray(parts[0](v), np.float32).view(np.int32).astype(np.int64)
         case sympy.Abs():
             return lambda v: np.abs(_number(parts[0](v)))
         case sympy.floor():

@@ -158,6 +158,13 @@ class random_bits(_Typed):
         return sympy.Integer(int(philox(*map(_word, (key, x, y))))) if _ints(key, x, y) else None
 
 
+class bits_of_float(_Typed):
+    """`bits_of_float(x)`: the 32 bits of x, rounded to f32, as a signed integer (IEEE 754, binary32)."""
+
+    result = "int"
+    nargs = (1,)
+
+
 def _word(value: Expr) -> int:
     return int(value) % 2**32
 
@@ -258,7 +265,7 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "min": minimum,
     "max": maximum,
     **{f.__name__: f for f in (where, read, readf, bitand, bitor, bitxor, shl, shr, random_bits, cast)},
-    **{f.__name__: f for f in (exp2, log2, sigmoid, erf, trunc, float_of_bits)},
+    **{f.__name__: f for f in (exp2, log2, sigmoid, erf, trunc, float_of_bits, bits_of_float)},
     **{f.__name__: f for f in _SYMPY_FUNCTIONS},
     "abs": sympy.Abs,
     "floor": sympy.floor,
