@@ -10,6 +10,7 @@ from torch import Tensor
 from .activation import activation_term
 from .layers import Layer, check_routing, layer_of
 from .moe_operator import Arguments, Made
+from .quantized import QuantizedWeight
 
 ROUTING = ("ids", "tokens", "bounds", "place", "starts")
 NAMES = ("experts.topk_ids", "experts.topk_weights")
@@ -71,8 +72,12 @@ class Experts:
 def layer_from(call: Arguments) -> Layer:
     """The layer of a call, checked."""
     given, facts = call.tensors, call.facts
-    matrices = (given["gate_up"], given["down"], given.get("gate_up_bias"), given.get("down_bias"))
-    return layer_of(given["x"], *matrices, facts["transposed"], facts["interleaved"])
+    up, down = (
+        QuantizedWeight.of_parts(name, given, *facts[name]) if name in facts else given[name]
+        for name in ("gate_up", "down")
+    )
+    biases = given.get("gate_up_bias"), given.get("down_bias")
+    return layer_of(given["x"], up, down, *biases, facts["transposed"], facts["interleaved"])
 
 
 def term_of(call: Arguments, layer: Layer) -> Any:

@@ -151,8 +151,11 @@ def traced(
     if backend not in ("auto", "tvm", "triton"):
         raise UnsupportedError(f'experts.backend={backend!r} inside a tracer of torch. Pass "auto"')
     given = ids.operands() if isinstance(ids, Routing) else {"ids": ids, "weights": weights}
-    named = {**tensors, **given}
     up, down = tensors["gate_up"], tensors["down"]
+    stored = {n: m for n, m in (("gate_up", up), ("down", down)) if isinstance(m, QuantizedWeight)}
+    named = {**{n: t for n, t in tensors.items() if n not in stored}, **given}
+    for name, matrix in stored.items():
+        named.update(matrix.parts(name))
     gated = up.shape[1] * up.shape[2] == 2 * down.shape[1] * down.shape[2]
     facts = (
         ("activation", activation if isinstance(activation, str) else (_term_of(activation, gated),)),
@@ -160,6 +163,7 @@ def traced(
         ("interleaved", bool(interleaved)),
         ("recompute", bool(recompute)),
         ("validate", bool(validate)),
+        *((name, (matrix.key, matrix.shape)) for name, matrix in stored.items()),
     )
     form = MoeForm("experts", tuple(named), (), (), facts, learns(list(named.values())))
     return call(form, list(named.values()))[0]

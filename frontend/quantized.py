@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
@@ -122,6 +122,13 @@ class QuantizedWeight(torch.nn.Module):
             value = torch.where(code < 8, value, -value)
         return (value * self._steps(wide)).to(dtype)
 
+    def expert(self, number: int) -> QuantizedWeight:
+        """One expert's matrix, (1, N, K), in the same memory."""
+        one = slice(number, number + 1)
+        scales = self.scales[one] if self.scales.shape[0] > 1 else self.scales
+        widths = None if self.widths is None else self.widths[one]
+        return QuantizedWeight(self._q, (1, *self.shape[1:]), [c[one] for c in self.codes], scales, widths)
+
     def _steps(self, wide: torch.dtype) -> torch.Tensor:
         """Scales of columns, as numbers."""
         steps = self.scales
@@ -147,6 +154,16 @@ class QuantizedWeight(torch.nn.Module):
         if self.widths is not None:
             found[f"{name}_bits"] = self.widths
         return found
+
+    def parts(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors that it consists of, by name; `of_parts` puts them together again."""
+        return {f"{name}_{part}": tensor for part, tensor in self._buffers.items() if tensor is not None}
+
+    @staticmethod
+    def of_parts(name: str, tensors: Mapping[str, torch.Tensor], key: Any, shape: Any) -> QuantizedWeight:
+        q = Quantized(*key)
+        codes = [tensors[f"{name}_codes{number}"] for number in range(len(q.planes))]
+        return QuantizedWeight(q, shape, codes, tensors[f"{name}_scales"], tensors.get(f"{name}_widths"))
 
     def check(self, where: str, x: torch.Tensor) -> None:
         """Raise InputError or UnsupportedError unless kernels can take it beside x."""
