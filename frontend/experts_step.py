@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .activation import activation_term
-from .layers import Layer, check_routing, layer_of
+from .layers import Layer, check_routing, layer_by_name
 from .moe_operator import Arguments, Made
 
 ROUTING = ("ids", "tokens", "bounds", "place", "starts")
@@ -70,9 +70,9 @@ class Experts:
 
 def layer_from(call: Arguments) -> Layer:
     """The layer of a call, checked."""
-    given, facts = call.tensors, call.facts
-    matrices = (given["gate_up"], given["down"], given.get("gate_up_bias"), given.get("down_bias"))
-    return layer_of(given["x"], *matrices, facts["transposed"], facts["interleaved"])
+    return layer_by_name(
+        dict(call.tensors), *(call.facts[n] for n in ("transposed", "interleaved", "lora_scale"))
+    )
 
 
 def term_of(call: Arguments, layer: Layer) -> Any:

@@ -39,7 +39,7 @@ from ..ir.ragged import Tiling
 from .moe_spec import BYTES, ExpertsSpec
 
 ZERO = sympy.Integer(0)
-ROW_AT, N, D, Z = map(integer, ("i", "n", "d", "z"))
+ROW_AT, N, D, Z, LOW = map(integer, ("i", "n", "d", "z", "l"))
 ENTRIES = integer("entries")
 SLOT, EXPERT, ROW, ROW0, LAST, START = map(integer, ("slot", "expert", "row", "row0", "last", "start"))
 
@@ -73,6 +73,7 @@ class _Builder:
         a, w, self.bounds, *rest = op.inputs
         self.a, self.w, self.out = graph.values[a], graph.values[w], op.output
         self.tokens = rest.pop(0) if op.attr("gathers") else None
+        self.added = [graph.values[rest.pop(0)] for _ in range(2)] if op.attr("adds") else []
         self.bias = rest.pop(0) if op.attr("biased") else None
         self.by_rows = bool(op.attr("transpose_b"))  # w is [E, out, in]
         experts, *sizes = self.w.shape
@@ -122,6 +123,7 @@ class _Builder:
                 self._axis("n", t.cols),
                 self._axis("d", self.step),
                 self._axis("z", self.experts),
+                *([self._axis("l", int(self.added[0].shape[1]))] if self.added else []),
             ),
             lanes="i" if cpu else None,
             body=(*self._find(), If(ROW0 < LAST, (*self._rows(), *work))),
@@ -156,7 +158,9 @@ class _Builder:
         )
         bounds = Tensor(self.bounds, "i32", (e + 1,), unit=0)
         kept = [self._stored(v.name, v.dtype, int(v.shape[1]), "out", "entries") for v in self.op.outputs[1:]]
-        return (self._a(), matrix, bounds, *tokens, *bias, self._result(), *kept)
+        added = [self._stored(v.name, v.dtype, int(v.shape[1]), "in", "entries") for v in self.added[:1]]
+        added += [Tensor(v.name, v.dtype, tuple(v.shape), unit=2) for v in self.added[1:]]
+        return (self._a(), matrix, bounds, *tokens, *added, *bias, self._result(), *kept)
 
     def _bias_columns(self) -> int:
         return self.columns * len(self.parts)
@@ -253,8 +257,22 @@ class _Builder:
         more = {"accumulate": accumulate, "declares": not accumulate, "precision": self.spec.precision}
         return Dot(part.acc, self.acc, ("i", "n"), rows, matrix, "d", **more)
 
+    def _add(self) -> list[Stmt]:
+        """What `adds` has added to the sums."""
+        if not self.added:
+            return []
+        (t, b), by_rows = self.added, self.op.attr("adds") == "rows"
+        out: list[Stmt] = [Load("T_added", self.operand, ("i", "l"), t.name, (ROW, LOW))]
+        for k, part in enumerate(self.parts):
+            index = (EXPERT, part.column, LOW) if by_rows else (EXPERT, LOW, part.column)
+            axes = ("n", "l") if by_rows else ("l", "n")
+            out.append(Load(f"B{k}", self.operand, axes, b.name, index, self._valid_column(), ZERO))
+            more = {"accumulate": True, "declares": False, "precision": self.spec.precision}
+            out.append(Dot(part.acc, self.acc, ("i", "n"), "T_added", f"B{k}", "l", **more))
+        return out
+
     def _end(self) -> list[Stmt]:
-        out: list[Stmt] = []
+        out = self._add()
         values: dict[Expr, Expr] = {}
         for k, part in enumerate(self.parts):
             value = real(part.acc)
