@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.mask import Mask as Mask
     from .frontend.moe import experts as experts
     from .frontend.moe import moe as moe
+    from .frontend.quantize import quantize as quantize
+    from .frontend.quantize import quantize_experts as quantize_experts
+    from .frontend.quantized import QuantizedWeight as QuantizedWeight
     from .frontend.router_losses import entropy_loss as entropy_loss
     from .frontend.router_losses import importance_loss as importance_loss
     from .frontend.router_losses import load_balance_loss as load_balance_loss
@@ -46,6 +49,7 @@ _NAMES: dict[str, str] = {
     "ACSRTensor": "frontend.splat",
     "Mask": "frontend.mask",
     "ProbMod": "frontend.score",
+    "QuantizedWeight": "frontend.quantized",
     "Routing": "frontend.routing",
     "Schedule": "ir.plan",
     "ScoreMod": "frontend.score",
@@ -59,6 +63,8 @@ _NAMES: dict[str, str] = {
     "load": "frontend.kernel",
     "load_balance_loss": "frontend.router_losses",
     "moe": "frontend.moe",
+    "quantize": "frontend.quantize",
+    "quantize_experts": "frontend.quantize",
     "ragged_dot": "frontend.grouped",
     "register_transformers": "frontend.huggingface",
     "route": "frontend.routers",

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError
-from .problem import is_aligned
+from .problem import ALIGN, is_aligned
+from .quantized import QuantizedWeight
 
 try:
     import torch
@@ -46,17 +47,30 @@ class Layer:
         return ("interleaved" if self.interleaved else "split") if self.gated else None
 
     @property
+    def matrices(self) -> dict[str, Any]:
+        """The tensors that the matrices lie in, by the names that kernels give them."""
+        found: dict[str, Any] = {}
+        for name, matrix in (("gate_up", self.gate_up), ("down", self.down)):
+            found |= {name: matrix} if isinstance(matrix, torch.Tensor) else matrix.tensors(name)
+        return found
+
+    @property
     def tensors(self) -> dict[str, Any]:
         """The tensors that there are, by the names that kernels give them."""
-        named = {
-            "gate_up": self.gate_up,
-            "down": self.down,
-            "gate_up_bias": self.gate_up_bias,
-            "down_bias": self.down_bias,
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None} | self.lora
+        biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
+        return (
+            self.matrices
+            | {name: tensor for name, tensor in biases.items() if tensor is not None}
+            | self.lora
+        )
 
-    def adapted(self, lora: dict[str, Any], scale: float) -> Layer:
+    @property
+    def quantized(self) -> tuple[Any, Any]:
+        """The fields of the Quantized that matrices are stored by, None: as they are."""
+        up, down = (None if isinstance(m, torch.Tensor) else m.key for m in (self.gate_up, self.down))
+        return up, down
+
+    def adapted(self, x: Any, lora: dict[str, Any], scale: float) -> Layer:
         """The layer with low-rank adapters: gate_up_a (E, r, H), gate_up_b (E, 2 I, r), down_a (E, r, I) and
         down_b (E, H, r), two of them or all. Raises InputError."""
         ranks = []
@@ -71,7 +85,7 @@ class Layer:
                 where = f"experts.{name}_lora[{'ab'.index(letter)}]"
                 matrix: Any = given
                 check_tensor(where, matrix, 3, "(experts, rank, in) and (experts, out, rank)")
-                check_like(where, matrix, self.gate_up)
+                check_like(where, matrix, x)
                 wanted = (self.experts, *shape)
                 if tuple(matrix.shape) != wanted or not rank:
                     raise InputError(where, f"shape {wanted}, of rank 1 or more", tuple(matrix.shape))
@@ -85,6 +99,9 @@ def layer_of(
     """The layer that tensors make, its layout read off their shapes. Raises InputError, UnsupportedError."""
     check_tensor("experts.x", x, 2, "(tokens, hidden)")
     for name, tensor in (("gate_up_proj", gate_up), ("down_proj", down)):
+        if isinstance(tensor, QuantizedWeight):
+            tensor.check(f"experts.{name}", x)
+            continue
         check_tensor(f"experts.{name}", tensor, 3, "(experts, out, in) or (experts, in, out)")
         check_like(f"experts.{name}", tensor, x)
     for name, tensor in (("gate_up_bias", gate_up_bias), ("down_bias", down_bias)):
@@ -94,12 +111,17 @@ def layer_of(
     if (gate_up_bias is None) != (down_bias is None):
         missing = "gate_up_bias" if gate_up_bias is None else "down_bias"
         raise InputError(f"experts.{missing}", "both biases or neither", None, "Pass zeros for the other")
+    if x.dtype not in FLOATS:
+        raise InputError("experts.x", "float16, bfloat16, float32 or float64", x.dtype)
     hidden, experts = x.shape[1], gate_up.shape[0]
     if not 1 <= experts <= MOST_EXPERTS:
         raise InputError("experts.gate_up_proj", f"1 to {MOST_EXPERTS} experts", experts)
     if down.shape[0] != experts:
         raise InputError("experts.down_proj", f"{experts} experts, as gate_up_proj has", down.shape[0])
     flipped = _is_transposed(hidden, gate_up.shape, down.shape, transposed)
+    if flipped and not all(isinstance(m, torch.Tensor) for m in (gate_up, down)):
+        got = _shown(gate_up, down)
+        raise InputError("experts.gate_up_proj, down_proj", "quantised matrices (experts, out, in)", got)
     columns, inner = (gate_up.shape[2], down.shape[1]) if flipped else (gate_up.shape[1], down.shape[2])
     gated = columns == 2 * inner
     for name, bias, size in (("gate_up_bias", gate_up_bias, columns), ("down_bias", down_bias, hidden)):
@@ -117,7 +139,7 @@ def layer_by_name(tensors: dict[str, Any], transposed: Any, interleaved: Any, lo
     biases = tensors.get("gate_up_bias"), tensors.get("down_bias")
     layer = layer_of(tensors["x"], tensors["gate_up"], tensors["down"], *biases, transposed, interleaved)
     lora = {name: tensors[name] for name in LORA if name in tensors}
-    return layer.adapted(lora, lora_scale) if lora else layer
+    return layer.adapted(tensors["x"], lora, lora_scale) if lora else layer
 
 
 def _is_transposed(hidden: int, up: tuple[int, ...], down: tuple[int, ...], asked: Any) -> bool:
@@ -144,7 +166,9 @@ def _shown(*tensors: Any) -> str:
 
 
 def _unit(matrix: Any) -> int | None:
-    """The dimension of a stack of matrices whose stride is 1."""
+    """The dimension of a stack of matrices whose stride is 1; of codes None."""
+    if not isinstance(matrix, torch.Tensor):
+        return None
     for d in (2, 1):
         if matrix.stride(d) == 1 or matrix.shape[d] == 1:
             return d
@@ -161,11 +185,13 @@ def is_layer_aligned(x: Any, layer: Layer) -> bool:
         return True
     size = x.element_size()
     rows = (layer.hidden * size) % 16 == 0 and (layer.inner * size) % 16 == 0
-    if not rows or None in layer.units:
+    pairs = list(zip((layer.gate_up, layer.down), layer.units, strict=True))
+    dense = [(matrix, unit) for matrix, unit in pairs if isinstance(matrix, torch.Tensor)]
+    if not rows or any(unit is None for _, unit in dense):
         return False
-    pairs = zip((layer.gate_up, layer.down), layer.units, strict=True)
-    ordered = [matrix if unit == 2 else matrix.transpose(1, 2) for matrix, unit in pairs]
-    return is_aligned(x) and all(map(is_aligned, ordered))
+    ordered = [matrix if unit == 2 else matrix.transpose(1, 2) for matrix, unit in dense]
+    codes = [plane for matrix, _ in pairs if isinstance(matrix, QuantizedWeight) for plane in matrix.codes]
+    return is_aligned(x) and all(map(is_aligned, ordered)) and all(c.data_ptr() % ALIGN == 0 for c in codes)
 
 
 def check_tensor(where: str, tensor: Any, rank: int, meaning: str) -> None:

@@ -22,6 +22,7 @@ from .operators import is_traced
 from .plan import Plan, _signature
 from .problem import _fill_names
 from .pure import pure
+from .quantized import QuantizedWeight
 from .routers import route
 from .routing import Routing
 
@@ -42,8 +43,8 @@ def experts(
     x: torch.Tensor,
     topk_ids: torch.Tensor | Routing,
     topk_weights: torch.Tensor | None,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | QuantizedWeight,
+    down_proj: torch.Tensor | QuantizedWeight,
     *,
     activation: str | Callable[..., Any] = "swiglu",
     gate_up_bias: torch.Tensor | None = None,
@@ -68,7 +69,7 @@ def experts(
         topk_weights: (T, k), any float dtype.
         gate_up_proj, down_proj: (E, 2 I, H) and (E, H, I), gate first, then up, as Hugging Face and vLLM have
             them, or transposed, (E, H, 2 I) and (E, I, H); without a gate I in place of 2 I. Any strides.
-            Which layout it is, shapes tell.
+            Which layout it is, shapes tell. Or a QuantizedWeight (E, out, in), either or both.
         activation: "swiglu", "geglu", "geglu_tanh", "reglu"; "silu", "gelu", "gelu_tanh", "relu", "relu2"
         (times
             up, where there is a gate); or a function of (gate, up), or of (x), which is traced.
@@ -158,8 +159,13 @@ def traced(
     if backend not in ("auto", "tvm", "triton"):
         raise UnsupportedError(f'experts.backend={backend!r} inside a tracer of torch. Pass "auto"')
     given = ids.operands() if isinstance(ids, Routing) else {"ids": ids, "weights": weights}
-    named = {**tensors, **given}
     up, down = tensors["gate_up"], tensors["down"]
+    named, keys = {**tensors, **given}, []
+    for name, matrix in (("gate_up", up), ("down", down)):
+        keys.append(None if isinstance(matrix, torch.Tensor) else matrix.key)
+        if not isinstance(matrix, torch.Tensor):
+            del named[name]
+            named |= matrix.parts(name)
     gated = up.shape[1] * up.shape[2] == 2 * down.shape[1] * down.shape[2]
     facts = (
         ("activation", activation if isinstance(activation, str) else (_term_of(activation, gated),)),
@@ -168,6 +174,7 @@ def traced(
         ("recompute", bool(recompute)),
         ("validate", bool(validate)),
         ("lora_scale", float(lora_scale)),
+        ("quantized", tuple(keys)),
     )
     form = MoeForm("experts", tuple(named), (), (), facts, learns(list(named.values())))
     return call(form, list(named.values()))[0]
@@ -220,8 +227,11 @@ def launch(
 
     asked: top_k, the activation's term, and whether rows are sorted and products kept already."""
     x = values["x"]
-    facts = (asked, wanted, layer.halves, layer.transposed, layer.units, precision_of(x.device, _dtype(x)))
-    facts += (layer.lora_scale,)
+    facts = (asked, wanted, layer.halves, layer.transposed, layer.units, layer.quantized)
+    facts += (
+        layer.lora_scale,
+        precision_of(x.device, _dtype(x)),
+    )
     key = (what, facts, tuple((name, _signature(t)) for name, t in values.items()))
     plans = driver().plans
     plan = plans.get(key)
@@ -277,17 +287,20 @@ def _plan(
         "keeps": keeps,
         "ranks": layer.ranks,
         "lora_scale": layer.lora_scale,
+        "quantized": layer.quantized,
         "aligned": is_layer_aligned(x, layer),
         "precision": precision_of(x.device, _dtype(x)),
     }
 
     def make() -> Program:
+        from ..ir.quantized import Quantized
         from ..passes.moe_pipeline import compile_experts, compile_gradients
         from ..passes.moe_spec import ExpertsSpec
         from .term_expr import to_expr
 
         expr = to_expr(term, frozenset(("x0", "x1")))
-        spec = ExpertsSpec(activation=expr, target=target, **facts)
+        stored = tuple(q and Quantized(*q) for q in layer.quantized)
+        spec = ExpertsSpec(activation=expr, target=target, **{**facts, "quantized": stored})
         return compile_gradients(spec, wanted) if what == "gradients" else compile_experts(spec)
 
     executable = get_or_compile((what, term, wanted, tuple(facts.items())), make, target)
@@ -307,8 +320,8 @@ def _check_backend(backend: Any, x: Any) -> None:
 def moe(
     x: torch.Tensor,
     router_logits: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | QuantizedWeight,
+    down_proj: torch.Tensor | QuantizedWeight,
     *,
     top_k: int,
     router: str | Callable[..., Any] = "softmax",

@@ -85,7 +85,7 @@ def gradients(
     do = do if do.stride(1) == 1 or hidden == 1 else do.contiguous()
     values = {name: tensor.reshape(-1) for name, tensor in routing.items()}
     values |= {"x": x.detach(), "do": do, "row_weights": by_row}
-    values |= {"gate_up": layer.gate_up.detach(), "down": layer.down.detach()}
+    values |= {name: tensor.detach() for name, tensor in layer.matrices.items()}
     values |= {name: tensor.detach() for name, tensor in layer.lora.items()}
     if kept:
         values["g"] = kept[0]

@@ -11,6 +11,7 @@ from .kernel import Span
 from .mask import Capture, Mask
 from .order import Order, OrderDim
 from .plan import Group, Lists, Loops, Schedule, Summary
+from .quantized import Quantized
 from .ragged import Tiling
 from .score import ProbGrad, ProbMap, ScoreGrad, ScoreMap
 from .sequences import Sequences
@@ -24,6 +25,7 @@ for _cls in (
     Lists,
     ProbGrad,
     ProbMap,
+    Quantized,
     Remainder,
     Schedule,
     ScoreGrad,

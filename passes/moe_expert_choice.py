@@ -20,7 +20,7 @@ from ..ir.expr import (
     any_of,
     bitxor,
     ceildiv,
-    float_bits,
+    bits_of_float,
     integer,
     minimum,
     real,
@@ -181,6 +181,6 @@ def _keys(block: sympy.Symbol) -> list[Stmt]:
     return [
         Compute("at", "i32", ("z",), block * BLOCK + Z),
         Load("score", "f32", ("z",), "by_expert", (EXPERT, AT), AT < T, NONE),
-        Compute("bits", "i32", ("z",), float_bits(real("score"))),
+        Compute("bits", "i32", ("z",), bits_of_float(real("score"))),
         Compute("key", "i32", ("z",), where(bits < 0, flipped, bits)),
     ]

@@ -61,15 +61,20 @@ def merged(case, layer, lora, scale, dtype):
     ids=repr,
 )
 def test_adapters_are_added(case):
-    layer, x, lora = case.layer(), case.x(), adapters(case, 4)
-    ids, weights = case.routing(0, -1, case.experts + 1)
-    found = gossamer.experts(x, ids, weights, **layer, **lora, lora_scale=0.5)
-    exact = plain(case, x, ids, weights, merged(case, layer, lora, 0.5, torch.float64), torch.float64)
-    theirs = plain(case, x, ids, weights, merged(case, layer, lora, 0.5, case.dtype), case.dtype)
-    allowed = 2 * (theirs.double() - exact).abs().max() + 2 * ULP[case.dtype] * exact.abs().max()
-    assert (found.double() - exact).abs().max() <= allowed
-    reference = gossamer.experts(x, ids, weights, **layer, **lora, lora_scale=0.5, backend="reference")
-    assert (reference.double() - exact).abs().max() <= allowed
+    largest = torch.zeros(4, dtype=torch.float64)  # over draws: errors of ours, theirs, the reference; values
+    for seed in range(1 + 60 // case.tokens):
+        layer, x, lora = case.layer(seed), case.x(seed), adapters(case, 4, seed)
+        ids, weights = case.routing(seed, -1, case.experts + 1)
+        given = {**layer, **lora, "lora_scale": 0.5}
+        exact = plain(case, x, ids, weights, merged(case, layer, lora, 0.5, torch.float64), torch.float64)
+        theirs = plain(case, x, ids, weights, merged(case, layer, lora, 0.5, case.dtype), case.dtype)
+        found = gossamer.experts(x, ids, weights, **given)
+        reference = gossamer.experts(x, ids, weights, **given, backend="reference")
+        errors = [(t.double() - exact).abs().max() for t in (found, theirs, reference)]
+        largest = torch.maximum(largest, torch.stack([*errors, exact.abs().max()]))
+    ours, theirs, reference, value = largest
+    allowed = 2 * theirs + 2 * ULP[case.dtype] * value
+    assert ours <= allowed and reference <= allowed
 
 
 @pytest.mark.parametrize(
