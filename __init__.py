@@ -29,11 +29,15 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.mask import Mask as Mask
     from .frontend.moe import experts as experts
     from .frontend.moe import moe as moe
+    from .frontend.quantize import quantize as quantize
+    from .frontend.quantize import quantize_experts as quantize_experts
+    from .frontend.quantized import QuantizedWeight as QuantizedWeight
+    from .frontend.router_losses import entropy_loss as entropy_loss
     from .frontend.router_losses import importance_loss as importance_loss
     from .frontend.router_losses import load_balance_loss as load_balance_loss
     from .frontend.router_losses import z_loss as z_loss
+    from .frontend.routers import route as route
     from .frontend.routing import Routing as Routing
-    from .frontend.routing import route as route
     from .frontend.schedules import tune as tune
     from .frontend.score import ProbMod as ProbMod
     from .frontend.score import ScoreMod as ScoreMod
@@ -51,12 +55,14 @@ _NAMES: dict[str, str] = {
     "ACSRTensor": "frontend.splat",
     "Mask": "frontend.mask",
     "ProbMod": "frontend.score",
+    "QuantizedWeight": "frontend.quantized",
     "Routing": "frontend.routing",
     "Schedule": "ir.plan",
     "ScoreMod": "frontend.score",
     "attention": "frontend.attention",
     "combiner_attention": "frontend.linear_layers",
     "compile": "frontend.kernel",
+    "entropy_loss": "frontend.router_losses",
     "experts": "frontend.moe",
     "flurka": "frontend.low_rank",
     "flurka_orders": "frontend.low_rank",
@@ -68,10 +74,12 @@ _NAMES: dict[str, str] = {
     "load_balance_loss": "frontend.router_losses",
     "moe": "frontend.moe",
     "mossformer_attention": "frontend.linear_layers",
+    "quantize": "frontend.quantize",
+    "quantize_experts": "frontend.quantize",
     "ragged_dot": "frontend.grouped",
     "register_transformers": "frontend.huggingface",
     "relative_linear_attention": "frontend.linear_layers",
-    "route": "frontend.routing",
+    "route": "frontend.routers",
     "sddmm": "frontend.splat",
     "sparse_softmax": "frontend.splat",
     "spmm": "frontend.splat",

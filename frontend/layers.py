@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
-from .problem import _fill_names, is_aligned
+from ..ir.errors import InputError, MissingDependencyError
+from .problem import ALIGN, _fill_names, is_aligned
+from .quantized import QuantizedWeight
 
 try:
     import torch
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.experts") from None
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_EXPERTS = 1024  # as passes.moe_spec has it
 
 
@@ -41,15 +43,24 @@ class Layer:
         return ("interleaved" if self.interleaved else "split") if self.gated else None
 
     @property
+    def matrices(self) -> dict[str, Any]:
+        """The tensors that the matrices lie in, by the names that kernels give them."""
+        found: dict[str, Any] = {}
+        for name, matrix in (("gate_up", self.gate_up), ("down", self.down)):
+            found |= {name: matrix} if isinstance(matrix, torch.Tensor) else matrix.tensors(name)
+        return found
+
+    @property
     def tensors(self) -> dict[str, Any]:
         """The tensors that there are, by the names that kernels give them."""
-        named = {
-            "gate_up": self.gate_up,
-            "down": self.down,
-            "gate_up_bias": self.gate_up_bias,
-            "down_bias": self.down_bias,
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
+        return self.matrices | {name: tensor for name, tensor in biases.items() if tensor is not None}
+
+    @property
+    def quantized(self) -> tuple[Any, Any]:
+        """The fields of the Quantized that matrices are stored by, None: as they are."""
+        up, down = (None if isinstance(m, torch.Tensor) else m.key for m in (self.gate_up, self.down))
+        return up, down
 
 
 def layer_of(
@@ -58,6 +69,9 @@ def layer_of(
     """The layer that tensors make, its layout read off their shapes. Raises InputError, UnsupportedError."""
     check_tensor("experts.x", x, 2, "(tokens, hidden)")
     for name, tensor in (("gate_up_proj", gate_up), ("down_proj", down)):
+        if isinstance(tensor, QuantizedWeight):
+            tensor.check(f"experts.{name}", x)
+            continue
         check_tensor(f"experts.{name}", tensor, 3, "(experts, out, in) or (experts, in, out)")
         check_like(f"experts.{name}", tensor, x)
     for name, tensor in (("gate_up_bias", gate_up_bias), ("down_bias", down_bias)):
@@ -67,12 +81,17 @@ def layer_of(
     if (gate_up_bias is None) != (down_bias is None):
         missing = "gate_up_bias" if gate_up_bias is None else "down_bias"
         raise InputError(f"experts.{missing}", "both biases or neither", None, "Pass zeros for the other")
+    if x.dtype not in _fill_names():
+        raise InputError("experts.x", "float16, bfloat16, float32 or float64", x.dtype)
     hidden, experts = x.shape[1], gate_up.shape[0]
     if not 1 <= experts <= MOST_EXPERTS:
         raise InputError("experts.gate_up_proj", f"1 to {MOST_EXPERTS} experts", experts)
     if down.shape[0] != experts:
         raise InputError("experts.down_proj", f"{experts} experts, as gate_up_proj has", down.shape[0])
     flipped = _is_transposed(hidden, gate_up.shape, down.shape, transposed)
+    if flipped and not all(isinstance(m, torch.Tensor) for m in (gate_up, down)):
+        got = _shown(gate_up, down)
+        raise InputError("experts.gate_up_proj, down_proj", "quantised matrices (experts, out, in)", got)
     columns, inner = (gate_up.shape[2], down.shape[1]) if flipped else (gate_up.shape[1], down.shape[2])
     gated = columns == 2 * inner
     for name, bias, size in (("gate_up_bias", gate_up_bias, columns), ("down_bias", down_bias, hidden)):
@@ -109,7 +128,9 @@ def _shown(*tensors: Any) -> str:
 
 
 def _unit(matrix: Any) -> int | None:
-    """The dimension of a stack of matrices whose stride is 1."""
+    """The dimension of a stack of matrices whose stride is 1; of codes None."""
+    if not isinstance(matrix, torch.Tensor):
+        return None
     for d in (2, 1):
         if matrix.stride(d) == 1 or matrix.shape[d] == 1:
             return d
@@ -126,27 +147,19 @@ def is_layer_aligned(x: Any, layer: Layer) -> bool:
         return True
     size = x.element_size()
     rows = (layer.hidden * size) % 16 == 0 and (layer.inner * size) % 16 == 0
-    if not rows or None in layer.units:
+    pairs = list(zip((layer.gate_up, layer.down), layer.units, strict=True))
+    dense = [(matrix, unit) for matrix, unit in pairs if isinstance(matrix, torch.Tensor)]
+    if not rows or any(unit is None for _, unit in dense):
         return False
-    pairs = zip((layer.gate_up, layer.down), layer.units, strict=True)
-    ordered = [matrix if unit == 2 else matrix.transpose(1, 2) for matrix, unit in pairs]
-    return is_aligned(x) and all(map(is_aligned, ordered))
+    ordered = [matrix if unit == 2 else matrix.transpose(1, 2) for matrix, unit in dense]
+    codes = [plane for matrix, _ in pairs if isinstance(matrix, QuantizedWeight) for plane in matrix.codes]
+    return is_aligned(x) and all(map(is_aligned, ordered)) and all(c.data_ptr() % ALIGN == 0 for c in codes)
 
 
 def check_tensor(where: str, tensor: Any, rank: int, meaning: str) -> None:
     """Raise InputError or UnsupportedError unless a kernel can take a tensor."""
-    from torch._C._functorch import is_functorch_wrapped_tensor as is_transformed
-    from torch._subclasses.fake_tensor import FakeTensor
-
     if not isinstance(tensor, torch.Tensor):
         raise InputError(where, "a torch.Tensor", type(tensor).__name__)
-    if isinstance(tensor, FakeTensor) or torch.compiler.is_compiling():
-        raise UnsupportedError(
-            f"{where}: inside torch.compile or torch.export is not built yet. "
-            "Wrap the call in a function decorated with torch.compiler.disable"
-        )
-    if is_transformed(tensor):
-        raise UnsupportedError(f"{where} is inside torch.func.vmap, jvp or the like, which are not built yet")
     if tensor.dim() != rank:
         raise InputError(where, f"{rank} dimensions {meaning}", f"{tensor.dim()}: {tuple(tensor.shape)}")
     if tensor.device.type not in ("cpu", "cuda"):
@@ -157,7 +170,7 @@ def check_tensor(where: str, tensor: Any, rank: int, meaning: str) -> None:
 
 def check_like(where: str, tensor: Any, x: Any) -> None:
     """Raise InputError unless a tensor has x's dtype and device."""
-    if x.dtype not in _fill_names():
+    if x.dtype not in FLOATS:
         raise InputError("experts.x", "float16, bfloat16, float32 or float64", x.dtype)
     if tensor.dtype != x.dtype:
         raise InputError(where, f"x's dtype {x.dtype}", tensor.dtype, "Cast one of them")
@@ -173,7 +186,7 @@ def check_routing(
     check_tensor(where[1], weights, 2, "(tokens, top_k)")
     if ids.dtype not in (torch.int32, torch.int64):
         raise InputError(where[0], "int32 or int64", ids.dtype)
-    if weights.dtype not in _fill_names():
+    if weights.dtype not in FLOATS:
         raise InputError(where[1], "float16, bfloat16, float32 or float64", weights.dtype)
     if ids.shape[0] != tokens:
         raise InputError(where[0], f"{tokens} tokens, as x has", ids.shape[0])

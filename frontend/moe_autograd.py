@@ -36,14 +36,10 @@ class _Experts(torch.autograd.Function):
         if not weights.numel():
             ctx.save_for_backward(x, weights)
             return torch.zeros_like(x)
-        if "ids" in rest:
-            ids = rest["ids"]
-            tokens, bounds, place = grouped(ids, layer.experts)
-            rest = {"tokens": tokens, "bounds": bounds, "place": place}
-            ctx.names = tuple(rest)
-        found = forward(x, {**rest, "weights": weights}, layer, term, keeps=not recompute)
-        ctx.save_for_backward(x, weights, *rest.values(), *found[1:])
-        return found[0]
+        found, rest, kept = sorted_forward(x, weights, rest, layer, term, recompute)
+        ctx.names = tuple(rest)
+        ctx.save_for_backward(x, weights, *rest.values(), *kept)
+        return found
 
     @staticmethod
     @once_differentiable
@@ -57,6 +53,17 @@ class _Experts(torch.autograd.Function):
         routing = dict(zip(ctx.names, kept, strict=False))
         found = gradients(x, do, weights, routing, kept[len(routing) :], layer, ctx.term, wanted)
         return (*(found.get(name) for name in NAMES), *[None] * 4)
+
+
+def sorted_forward(
+    x: Any, weights: Any, rest: dict[str, Any], layer: Layer, term: Any, recompute: bool
+) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
+    """The result, its rows (tokens, bounds, place), and what was kept of the first product."""
+    if "ids" in rest:
+        tokens, bounds, place = grouped(rest["ids"], layer.experts)
+        rest = {"tokens": tokens, "bounds": bounds, "place": place}
+    found = forward(x, {**rest, "weights": weights}, layer, term, keeps=not recompute)
+    return found[0], rest, found[1:]
 
 
 def gradients(
@@ -80,13 +87,13 @@ def gradients(
     do = do if do.stride(1) == 1 or hidden == 1 else do.contiguous()
     values = {name: tensor.reshape(-1) for name, tensor in routing.items()}
     values |= {"x": x.detach(), "do": do, "row_weights": by_row}
-    values |= {"gate_up": layer.gate_up.detach(), "down": layer.down.detach()}
+    values |= {name: tensor.detach() for name, tensor in layer.matrices.items()}
     if kept:
         values["g"] = kept[0]
     elif layer.gate_up_bias is not None:
         values["gate_up_bias"] = layer.gate_up_bias.detach()
     if "x" in wanted:
-        values["ones"] = torch.ones(rows, dtype=wide, device=device)
+        values["ones"] = torch.ones(values["place"].shape, dtype=wide, device=device)
     if "gate_up_bias" in wanted:
         values["ones_of_rows"] = torch.ones((rows, 1), dtype=wide, device=device)
     if "down_bias" in wanted:

@@ -12,6 +12,7 @@ from .linear import Chunks, FeatureMap
 from .mask import Capture, Mask
 from .order import Order, OrderDim
 from .plan import Group, Lists, Loops, Schedule, Summary
+from .quantized import Quantized
 from .ragged import Tiling
 from .score import ProbGrad, ProbMap, ScoreGrad, ScoreMap
 from .sequences import Sequences
@@ -27,6 +28,7 @@ for _cls in (
     Lists,
     ProbGrad,
     ProbMap,
+    Quantized,
     Remainder,
     Schedule,
     ScoreGrad,

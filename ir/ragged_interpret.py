@@ -12,6 +12,7 @@ from . import expr as E
 from .derivative import derivative
 from .evaluate import evaluate
 from .graph import Op
+from .quantized import dequantize
 
 Array = np.ndarray
 Operands = list[Any]
@@ -28,6 +29,19 @@ def _group(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     bounds = np.zeros(experts + 1, np.int32)
     bounds[1:] = np.cumsum(np.bincount(ids[kept], minlength=experts))
     return tokens, bounds, place.reshape(x[0].shape)
+
+
+def _dequantize(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    return (dequantize(op.attr("format"), x).astype(floats),)
+
+
+def _dense(op: Op, x: Operands, floats: type) -> Operands:
+    """The operands with matrices in the place of their codes."""
+    q = op.attr("quantized")
+    if q is None:
+        return x
+    end = len(x) - q.operands + 1
+    return [x[0], dequantize(q, [x[1], *x[end:]]).astype(floats), *x[2:end]]
 
 
 def _gather(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
@@ -65,7 +79,7 @@ def _combine(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _grouped_gemm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    a, w, bounds, *rest = x
+    a, w, bounds, *rest = _dense(op, x, floats)
     if op.attr("gathers"):
         (a,) = _gather(op, [a, rest[0]], floats)
         rest = rest[1:]
@@ -114,7 +128,7 @@ def _map_grad_rows(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _entry_gemm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    a, w, ids, *bias = x
+    a, w, ids, *bias = _dense(op, x, floats)
     ids = ids.reshape(-1)
     out = _entries(op, np.repeat(a, len(ids) // max(len(a), 1), 0), w, ids, bias, floats)
     parts = _halves(out, op.attr("halves"))
@@ -125,7 +139,7 @@ def _entry_gemm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _entry_combine(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    h, w, ids, weights, *bias = x
+    h, w, ids, weights, *bias = _dense(op, x, floats)
     y = _entries(op, h, w, ids.reshape(-1), bias, floats) * weights.reshape(-1, 1).astype(floats)
     inside = ((ids >= 0) & (ids < len(w)))[..., None]
     return (np.where(inside, y.reshape(*ids.shape, -1), 0).sum(1),)
@@ -149,6 +163,7 @@ def _kept(value: Array, bounds: Array) -> Array:
 
 RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
     "group": _group,
+    "dequantize": _dequantize,
     "gather": _gather,
     "grouped_matmul": _grouped_matmul,
     "split": _split,

@@ -22,7 +22,18 @@ from ..ir.sequences import PLAIN
 from .spec import AttentionSpec
 
 # Attributes that say how, not what.
-FACTS = ("aligned", "contiguous", "few", "group", "monotone", "positive", "precision", "sequences", "target")
+FACTS = (
+    "aligned",
+    "contiguous",
+    "exact_sums",
+    "few",
+    "group",
+    "monotone",
+    "positive",
+    "precision",
+    "sequences",
+    "target",
+)
 PAIRS = ("B", "Hq", "q_len", "kv_len")
 
 
@@ -56,7 +67,11 @@ def build(spec: AttentionSpec) -> Graph:
         facts["sequences"] = spec.sequences
     facts |= {
         name: value
-        for name, value, plain in (("few", spec.few, 0), ("group", spec.group, 1))
+        for name, value, plain in (
+            ("few", spec.few, 0),
+            ("group", spec.group, 1),
+            ("exact_sums", spec.exact_sums, False),
+        )
         if value != plain
     }
     rows = [Value(n, wide, PAIRS[:3]) for n, asked in _rows(spec) if asked]
@@ -114,6 +129,7 @@ def spec_of(graph: Graph, op: Op) -> AttentionSpec:
         aligned=op.attr("aligned"),
         few=op.attr("few", 0),
         group=op.attr("group", 1),
+        exact_sums=op.attr("exact_sums", False),
     )
 
 

@@ -14,6 +14,7 @@ With top_k = 0 the results of group are inputs, and place is a list by token wit
 from __future__ import annotations
 
 from ..ir.graph import Graph, Op, Value
+from ..ir.quantized import PER_EXPERT, Quantized
 from .moe_spec import ExpertsSpec
 
 
@@ -52,6 +53,8 @@ def build_experts(spec: ExpertsSpec) -> Graph:
     h = Value("h", spec.dtype, ("rows", spec.inner))
     y = Value("y", spec.dtype, ("rows", spec.hidden))
     o = Value("o", spec.dtype, ("T", spec.hidden))
+    stored = [stored_as(matrix, q) for matrix, q in zip((up, down), spec.quantized, strict=True)]
+    ops += [op for _, made in stored for op in made]
     ops += [
         Op("gather", ("x", "tokens"), (Value("xs", spec.dtype, ("rows", spec.hidden)),)),
         product("xs", up, biases[0], first, spec.units[0]),
@@ -64,8 +67,32 @@ def build_experts(spec: ExpertsSpec) -> Graph:
         product("h", down, biases[1], y, spec.units[1]),
         Op("combine", ("y", *rest, "weights"), (o,)),
     ]
-    inputs = (x, *routing, weights, up, *biases[0], down, *biases[1])
+    inputs = (x, *routing, weights, *stored[0][0], *biases[0], *stored[1][0], *biases[1])
     return Graph("experts", inputs, tuple(ops), ("o", "g") if spec.keeps else ("o",))
+
+
+def stored_as(matrix: Value, q: Quantized | None) -> tuple[list[Value], list[Op]]:
+    """The inputs that stand for matrices, and the operation that makes the matrices of codes."""
+    if q is None:
+        return [matrix], []
+    e, n, _ = matrix.shape
+    names = codes_names(matrix.name, q)
+    planes = [
+        Value(name, "i8" if q.is_signed else "u8", (e, n, q.row_bytes(number)))
+        for number, name in enumerate(names[: len(q.read)])
+    ]
+    scale = "u8" if q.scale == "e8m0" else q.scale
+    found = [*planes, Value(f"{matrix.name}_scales", scale, (e, n, q.groups))]
+    if q.bits == PER_EXPERT:
+        found.append(Value(f"{matrix.name}_bits", "i32", (e,)))
+    operands = tuple(v.name for v in found)
+    return found, [Op("dequantize", operands, (matrix,), (("format", q),))]
+
+
+def codes_names(name: str, q: Quantized) -> list[str]:
+    """What planes of codes, scales and widths of matrices are called."""
+    planes = [f"{name}_codes{number or ''}" for number in range(len(q.read))]
+    return [*planes, f"{name}_scales", *([f"{name}_bits"] if q.bits == PER_EXPERT else [])]
 
 
 def build_groups(spec: ExpertsSpec) -> Graph:

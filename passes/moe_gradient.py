@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..ir.graph import Graph, Op, Value
+from .moe_build import stored_as
 from .moe_spec import ExpertsSpec
 
 WANTED = ("x", "gate_up", "down", "gate_up_bias", "down_bias", "weights")
@@ -40,6 +41,7 @@ def build_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Graph:
         return Value(name, spec.dtype, (e, inner, out) if spec.transposed else (e, out, inner))
 
     up, down = matrix("gate_up", c, h), matrix("down", h, i)
+    stored = [stored_as(m, q) for m, q in zip((up, down), spec.quantized, strict=True)]
     by_token = ("T", spec.top_k) if spec.top_k else (rows,)
     starts = [] if spec.top_k else [Value("starts", "i32", ("tokens_and_one",))]
     values = [
@@ -52,14 +54,14 @@ def build_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Graph:
         Value("row_weights", wide, (rows,)),
         Value("ones", wide, by_token),
         Value("g", spec.dtype, (rows, c)),
-        up,
+        *stored[0][0],
         Value("gate_up_bias", spec.dtype, (e, c)),
-        down,
+        *stored[1][0],
         Value("down_bias_matrix", spec.dtype, (e, 1, h)),
         Value("ones_of_rows", wide, (rows, 1)),
         Value("weights_of_rows", wide, (rows, 1)),
     ]
-    ops: list[Op] = []
+    ops: list[Op] = [op for _, made in stored for op in made]
 
     def gemm(
         out: Value, a: str, w: str, *more: str, by_rows: bool, unit: int | None = 2, **attrs: object

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..ir.errors import InputError
 from ..ir.expr import Expr
+from ..ir.quantized import Quantized
 from ..ir.ragged import Tiling
 
 DTYPES = ("f16", "bf16", "f32", "f64")
@@ -31,7 +32,7 @@ class ExpertsSpec:
     one program. routed: rows
     are sorted already; tokens, bounds and place are given. keeps: what the activation is taken of is a result
     too, for gradients. aligned: on a GPU, whether x and the matrices start, and their rows too, on multiples
-    of 16 bytes. tiling: of the two products, in place of the default. Raises InputError."""
+    of 16 bytes. quantized: how the two matrices are stored, None: as they are. tiling: of the two products, in place of the default. Raises InputError."""
 
     experts: int
     top_k: int
@@ -49,6 +50,7 @@ class ExpertsSpec:
     routed: bool = False
     keeps: bool = False
     aligned: bool = True
+    quantized: tuple[Quantized | None, Quantized | None] = (None, None)
     precision: str = "ieee"
     target: str = "cpu"
     tiling: tuple[Tiling, Tiling] | None = None
@@ -62,6 +64,8 @@ class ExpertsSpec:
             raise InputError("ExpertsSpec.experts", f"1 to {EXPERTS}", self.experts)
         if self.top_k < 0:
             raise InputError("ExpertsSpec.top_k", "0 or more", self.top_k)
+        if self.transposed and any(self.quantized):
+            raise InputError("ExpertsSpec.quantized", "matrices [E, out, in]", "[E, in, out]")
 
     @property
     def accumulator(self) -> str:
