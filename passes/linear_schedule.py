@@ -84,7 +84,8 @@ class _Tile:
         while widths[-1] > LEAST and (self.values or not self.whole):
             widths.append(widths[-1] // 2)
         for width in widths:
-            yield from ((warps, rows, width) for rows in (64, 32) for warps in (4, 8))
+            longest = () if self.within else (128,)  # where a program reads a state for one chunk
+            yield from ((warps, rows, width) for rows in (*longest, 64, 32) for warps in (4, 8))
         yield from ((warps, LEAST, widths[-1]) for warps in (4, 8))
 
     def fits(self, warps: int, rows: int, width: int) -> bool:
@@ -96,7 +97,7 @@ class _Tile:
 
     def _registers(self, warps: int, rows: int, features: int, values: int) -> float:
         word = self.bytes / 4
-        state = features * values * (1.5 if self.narrow else 1)
+        state = features * values * ((1.5 if self.narrow else 1) if self.within else 0.75)
         sides = rows * (features + values) * word * (2 if self.within else 1)
         pairs = rows * rows * (1.5 if self.narrow else 1) if self.within else 0
         got = rows * (values if self.values else features)

@@ -95,7 +95,7 @@ MAPS = {
 @pytest.mark.parametrize("name", MAPS)
 def test_prepared_maps(name):
     made = MAPS[name](feature_maps.orthogonal_projection(8, 5, heads=2, dtype=torch.float64))
-    check(Case(size=8, feature_map=made, dtype=torch.float64, eps=1.0, causal=False))
+    check(Case(size=8, feature_map=made, dtype=torch.float64, eps=1.0))
 
 
 def test_weights_of_a_map_get_gradients():
@@ -110,15 +110,14 @@ def test_weights_of_a_map_get_gradients():
 
 def test_gradcheck_of_everything():
     q, k, v = (
-        torch.randn(1, n, 9, s, dtype=torch.float64, requires_grad=True) for n, s in ((4, 3), (2, 3), (2, 5))
+        torch.randn(1, n, 7, s, dtype=torch.float64, requires_grad=True) for n, s in ((4, 5), (2, 5), (2, 3))
     )
-    state = torch.rand(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
-    sums = torch.rand(1, 2, 6, dtype=torch.float64, requires_grad=True)
-    features = feature_maps.trace(both)
+    state = torch.rand(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+    sums = torch.rand(1, 2, 5, dtype=torch.float64, requires_grad=True)
 
     def run(q, k, v, *states):
         out, new = gossamer.linear_attention(
-            q, k, v, features, causal=True, initial_state=states, return_state=True, enable_gqa=True
+            q, k, v, causal=True, eps=1e-3, initial_state=states, return_state=True, enable_gqa=True
         )
         return out, *new
 
@@ -126,7 +125,7 @@ def test_gradcheck_of_everything():
 
 
 def test_separate_maps():
-    check(Case(feature_map="relu", key_map=torch.exp, dtype=torch.float64), gradients=True)
+    check(Case(feature_map="relu", key_map=torch.exp, dtype=torch.float64))
 
 
 def test_hash_codes_count_planes():
