@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .activation import activation_term
-from .layers import Layer, check_routing, layer_of
+from .layers import Layer, check_routing, layer_by_name
 from .moe_operator import Arguments, Made
+from .quantized import QuantizedWeight
 
 ROUTING = ("ids", "tokens", "bounds", "place", "starts")
 NAMES = ("experts.topk_ids", "experts.topk_weights")
@@ -70,9 +71,11 @@ class Experts:
 
 def layer_from(call: Arguments) -> Layer:
     """The layer of a call, checked."""
-    given, facts = call.tensors, call.facts
-    matrices = (given["gate_up"], given["down"], given.get("gate_up_bias"), given.get("down_bias"))
-    return layer_of(given["x"], *matrices, facts["transposed"], facts["interleaved"])
+    given, facts = dict(call.tensors), call.facts
+    for name, key in zip(("gate_up", "down"), facts["quantized"], strict=True):
+        if key is not None:
+            given[name] = QuantizedWeight.joined(key, name, given)
+    return layer_by_name(given, *(facts[name] for name in ("transposed", "interleaved", "lora_scale")))
 
 
 def term_of(call: Arguments, layer: Layer) -> Any:

@@ -148,6 +148,21 @@ class QuantizedWeight(torch.nn.Module):
             found[f"{name}_bits"] = self.widths
         return found
 
+    def parts(self, name: str) -> dict[str, torch.Tensor]:
+        """All that is stored, by name; `joined` puts it together again."""
+        found = {f"{name}_plane{n}": plane for n, plane in enumerate(self.codes)} | {
+            f"{name}_scales": self.scales
+        }
+        return found if self.widths is None else found | {f"{name}_widths": self.widths}
+
+    @staticmethod
+    def joined(key: tuple[Any, ...], name: str, parts: Any) -> QuantizedWeight:
+        """The matrices that `parts` were taken of. key: theirs."""
+        q = Quantized(*key)
+        codes = [parts[f"{name}_plane{n}"] for n in range(len(q.planes))]
+        shape = (*codes[0].shape[:2], q.columns)
+        return QuantizedWeight(q, shape, codes, parts[f"{name}_scales"], parts.get(f"{name}_widths"))
+
     def check(self, where: str, x: torch.Tensor) -> None:
         """Raise InputError or UnsupportedError unless kernels can take it beside x."""
         if self.device != x.device:

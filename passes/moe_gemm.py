@@ -40,7 +40,7 @@ from .moe_codes import Codes, codes_of, is_uniform
 from .moe_spec import BYTES, ExpertsSpec
 
 ZERO = sympy.Integer(0)
-ROW_AT, N, D, Z = map(integer, ("i", "n", "d", "z"))
+ROW_AT, N, D, Z, LOW = map(integer, ("i", "n", "d", "z", "l"))
 ENTRIES = integer("entries")
 SLOT, EXPERT, ROW, ROW0, LAST, START = map(integer, ("slot", "expert", "row", "row0", "last", "start"))
 
@@ -76,6 +76,7 @@ class _Builder:
         a, w, self.bounds, *rest = plain
         self.a, self.w, self.out = graph.values[a], graph.values[w], op.output
         self.tokens = rest.pop(0) if op.attr("gathers") else None
+        self.added = [graph.values[rest.pop(0)] for _ in range(2)] if op.attr("adds") else []
         self.bias = rest.pop(0) if op.attr("biased") else None
         self.by_rows = bool(op.attr("transpose_b"))  # w is [E, out, in]
         self.codes = codes_of(graph, op, stored, spec)
@@ -148,7 +149,8 @@ class _Builder:
         t = self.tiling
         rows, columns = self._axis("i", t.rows), self._axis("n", t.cols)
         tile = (columns, rows) if t.turned else (rows, columns)
-        return (*tile, self._axis("d", self.step), self._axis("z", self.experts))
+        low = [self._axis("l", int(self.added[0].shape[1]))] if self.added else []
+        return (*tile, self._axis("d", self.step), self._axis("z", self.experts), *low)
 
     def _axis(self, name: str, extent: int) -> Axis:
         return Axis(name, extent, extent if self.spec.is_cpu else max(16, 1 << (extent - 1).bit_length()))
@@ -165,7 +167,9 @@ class _Builder:
         matrix = self.codes.tensors(aligned=self.spec.aligned) if self.codes else [self._dense()]
         bounds = Tensor(self.bounds, "i32", (e + 1,), unit=0)
         kept = [self._stored(v.name, v.dtype, int(v.shape[1]), "out", "entries") for v in self.op.outputs[1:]]
-        return (self._a(), *matrix, bounds, *tokens, *bias, self._result(), *kept)
+        added = [self._stored(v.name, v.dtype, int(v.shape[1]), "in", "entries") for v in self.added[:1]]
+        added += [Tensor(v.name, v.dtype, tuple(v.shape), unit=2) for v in self.added[1:]]
+        return (self._a(), *matrix, bounds, *tokens, *added, *bias, self._result(), *kept)
 
     def _dense(self) -> Tensor:
         unit = self.op.attr("unit")
@@ -375,8 +379,22 @@ class _Builder:
         more = {"accumulate": accumulate, "declares": not accumulate, "precision": self.spec.precision}
         return Dot(part.acc, self.acc, ("i", "n"), rows, matrix, "d", **more)
 
+    def _add(self) -> list[Stmt]:
+        """What `adds` has added to the sums."""
+        if not self.added:
+            return []
+        (t, b), by_rows = self.added, self.op.attr("adds") == "rows"
+        out: list[Stmt] = [Load("T_added", self.operand, ("i", "l"), t.name, (ROW, LOW))]
+        for k, part in enumerate(self.parts):
+            index = (EXPERT, part.column, LOW) if by_rows else (EXPERT, LOW, part.column)
+            axes = ("n", "l") if by_rows else ("l", "n")
+            out.append(Load(f"B{k}", self.operand, axes, b.name, index, self._valid_column(part), ZERO))
+            more = {"accumulate": True, "declares": False, "precision": self.spec.precision}
+            out.append(Dot(part.acc, self.acc, ("i", "n"), "T_added", f"B{k}", "l", **more))
+        return out
+
     def _end(self) -> list[Stmt]:
-        out: list[Stmt] = []
+        out = self._add()
         values: dict[Expr, Expr] = {}
         for k, part in enumerate(self.parts):
             value = real(part.acc)
