@@ -23,6 +23,7 @@ from .layers import check_tensor
 from .linear import linear_attention
 from .mask import Mask
 from .problem import _fill_names
+from .pure import pure
 
 CHUNK = 128  # rows whose near keys are weighed at once, at most
 WORKSPACE = 1 << 26  # numbers that a transform works on at once
@@ -227,6 +228,7 @@ def combiner_attention(
     return out
 
 
+@pure
 @lru_cache(maxsize=64)
 def _combined(block: int, causal: bool, blocks: int) -> Mask:
     """Columns: `blocks` summaries, then the keys."""

@@ -24,10 +24,8 @@ from .linear_spec import BYTES, LinearSpec
 CPU_ROWS = 32
 CPU_WIDTH = 256
 TILES = 96 * 1024  # bytes of rows that the shared memory of a program holds
-REGISTERS = {
-    4: 200,
-    8: 140,
-}  # by warps: what the tiles of a thread may take by `_registers`, so that none spill
+# By warps: what the tiles of a thread may take by `_registers`, so that few of them spill.
+REGISTERS = {4: 200, 8: 140}
 SCALAR = 48  # the same where products run on no tensor core, which reads whole operands into registers
 LEAST = 16
 

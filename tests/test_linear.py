@@ -35,8 +35,12 @@ def test_gradients_in_bfloat16():
     check(Case(dtype=torch.bfloat16, heads=4, v_size=24), gradients=True)
 
 
-@pytest.mark.parametrize("feature_map", ["relu", "identity", torch.sigmoid, both], ids=str)
-def test_feature_maps(feature_map):
+FUNCTIONS = {"sigmoid": torch.sigmoid, "both": both}
+
+
+@pytest.mark.parametrize("name", ["relu", "identity", *FUNCTIONS])
+def test_feature_maps(name):
+    feature_map = FUNCTIONS.get(name, name)
     check(Case(feature_map=feature_map, normalize=feature_map != "identity", dtype=torch.float64))
 
 
@@ -209,7 +213,6 @@ ZEROS = {name: torch.zeros(1, 2, 6, 4) for name in ("query", "key", "value")}
             r"\(1, 2, 4, 4\) of torch.float32",
         ),
     ],
-    ids=str,
 )
 def test_bad_input(changed, message):
     if message is None:
@@ -225,6 +228,25 @@ def test_what_cannot_be_captured():
     table = torch.ones(4)
     with pytest.raises(UnsupportedError, match="reads tensors"):
         gossamer.linear_attention(*ZEROS.values(), lambda x: x * table[0])
+
+
+def test_torch_compile_goes_on_around_it():
+    q, k, v = Case().tensors(0).values()
+
+    def model(q, k, v):
+        return gossamer.linear_attention(q * 2, k, v, causal=True) + 1
+
+    found = torch.compile(model, backend="eager")(q, k, v)
+    torch.testing.assert_close(found, model(q, k, v))
+
+
+def test_transforms_are_refused():
+    q, k, v = Case().tensors(0).values()
+    run = torch.func.vmap(lambda *t: gossamer.linear_attention(*t))
+    with pytest.raises(UnsupportedError, match="which are not built"):
+        run(*(t[None] for t in (q, k, v)))
+    with pytest.raises(UnsupportedError, match="which are not built"):
+        torch.func.grad(lambda x: gossamer.linear_attention(x, k, v).sum())(q)
 
 
 def test_a_projection_is_a_tensor():
