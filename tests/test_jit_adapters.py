@@ -8,7 +8,7 @@ import torch
 import torch._dynamo
 
 import gossamer
-from gossamer.frontend import adapters
+from gossamer.frontend import adapt_experts, adapters
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -146,6 +146,15 @@ def test_experts_that_cannot_be_captured_are_left_alone():
     report = check(model, inputs)
     assert {part.kind for part in report.compiled} == {"attention"}
     assert "left experts at" in str(report) and "activation" in str(report)
+
+
+def test_faster_experts_of_torch_are_left_alone():
+    model, *_ = build("mixtral")
+    experts = model.layers[0].mlp.experts
+    for how, dtype, left in (("eager", torch.bfloat16, False), ("grouped_mm", torch.bfloat16, True)):
+        model.set_experts_implementation(how)
+        assert (adapt_experts.why_not(experts.to(dtype)) is not None) == left
+    assert adapt_experts.why_not(experts.float()) is None
 
 
 def test_other_backends_and_eager_mode_see_the_class_itself(monkeypatch):
