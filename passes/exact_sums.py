@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..ir.expr import bitand, float_bits, integer, maximum, real, shl, shr, where
+from ..ir.expr import bitand, bits_of_float, integer, maximum, real, shl, shr, where
 from ..ir.kernel import Compute, Stmt, Store
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ ROOM = 1 << (63 - 24 - WIDTH + 1)  # numbers that one element takes
 def added(tensor: str, index: tuple[Expr, ...], tile: str, axes: tuple[str, ...], guard: Expr) -> list[Stmt]:
     """Statements that add a tile of f32 to elements of i64[.., BINS]."""
     x, bits, steps, whole = real(tile), *(integer(f"{tile}_{part}") for part in ("bits", "steps", "whole"))
-    found: Expr = float_bits(abs(x))
+    found: Expr = bits_of_float(abs(x))
     exponent: Expr = shr(bits, 23)
     mantissa: Expr = bitand(bits, 2**23 - 1)
     size: Expr = shl(mantissa + where(exponent > 0, 2**23, 0), bitand(steps, WIDTH - 1))
