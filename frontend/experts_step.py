@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .activation import activation_term
-from .layers import Layer, check_routing, layer_of
+from .layers import Layer, check_routing, layer_by_name
 from .moe_operator import Arguments, Made
 from .quantized import QuantizedWeight
 
@@ -71,13 +71,12 @@ class Experts:
 
 def layer_from(call: Arguments) -> Layer:
     """The layer of a call, checked."""
-    given, facts = call.tensors, call.facts
-    up, down = (
-        QuantizedWeight.of_parts(name, given, *facts[name]) if name in facts else given[name]
-        for name in ("gate_up", "down")
-    )
-    biases = given.get("gate_up_bias"), given.get("down_bias")
-    return layer_of(given["x"], up, down, *biases, facts["transposed"], facts["interleaved"])
+    given: dict[str, Any] = dict(call.tensors)
+    facts = call.facts
+    for name, key in zip(("gate_up", "down"), facts["quantized"], strict=True):
+        if key is not None:
+            given[name] = QuantizedWeight.joined(key, name, given)
+    return layer_by_name(given, *(facts[name] for name in ("transposed", "interleaved", "lora_scale")))
 
 
 def term_of(call: Arguments, layer: Layer) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+from ..ir.errors import InputError, MissingDependencyError
 from ..runtime.driver import get_or_compile
 from .device import precision_of, target_of
 from .layers import MOST_EXPERTS, check_like, check_tensor
@@ -38,7 +38,7 @@ def grouped_mm(
 
     Returns (rows, N); rows behind offs[-1] are zeros. Of two matrices (G, M, N), the product of each group's
     columns and rows: the gradient of mat_b. Sums run in float32 (float64 for float64), in a fixed order.
-    Gradients flow to all but offs. Nothing waits for the device. Raises InputError, UnsupportedError."""
+    Gradients flow to all but offs. Nothing waits for the device. Raises InputError."""
     where = "grouped_mm"
     check_tensor(f"{where}.mat_a", mat_a, 2, "(rows, K)")
     if not isinstance(mat_b, torch.Tensor) or mat_b.dim() not in (2, 3):
@@ -67,9 +67,7 @@ def grouped_mm(
             raise InputError(f"{where}.bias", f"shape ({groups}, {mat_b.shape[-1]})", tuple(bias.shape))
     bounds = torch.cat((offs.new_zeros(1), offs)).to(torch.int32)
     if mat_b.dim() == 2:
-        if torch.is_grad_enabled() and (mat_a.requires_grad or mat_b.requires_grad):
-            raise UnsupportedError(f"{where} of two matrices has no gradient yet. Pass detached tensors")
-        return outer(mat_a.T, mat_b, bounds)
+        return _Outer.apply(mat_a.T, mat_b, bounds)
     return _Product.apply(mat_a, mat_b, bias, bounds)
 
 
@@ -98,6 +96,24 @@ class _Product(torch.autograd.Function):
             product(do, b.transpose(1, 2), bounds, None) if wants_a else None,
             outer(a, do, bounds) if wants_b else None,
             outer(ones, do, bounds)[:, 0] if wants_bias else None,
+            None,
+        )
+
+
+class _Outer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Any, b: Any, bounds: Any) -> torch.Tensor:
+        ctx.save_for_backward(a, b, bounds)
+        return outer(a, b, bounds)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: torch.Tensor) -> tuple[Any, ...]:
+        a, b, bounds = ctx.saved_tensors
+        wants_a, wants_b, _ = ctx.needs_input_grad
+        return (
+            product(b, do.transpose(1, 2), bounds, None) if wants_a else None,
+            product(a, do, bounds, None) if wants_b else None,
             None,
         )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError
-from .problem import ALIGN, _fill_names, is_aligned
+from .problem import ALIGN, is_aligned
 from .quantized import QuantizedWeight
 
 try:
@@ -16,6 +16,7 @@ except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.experts") from None
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LORA = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 MOST_EXPERTS = 1024  # as passes.moe_spec has it
 
 
@@ -24,8 +25,8 @@ class Layer:
     """The matrices of a layer and how they lie.
 
     transposed: [E, H, 2 I] and [E, I, H] in place of [E, 2 I, H] and [E, H, I]; gated: the first product has
-    two halves, interleaved or one after the other. units: which dimension of each has stride 1, None:
-    none."""
+    two halves, interleaved or one after the other. units: which dimension of each has stride 1, None: none.
+    lora: the matrices of low-rank adapters by name, of `ranks`, 0: none."""
 
     gate_up: Any
     down: Any
@@ -38,6 +39,9 @@ class Layer:
     transposed: bool
     interleaved: bool
     units: tuple[int | None, int | None]
+    lora: dict[str, Any] = field(default_factory=dict)
+    ranks: tuple[int, int] = (0, 0)
+    lora_scale: float = 1.0
 
     @property
     def halves(self) -> str | None:
@@ -55,13 +59,39 @@ class Layer:
     def tensors(self) -> dict[str, Any]:
         """The tensors that there are, by the names that kernels give them."""
         biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
-        return self.matrices | {name: tensor for name, tensor in biases.items() if tensor is not None}
+        return (
+            self.matrices
+            | {name: tensor for name, tensor in biases.items() if tensor is not None}
+            | self.lora
+        )
 
     @property
     def quantized(self) -> tuple[Any, Any]:
         """The fields of the Quantized that matrices are stored by, None: as they are."""
         up, down = (None if isinstance(m, torch.Tensor) else m.key for m in (self.gate_up, self.down))
         return up, down
+
+    def adapted(self, x: Any, lora: dict[str, Any], scale: float) -> Layer:
+        """The layer with low-rank adapters: gate_up_a (E, r, H), gate_up_b (E, 2 I, r), down_a (E, r, I) and
+        down_b (E, H, r), two of them or all. Raises InputError."""
+        ranks = []
+        sizes = {"gate_up": (self.hidden, self.inner * (1 + self.gated)), "down": (self.inner, self.hidden)}
+        for name, (inner, out) in sizes.items():
+            a, b = lora.get(f"{name}_a"), lora.get(f"{name}_b")
+            rank = a.shape[1] if isinstance(a, torch.Tensor) and a.dim() == 3 else 0
+            ranks.append(rank)
+            if a is None and b is None:
+                continue
+            for letter, given, shape in (("a", a, (rank, inner)), ("b", b, (out, rank))):
+                where = f"experts.{name}_lora[{'ab'.index(letter)}]"
+                matrix: Any = given
+                check_tensor(where, matrix, 3, "(experts, rank, in) and (experts, out, rank)")
+                check_like(where, matrix, x)
+                wanted = (self.experts, *shape)
+                if tuple(matrix.shape) != wanted or not rank:
+                    raise InputError(where, f"shape {wanted}, of rank 1 or more", tuple(matrix.shape))
+        dense = {name: t if t.stride(2) == 1 else t.contiguous() for name, t in lora.items()}
+        return replace(self, lora=dense, ranks=(ranks[0], ranks[1]), lora_scale=float(scale))
 
 
 def layer_of(
@@ -82,7 +112,7 @@ def layer_of(
     if (gate_up_bias is None) != (down_bias is None):
         missing = "gate_up_bias" if gate_up_bias is None else "down_bias"
         raise InputError(f"experts.{missing}", "both biases or neither", None, "Pass zeros for the other")
-    if x.dtype not in _fill_names():
+    if x.dtype not in FLOATS:
         raise InputError("experts.x", "float16, bfloat16, float32 or float64", x.dtype)
     hidden, experts = x.shape[1], gate_up.shape[0]
     if not 1 <= experts <= MOST_EXPERTS:
@@ -103,6 +133,14 @@ def layer_of(
     units = (_unit(gate_up), _unit(down))
     biases = (_rows(gate_up_bias), _rows(down_bias))
     return Layer(gate_up, down, *biases, experts, hidden, inner, gated, flipped, bool(interleaved), units)
+
+
+def layer_by_name(tensors: dict[str, Any], transposed: Any, interleaved: Any, lora_scale: float) -> Layer:
+    """The layer that tensors make, by the kernels' names for them. Raises as `layer_of` does."""
+    biases = tensors.get("gate_up_bias"), tensors.get("down_bias")
+    layer = layer_of(tensors["x"], tensors["gate_up"], tensors["down"], *biases, transposed, interleaved)
+    lora = {name: tensors[name] for name in LORA if name in tensors}
+    return layer.adapted(tensors["x"], lora, lora_scale) if lora else layer
 
 
 def _is_transposed(hidden: int, up: tuple[int, ...], down: tuple[int, ...], asked: Any) -> bool:

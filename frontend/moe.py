@@ -15,7 +15,7 @@ from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
 from ..runtime.driver import driver, get_or_compile
 from .activation import activation_term
 from .device import precision_of, target_of
-from .layers import Layer, check_routing, is_layer_aligned, layer_of
+from .layers import Layer, check_routing, is_layer_aligned, layer_by_name
 from .moe_form import MoeForm
 from .moe_operator import call, learns
 from .operators import is_traced
@@ -49,6 +49,9 @@ def experts(
     activation: str | Callable[..., Any] = "swiglu",
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
+    gate_up_lora: tuple[torch.Tensor, torch.Tensor] | None = None,
+    down_lora: tuple[torch.Tensor, torch.Tensor] | None = None,
+    lora_scale: float = 1.0,
     transposed: bool | None = None,
     interleaved: bool = False,
     recompute: bool = False,
@@ -71,6 +74,8 @@ def experts(
         (times
             up, where there is a gate); or a function of (gate, up), or of (x), which is traced.
         gate_up_bias, down_bias: (E, 2 I) and (E, H).
+        gate_up_lora, down_lora, lora_scale: low-rank adapters, a (E, r, H) and b (E, 2 I, r), a (E, r, I) and
+            b (E, H, r), in either layout: lora_scale * b @ a is added to each expert's matrix.
         transposed: which layout, where shapes fit both (I == H without a gate); default: the first.
         interleaved: gate and up take turns (gpt-oss) instead of following each other.
         recompute: compute the first product anew for gradients, instead of keeping it: 2 I numbers a row.
@@ -81,7 +86,7 @@ def experts(
         (T, H) in x's dtype. Products accumulate in float32 (float64 for float64); what an expert gives is
         rounded to x's dtype, weighted and added in float32, in the order of k, whatever the device does.
 
-        Gradients flow to x, topk_weights, the matrices and biases; what needs none costs nothing.
+        Gradients flow to x, topk_weights, the matrices, biases and adapters; what needs none costs nothing.
 
     Raises:
         InputError: a shape, dtype, device or value is wrong. UnsupportedError: something that is not built
@@ -96,14 +101,17 @@ def experts(
         tensors["gate_up_bias"] = gate_up_bias
     if down_bias is not None:
         tensors["down_bias"] = down_bias
-    return run(tensors, topk_ids, topk_weights, (gate_up_bias, down_bias), *settings)
+    for name, pair in (("gate_up", gate_up_lora), ("down", down_lora)):
+        if pair is not None:
+            tensors[f"{name}_a"], tensors[f"{name}_b"] = pair
+    return run(tensors, topk_ids, topk_weights, lora_scale, *settings)
 
 
 def run(
     tensors: dict[str, Any],
     ids: Any,
     weights: Any,
-    biases: tuple[Any, Any],
+    lora_scale: float,
     activation: Any,
     transposed: Any,
     interleaved: Any,
@@ -112,11 +120,10 @@ def run(
     backend: str,
 ) -> torch.Tensor:
     """`experts`, its arguments by the kernels' names."""
-    x, gate_up, down = (tensors[name] for name in ("x", "gate_up", "down"))
     if torch.compiler.is_compiling() or is_traced(tensors.values()):
         settings = (activation, transposed, interleaved, recompute, validate, backend)
-        return traced(tensors, ids, weights, *settings)
-    layer = layer_of(x, gate_up, down, *biases, transposed, interleaved)
+        return traced(tensors, ids, weights, lora_scale, *settings)
+    x, layer = tensors["x"], layer_by_name(tensors, transposed, interleaved, lora_scale)
     _check_backend(backend, x)
     if isinstance(ids, Routing):
         ids.check(x.shape[0], layer.experts, x.device, validate=validate)
@@ -140,6 +147,7 @@ def traced(
     tensors: dict[str, Any],
     ids: Any,
     weights: Any,
+    lora_scale: float,
     activation: Any,
     transposed: Any,
     interleaved: Any,
@@ -152,10 +160,12 @@ def traced(
         raise UnsupportedError(f'experts.backend={backend!r} inside a tracer of torch. Pass "auto"')
     given = ids.operands() if isinstance(ids, Routing) else {"ids": ids, "weights": weights}
     up, down = tensors["gate_up"], tensors["down"]
-    stored = {n: m for n, m in (("gate_up", up), ("down", down)) if isinstance(m, QuantizedWeight)}
-    named = {**{n: t for n, t in tensors.items() if n not in stored}, **given}
-    for name, matrix in stored.items():
-        named.update(matrix.parts(name))
+    named, keys = {**tensors, **given}, []
+    for name, matrix in (("gate_up", up), ("down", down)):
+        keys.append(None if isinstance(matrix, torch.Tensor) else matrix.key)
+        if not isinstance(matrix, torch.Tensor):
+            del named[name]
+            named |= matrix.parts(name)
     gated = up.shape[1] * up.shape[2] == 2 * down.shape[1] * down.shape[2]
     facts = (
         ("activation", activation if isinstance(activation, str) else (_term_of(activation, gated),)),
@@ -163,7 +173,8 @@ def traced(
         ("interleaved", bool(interleaved)),
         ("recompute", bool(recompute)),
         ("validate", bool(validate)),
-        *((name, (matrix.key, matrix.shape)) for name, matrix in stored.items()),
+        ("lora_scale", float(lora_scale)),
+        ("quantized", tuple(keys)),
     )
     form = MoeForm("experts", tuple(named), (), (), facts, learns(list(named.values())))
     return call(form, list(named.values()))[0]
@@ -217,7 +228,10 @@ def launch(
     asked: top_k, the activation's term, and whether rows are sorted and products kept already."""
     x = values["x"]
     facts = (asked, wanted, layer.halves, layer.transposed, layer.units, layer.quantized)
-    facts += (precision_of(x.device, _dtype(x)),)
+    facts += (
+        layer.lora_scale,
+        precision_of(x.device, _dtype(x)),
+    )
     key = (what, facts, tuple((name, _signature(t)) for name, t in values.items()))
     plans = driver().plans
     plan = plans.get(key)
@@ -271,6 +285,8 @@ def _plan(
         "single": entries <= SINGLE and not routed,
         "routed": routed and top_k > 0,
         "keeps": keeps,
+        "ranks": layer.ranks,
+        "lora_scale": layer.lora_scale,
         "quantized": layer.quantized,
         "aligned": is_layer_aligned(x, layer),
         "precision": precision_of(x.device, _dtype(x)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
@@ -156,14 +156,19 @@ class QuantizedWeight(torch.nn.Module):
         return found
 
     def parts(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors that it consists of, by name; `of_parts` puts them together again."""
-        return {f"{name}_{part}": tensor for part, tensor in self._buffers.items() if tensor is not None}
+        """All that is stored, by name; `joined` puts it together again."""
+        found = {f"{name}_plane{n}": plane for n, plane in enumerate(self.codes)} | {
+            f"{name}_scales": self.scales
+        }
+        return found if self.widths is None else found | {f"{name}_widths": self.widths}
 
     @staticmethod
-    def of_parts(name: str, tensors: Mapping[str, torch.Tensor], key: Any, shape: Any) -> QuantizedWeight:
+    def joined(key: tuple[Any, ...], name: str, parts: Any) -> QuantizedWeight:
+        """The matrices that `parts` were taken of. key: theirs."""
         q = Quantized(*key)
-        codes = [tensors[f"{name}_codes{number}"] for number in range(len(q.planes))]
-        return QuantizedWeight(q, shape, codes, tensors[f"{name}_scales"], tensors.get(f"{name}_widths"))
+        codes = [parts[f"{name}_plane{n}"] for n in range(len(q.planes))]
+        shape = (*codes[0].shape[:2], q.columns)
+        return QuantizedWeight(q, shape, codes, parts[f"{name}_scales"], parts.get(f"{name}_widths"))
 
     def check(self, where: str, x: torch.Tensor) -> None:
         """Raise InputError or UnsupportedError unless kernels can take it beside x."""

@@ -8,7 +8,8 @@ The operations of the graph IR over them; none holds anything of size T x E.
                     entry, -1 where its id is not in 0 .. E - 1 (such entries are dropped)
     gather          x [T, H], tokens [rows] -> [rows, H]: the rows of x that tokens names
     grouped_matmul  a [rows, K] x w [E, K, N], bounds [E + 1] (, bias [E, N]) -> [rows, N]: each group's rows
-                    by the matrix of the group; transpose_b: w is [E, N, K]
+                    by the matrix of the group; transpose_b: w is [E, N, K]. `adds`: before a bias come
+                    t [rows, R] and b, whose product is added: 'rows': b is [E, N, R]; 'columns': [E, R, N]
     dequantize      planes of codes, scales (, widths [E]) -> [E, N, K]: the matrices they stand for, by the
                     Quantized `format` (ir/quantized.py)
     split           [.., 2 N] -> two [.., N]: its halves, or, if `interleaved`, even and odd columns
@@ -28,7 +29,8 @@ The operations of the graph IR over them; none holds anything of size T x E.
 
 What fuse makes of gather, grouped_matmul, split and map:
 
-    grouped_gemm    a, w, bounds (, tokens) (, bias) -> [rows, N]. `gathers`, `biased`: which operands follow;
+    grouped_gemm    a, w, bounds (, tokens) (, t, b) (, bias) -> [rows, N]. `gathers`, `adds`, `biased`: which
+                    operands follow;
                     `halves`: None, 'split' or 'interleaved'; `expr`: over x0 (and x1, the second half).
                     A second result is what `expr` was taken of, [rows, C], kept for gradients
 
@@ -51,6 +53,7 @@ from typing import Any
 from .graph import Op
 
 HALVES = ("split", "interleaved")
+ADDS = ("rows", "columns")
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,15 @@ def _gather(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 def _grouped_matmul(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     a, w, bounds, *bias = x
+    adds = op.attr("adds")
+    added, bias = (bias[:2], bias[2:]) if adds else ([], bias)
     w = w.swapaxes(1, 2) if op.attr("transpose_b") else w
     out = np.zeros((len(a), w.shape[2]), floats)
     for e, (start, end) in enumerate(pairwise(bounds)):
         out[start:end] = a[start:end].astype(floats) @ w[e].astype(floats)
+        if added:
+            b = added[1][e].T if adds == "rows" else added[1][e]
+            out[start:end] += added[0][start:end].astype(floats) @ b.astype(floats)
         if bias:
             out[start:end] += bias[0][e].astype(floats)
     return (out,)

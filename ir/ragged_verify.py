@@ -10,7 +10,7 @@ import sympy
 from . import expr as E
 from .graph import Extent, Value
 from .quantized import ELEMENTS, NESTED, PER_EXPERT, SCALES, Quantized
-from .ragged import HALVES
+from .ragged import ADDS, HALVES
 
 if TYPE_CHECKING:
     from .graph_verify import Checker
@@ -95,11 +95,28 @@ def _bias(c: Checker, bias: Shape, w: Shape, columns: Extent) -> None:
     c.same("number of columns", bias[1], columns)
 
 
+def _added(c: Checker, w: Shape, columns: Extent, operands: list[Shape]) -> list[Shape]:
+    """The operands behind those that `adds` announces."""
+    adds = c.attr("adds", str, needed=False)
+    if adds is None:
+        return operands
+    if adds not in ADDS:
+        c.fail("attrs", f"adds: expected one of {', '.join(ADDS)}; got {adds!r}")
+    t, b, *rest = operands
+    inner, across = (b[2], b[1]) if adds == "rows" else (b[1], b[2])
+    c.same("number of groups", b[0], w[0])
+    c.same("summed extent", t[1], inner)
+    c.same("number of columns", across, columns)
+    return rest
+
+
 def _grouped_matmul(c: Checker) -> tuple[Shape, ...]:
-    _count(c, 3, 4)
-    a, w, bounds, *bias = c.shapes(len(c.operands), (2, 3, 1, 2))
+    added = (2, 3) if c.attr("adds", str, needed=False) else ()
+    _count(c, 3 + len(added), 4 + len(added))
+    a, w, bounds, *rest = c.shapes(len(c.operands), (2, 3, 1, *added, 2))
     _integers(c, 2)
     columns = _product(c, a, w, bounds)
+    bias = _added(c, w, columns, rest)
     for one in bias:
         _bias(c, one, w, columns)
     return ((a[0], columns),)
@@ -135,9 +152,11 @@ def _combine(c: Checker) -> tuple[Shape, ...]:
 
 def _grouped_gemm(c: Checker) -> tuple[Shape, ...]:
     gathers, biased = (bool(c.attr(name, bool, needed=False)) for name in ("gathers", "biased"))
-    ranks = (2, 3, 1, *([1] if gathers else []), *([2] if biased else []))
-    a, w, bounds, *rest = _operands(c, 3 + gathers + biased, ranks)
+    added = [2, 3] if c.attr("adds", str, needed=False) else []
+    ranks = (2, 3, 1, *([1] if gathers else []), *added, *([2] if biased else []))
+    a, w, bounds, *rest = _operands(c, len(ranks), ranks)
     columns = _product(c, a, w, bounds)
+    _added(c, w, columns, rest[gathers:])
     if biased:
         _bias(c, rest[-1], w, columns)
     halves, expr = c.attr("halves", str, needed=False), c.attr("expr", sympy.Basic, needed=False)

@@ -72,7 +72,9 @@ def _behind(graph: Graph, op: Op) -> list[Op]:
 
 
 def _fused(op: Op, gather: list[Op], behind: list[Op], kept: tuple[Value, ...]) -> Op:
-    a, w, bounds, *bias = op.inputs
+    a, w, bounds, *rest = op.inputs
+    many = 2 if op.attr("adds") else 0
+    added, bias = rest[:many], rest[many:]
     operands = [a, w, bounds]
     attrs = dict(op.attrs)
     if gather:
@@ -90,7 +92,7 @@ def _fused(op: Op, gather: list[Op], behind: list[Op], kept: tuple[Value, ...]) 
     return replace(
         op,
         kind="grouped_gemm",
-        inputs=(*operands, *bias),
+        inputs=(*operands, *added, *bias),
         outputs=(*last.outputs, *kept),
         attrs=tuple(attrs.items()),
     )

@@ -42,7 +42,7 @@ from .moe_spec import BYTES, ExpertsSpec
 from .moe_tiles import COL, D, Part, Tiles
 
 ZERO = sympy.Integer(0)
-ROW_AT, N, Z = map(integer, ("i", "n", "z"))
+ROW_AT, N, Z, LOW = map(integer, ("i", "n", "z", "l"))
 ENTRIES = integer("entries")
 SLOT, EXPERT, ROW, ROW0, LAST, START = map(integer, ("slot", "expert", "row", "row0", "last", "start"))
 
@@ -68,6 +68,7 @@ class _Builder:
         a, w, self.bounds, *rest = plain
         self.a, self.w, self.out = graph.values[a], graph.values[w], op.output
         self.tokens = rest.pop(0) if op.attr("gathers") else None
+        self.added = [graph.values[rest.pop(0)] for _ in range(2)] if op.attr("adds") else []
         self.bias = rest.pop(0) if op.attr("biased") else None
         self.acc = spec.accumulator
         self.operand = self.acc if spec.is_cpu else spec.dtype
@@ -128,7 +129,8 @@ class _Builder:
         t = self.tiling
         rows, columns = self._axis("i", t.rows), self._axis("n", t.cols)
         tile = (columns, rows) if t.turned else (rows, columns)
-        return (*tile, self._axis("d", self.tiles.step), self._axis("z", self.experts))
+        low = [self._axis("l", int(self.added[0].shape[1]))] if self.added else []
+        return (*tile, self._axis("d", self.tiles.step), self._axis("z", self.experts), *low)
 
     def _axis(self, name: str, extent: int) -> Axis:
         return Axis(name, extent, extent if self.spec.is_cpu else max(16, 1 << (extent - 1).bit_length()))
@@ -144,7 +146,9 @@ class _Builder:
         bias = [Tensor(self.bias, self.spec.dtype, (e, self._bias_columns()), unit=1)] if self.bias else []
         bounds = Tensor(self.bounds, "i32", (e + 1,), unit=0)
         kept = [self._stored(v.name, v.dtype, int(v.shape[1]), "out", "entries") for v in self.op.outputs[1:]]
-        return (self._a(), *self.matrix.arguments(), bounds, *tokens, *bias, self._result(), *kept)
+        added = [self._stored(v.name, v.dtype, int(v.shape[1]), "in", "entries") for v in self.added[:1]]
+        added += [Tensor(v.name, v.dtype, tuple(v.shape), unit=2) for v in self.added[1:]]
+        return (self._a(), *self.matrix.arguments(), bounds, *tokens, *added, *bias, self._result(), *kept)
 
     def _bias_columns(self) -> int:
         return self.tiles.columns * len(self.parts)
@@ -240,22 +244,30 @@ class _Builder:
         return found
 
     def _sum_part(self, part: Part, k: int, first: Expr) -> list[Stmt]:
-        """Part k of the sum of a product, added up on its own: errors of rounding grow with its length."""
+        """Part k of the sum of a product."""
         name = f"{part.matrix}_{k}"
         found = self.matrix.load(part, name, sympy.Integer(k * self.tiles.step), first)
         for number in range(self.tiles.slices):
             a, b = self.matrix.rows(f"A{k}", number), self.matrix.tile(part, name, number)
-            if k == number == 0:
-                found.append(self._dot(part, a, b, accumulate=False))
-                continue
-            more = replace(part, acc=f"{part.acc}_{k}_{number}")
-            total = Compute(part.acc, self.acc, ("i", "n"), real(part.acc) + real(more.acc), declares=False)
-            found += [self._dot(more, a, b, accumulate=False), total]
+            found.append(self._dot(part, a, b, accumulate=k + number > 0))
         return found
 
     def _dot(self, part: Part, rows: str, matrix: str, *, accumulate: bool) -> Dot:
         more = {"accumulate": accumulate, "declares": not accumulate, "precision": self.spec.precision}
         return Dot(part.acc, self.acc, ("i", "n"), rows, matrix, "d", **more)
+
+    def _add(self, k: int, part: Part) -> list[Stmt]:
+        """What `adds` has added to the sums of a part."""
+        (t, b), by_rows = self.added, self.op.attr("adds") == "rows"
+        index = (EXPERT, part.column, LOW) if by_rows else (EXPERT, LOW, part.column)
+        axes = ("n", "l") if by_rows else ("l", "n")
+        rows = [Load("T_added", self.operand, ("i", "l"), t.name, (ROW, LOW))] if k == 0 else []
+        more = {"accumulate": True, "declares": False, "precision": self.spec.precision}
+        return [
+            *rows,
+            Load(f"B{k}", self.operand, axes, b.name, index, self.tiles.valid(part), ZERO),
+            Dot(part.acc, self.acc, ("i", "n"), "T_added", f"B{k}", "l", **more),
+        ]
 
     def _end(self) -> list[Stmt]:
         out: list[Stmt] = []
@@ -265,6 +277,11 @@ class _Builder:
             if self.matrix.scaled == "sums":
                 out += self.matrix.scale(part, part.matrix, 0, ZERO)
                 value = value * real(f"S{part.matrix}_0")
+            if self.added:
+                if value != real(part.acc):
+                    out.append(Compute(part.acc, self.acc, ("i", "n"), value, declares=False))
+                value = real(part.acc)
+                out += self._add(k, part)
             if self.bias:
                 at = (EXPERT, part.column)
                 zero = sympy.Float(0.0)

@@ -71,7 +71,7 @@ def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
         return Tiling(CPU_ROWS[spec.load], min(CPU_COLS, columns), step, True, blocked=True, meta=meta)
     rows, cols, step, warps, stages = (GPU if op.attr("halves") else GPU_PLAIN)[spec.load]
     size = {"f64": 4, "f32": 2}.get(spec.dtype, 1)
-    cols = max(16, cols // size)
+    cols = min(max(16, cols // size), max(16, 1 << (columns - 1).bit_length()))
     step = max(32, step // size)
     room = _room(spec)
     while True:

@@ -93,6 +93,21 @@ def test_options(options):
         close(one, other)
 
 
+def test_adapters_and_quantised_matrices():
+    up = gossamer.quantize(MATRICES[0], "int8", group_size=4)
+    lora = random(E, 2, H).requires_grad_(), random(E, 2 * I, 2).requires_grad_()
+
+    def function(x, ids, weights, lora):
+        return gossamer.experts(x, ids, weights, up, MATRICES[1], gate_up_lora=lora, lora_scale=0.5)
+
+    x, weights, ids = random(9, H).requires_grad_(), random(9, K), torch.arange(18).view(9, K) % E
+    found, expected = (f(x, ids, weights, lora) for f in (compiled(function), function))
+    close(found, expected)
+    mine, theirs = (torch.autograd.grad(o.sum(), (x, *lora)) for o in (found, expected))
+    for one, other in zip(mine, theirs, strict=True):
+        close(one, other)
+
+
 def test_routings_are_edited_within_a_graph():
     def function(x, logits):
         chosen = gossamer.route(logits, K)

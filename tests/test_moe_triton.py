@@ -13,7 +13,7 @@ from gossamer.ir.evaluate import evaluate  # noqa: E402
 from gossamer.ir.expr import integer, real, sigmoid  # noqa: E402
 from gossamer.ir.graph_interpret import interpret  # noqa: E402
 from gossamer.ir.ragged import Tiling  # noqa: E402
-from gossamer.passes.moe_build import build_experts  # noqa: E402
+from gossamer.passes.moe_build import build_experts, lora_values  # noqa: E402
 from gossamer.passes.moe_expert_choice import compile_expert_choice  # noqa: E402
 from gossamer.passes.moe_gradient import build_gradients  # noqa: E402
 from gossamer.passes.moe_pipeline import compile_experts, compile_gradients  # noqa: E402
@@ -48,6 +48,7 @@ def run(program, given, sizes):
         {},
         {"halves": "interleaved", "transposed": True, "biased": True},
         {"halves": None, "dtype": "f16"},
+        {"ranks": (3, 2), "lora_scale": 0.5},
         {"hidden": 48},  # three tiles of columns, two side by side
     ],
     ids=str,
@@ -78,6 +79,7 @@ def test_interpreter(more, single, load):
     given = {"x": normal(tokens, size), "gate_up": normal(*up), "down": normal(*down)}
     if spec.biased:
         given |= {"gate_up_bias": normal(5, n), "down_bias": normal(5, size)}
+    given |= {v.name: normal(*v.shape) for v in lora_values(spec)}
     ids = np.concatenate([rng.integers(-1, 6, (tokens // 2, 3)), np.full((tokens // 2, 3), 2)])
     routing = {"ids": ids, "weights": rng.random((tokens, 3)).astype(np.float32)}
     expected = interpret(build_experts(spec), given | routing)["o"]
@@ -223,5 +225,16 @@ def test_gradients_on_the_interpreter_and_compiled():
 def test_gradients_compile_for_an_h100_without_spills():
     spec = ExpertsSpec(64, 8, 2048, 1024, SWIGLU, dtype="bf16", keeps=True, target="cuda:sm_90")
     for kernel in compile_gradients(spec, ("x", "gate_up", "down", "weights")).kernels:
+        binary = compile_ahead(emit(kernel), "cuda:sm_90")
+        assert not binary.spills and not binary.lacks, kernel.name
+
+
+def test_adapters_compile_for_an_h100_without_spills():
+    spec = ExpertsSpec(64, 8, 2048, 1024, SWIGLU, dtype="bf16", ranks=(16, 8), target="cuda:sm_90")
+    programs = (
+        compile_experts(spec),
+        compile_gradients(spec, ("x", "gate_up_a", "gate_up_b", "down_a", "down_b")),
+    )
+    for kernel in (k for program in programs for k in program.kernels if any(a.name == "l" for a in k.axes)):
         binary = compile_ahead(emit(kernel), "cuda:sm_90")
         assert not binary.spills and not binary.lacks, kernel.name
