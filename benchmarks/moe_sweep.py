@@ -88,7 +88,7 @@ def _rows(pairs: Any, x: Any, ids: Any, weights: Any, up: Any, down: Any) -> Ite
         target = target_of(x.device)
         spec = ExpertsSpec(
             experts, ids.shape[1], hidden, inner, swiglu, dtype="bf16", target=target, tiling=pair,
-            single=ids.numel() <= 512, quantized=tuple(getattr(w, "_q", None) for w in (up, down)),
+            single=ids.numel() <= 512, quantized=(getattr(up, "_q", None), getattr(down, "_q", None)),
         )  # fmt: skip
         row: dict[str, Any] = {"tilings": [str(t) for t in pair]}
         try:
