@@ -168,7 +168,7 @@ def _sites(program: Program, note: Note) -> dict[Value, Site]:
 
 def _add(program: Program, reader: Reader, found: Attention, sites: dict[Value, Site]) -> str | None:
     """Why an attention is left alone, else its site is added."""
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() not in ("cpu", "gpu", "cuda"):
         return f"kernels for {jax.default_backend()} are not reachable from JAX yet"
     site = Site(program, reader, found)
     try:

@@ -22,7 +22,10 @@ from ..ir.sequences import PLAIN
 from .spec import AttentionSpec
 
 # Attributes that say how, not what.
-FACTS = ("aligned", "contiguous", "few", "group", "monotone", "positive", "precision", "sequences", "target")
+FACTS = (
+    "aligned", "contiguous", "descriptors", "few", "group", "monotone", "positive", "precision", "sequences",
+    "target",
+)  # fmt: skip
 PAIRS = ("B", "Hq", "q_len", "kv_len")
 
 
@@ -56,7 +59,11 @@ def build(spec: AttentionSpec) -> Graph:
         facts["sequences"] = spec.sequences
     facts |= {
         name: value
-        for name, value, plain in (("few", spec.few, 0), ("group", spec.group, 1))
+        for name, value, plain in (
+            ("few", spec.few, 0),
+            ("group", spec.group, 1),
+            ("descriptors", spec.descriptors, True),
+        )
         if value != plain
     }
     rows = [Value(n, wide, PAIRS[:3]) for n, asked in _rows(spec) if asked]
@@ -114,6 +121,7 @@ def spec_of(graph: Graph, op: Op) -> AttentionSpec:
         aligned=op.attr("aligned"),
         few=op.attr("few", 0),
         group=op.attr("group", 1),
+        descriptors=op.attr("descriptors", True),
     )
 
 

@@ -49,8 +49,9 @@ class AttentionSpec:
     what every key gets from all queries, before the prob_map. sequences: lengths by batch, and where
     rows lie in memory. few: a power of two that the rows of a key head (queries times query heads of a
     key head) do not exceed, where they are few; else 0. group: how many query heads read a key head,
-    where row tiles hold them all; 1 where tiles hold rows of one head. Raises InputError on an unknown
-    dtype or a size outside 1..1024, UnsupportedError for column sums of sequences of different lengths."""
+    where row tiles hold them all; 1 where tiles hold rows of one head. descriptors: whether what launches
+    kernels makes tensor descriptors, where the hardware has them. Raises InputError on an unknown dtype
+    or a size outside 1..1024, UnsupportedError for column sums of sequences of different lengths."""
 
     mask: Mask
     score_map: ScoreMap | None = None
@@ -71,6 +72,7 @@ class AttentionSpec:
     sequences: Sequences = PLAIN
     few: int = 0
     group: int = 1
+    descriptors: bool = True
 
     def __post_init__(self) -> None:
         for name, dtype in (("dtype", self.dtype), ("sinks", self.sinks or self.dtype)):
