@@ -1,13 +1,17 @@
 """What every test run needs."""
 
 import os
+import random
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,12 +27,30 @@ class RootIsNoTestPackage:
         return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     # A plugin of its own, because a conftest's hooks are not asked about the folders above it.
     config.pluginmanager.register(RootIsNoTestPackage())
+    if config.option.seed == "fresh":  # the workers inherit what is drawn here
+        config.option.seed = str(random.SystemRandom().randrange(2**32))
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = config.option.seed
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random inputs: --seed {config.option.seed}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Every test draws from seeds of its own, whatever ran before it."""
+    seed = zlib.crc32(f"{item.config.option.seed} {item.nodeid}".encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", default="0", help="of all random inputs; 'fresh' draws one and prints it")
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden instead of comparing")
 
 

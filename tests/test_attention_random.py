@@ -47,7 +47,7 @@ def arguments(
     mask: gossamer.Mask, q_len: int, kv_len: int, heads: tuple[int, int], batch: int = 1
 ) -> dict[str, Any]:
     """Random inputs of a graph built from `spec_of(mask)`, by name."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(np.random.randint(2**31))
     shapes = {
         "q": (batch, heads[0], q_len, 4),
         "k": (batch, heads[1], kv_len, 4),
@@ -87,7 +87,7 @@ def test_compiled_kernels_on_random_masks(mask, lengths, heads, batch):
     for q_len, kv_len in lengths:
         q = torch.randn(batch, heads[0], q_len, 8)
         k, v = torch.randn(2, batch, heads[1], kv_len, 8)
-        check_attention(q, k, v, mask=mask, enable_gqa=True, shuffles=2)
+        check_attention(q, k, v, mask=mask, enable_gqa=True)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in PIPELINE])

@@ -15,14 +15,13 @@ import torch
 
 import gossamer
 from gossamer import masks
-from gossamer.frontend import checking
+from gossamer.frontend.checking import check_attention
 from gossamer.ir.errors import InputError
 from gossamer.runtime.driver import compilations
 
 pytestmark = pytest.mark.gpu
 
 NAN, INF = math.nan, math.inf
-check_attention = functools.partial(checking.check_attention, shuffles=2)
 
 _SPEC = importlib.util.spec_from_file_location(
     "gossamer_tests_attention_cases", Path(__file__).with_name("attention_cases.py")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gossamer
-from gossamer.frontend.checking import ErrorTooLarge, check_results
+from gossamer.frontend.checking import judged, see_results
 from gossamer.ir.errors import InputError
 from gossamer.runtime.driver import compilations
 
@@ -96,16 +96,16 @@ class Sequences:
     def positions(self):
         return {"q_offset": self.integers(self.offsets)}
 
-    def check(self, form, mask, *arguments, again=3):
-        """The rule, for every sequence. Errors of few numbers scatter: a narrow miss is judged on others."""
-        try:
-            self._check(form, mask, *arguments)
-        except ErrorTooLarge as miss:
-            if not again or miss.error > 4 * miss.allowed:
-                raise
-            Sequences(self.lengths, self.heads, self.dtype).check(form, mask, *arguments, again=again - 1)
+    def check(self, form, mask, *arguments):
+        """The rule, for every sequence."""
 
-    def _check(self, form, mask, *arguments):
+        def draw(judge, n):
+            drawn = Sequences(self.lengths, self.heads, self.dtype) if n else self
+            drawn.see(judge, form, mask, *arguments)
+
+        judged(draw)
+
+    def see(self, judge, form, mask, *arguments):
         tensors, keywords = getattr(self, form)(*arguments)
         out, lse = gossamer.attention(
             *tensors, mask=mask, return_lse=True, enable_gqa=True, validate=True, **keywords
@@ -116,7 +116,8 @@ class Sequences:
             first, at = rows.stop or 0, 0 if form == "packed" else b
             found = out[at : at + 1, :, rows], lse[at : at + 1, :, rows]
             given = (x[b][None] for x in (self.q, self.k, self.v))
-            check_results(
+            see_results(
+                judge,
                 found,
                 *given,
                 mask=lambda _, h, q, k, b=b, offset=offset: mask(b, h, q + offset, k),

@@ -38,4 +38,4 @@ def test_random_masks(share, mask, lengths, heads, batch, dtype):
     for q_len, kv_len in lengths:
         q = torch.randn(batch, heads[0], q_len, 32).to("cuda", dtype)
         k, v = torch.randn(2, batch, heads[1], kv_len, 32).to("cuda", dtype)
-        check_attention(q, k, v, mask=mask.to("cuda"), enable_gqa=True, shuffles=2)
+        check_attention(q, k, v, mask=mask.to("cuda"), enable_gqa=True)

@@ -9,11 +9,10 @@ import torch
 
 import gossamer
 from gossamer import masks
-from gossamer.frontend import checking
+from gossamer.frontend.checking import check_attention
 
 pytestmark = pytest.mark.gpu
 
-check_attention = functools.partial(checking.check_attention, shuffles=2)
 
 _SPEC = importlib.util.spec_from_file_location(
     "gossamer_tests_attention_cases", Path(__file__).with_name("attention_cases.py")

@@ -22,7 +22,7 @@ import jax.numpy as jnp  # noqa: E402
 import gossamer  # noqa: E402
 import gossamer.jax  # noqa: E402
 from gossamer import masks  # noqa: E402
-from gossamer.frontend.checking import ErrorTooLarge, check_results  # noqa: E402
+from gossamer.frontend.checking import judged, see_results  # noqa: E402
 from gossamer.frontend.jax_call import Call  # noqa: E402
 from gossamer.ir.errors import InputError, TraceError, UnsupportedError  # noqa: E402
 from gossamer.runtime.driver import compilations  # noqa: E402
@@ -50,23 +50,21 @@ def to_torch(array, dtype=None):
     return tensor if dtype is None else tensor.to(dtype)
 
 
-def check(q, k, v, *, jit=True, shuffles=2, **options):
-    """Run on torch tensors by way of JAX and judge the results; returns them as JAX has them.
-
-    shuffles: as for `check_attention`."""
+def check(q, k, v, *, jit=True, **options):
+    """Run on torch tensors by way of JAX and judge the results; returns them as JAX has them."""
     run = partial(attention, return_lse=True, **options)
-    out, lse = (jax.jit(run) if jit else run)(*map(to_jax, (q, k, v)))
-    wide = jnp.float64 if q.dtype == torch.float64 else jnp.float32
-    assert out.dtype == to_jax(q).dtype and lse.dtype == wide
+    run = jax.jit(run) if jit else run
     given = {name: torch.tensor(np.asarray(x)) if name == "sinks" else x for name, x in options.items()}
-    try:
-        check_results((to_torch(out, q.dtype), to_torch(lse)), q, k, v, enable_gqa=True, **given)
-    except ErrorTooLarge as miss:
-        if shuffles == 0 or miss.error > 4 * miss.allowed:
-            raise
-        other = (t.flatten()[torch.randperm(t.numel())].view(t.shape) for t in (q, k, v))
-        check(*other, jit=jit, shuffles=shuffles - 1, **options)
-    return out, lse
+    wide = jnp.float64 if q.dtype == torch.float64 else jnp.float32
+
+    def draw(judge, n):
+        tensors = [t.flatten()[torch.randperm(t.numel())].view(t.shape) if n else t for t in (q, k, v)]
+        out, lse = run(*map(to_jax, tensors))
+        assert out.dtype == to_jax(q).dtype and lse.dtype == wide
+        see_results(judge, (to_torch(out, q.dtype), to_torch(lse)), *tensors, enable_gqa=True, **given)
+        return out, lse
+
+    return judged(draw)
 
 
 @pytest.mark.parametrize("name", LIBRARY)

@@ -181,7 +181,7 @@ def reference(q, k, v, attends):
 @pytest.mark.parametrize("name", CASES)
 def test_attention_over_lists_is_attention(name):
     text, params, make, looks = CASES[name]
-    mask, rng = Mask.parse(text), np.random.default_rng()
+    mask, rng = Mask.parse(text), np.random.default_rng(np.random.randint(2**31))
     program = plan_of(text)
     verify(program)
     assert parse_program(to_text(program)) == program
@@ -208,7 +208,7 @@ LOOSE = {"documents in any order", "documents of a batch", "rows of a key", "flo
 @pytest.mark.parametrize("name", CASES)
 def test_lists_hold_the_tiles_with_points_and_know_which_are_full(name):
     text, params, make, _ = CASES[name]
-    mask, rng = Mask.parse(text), np.random.default_rng()
+    mask, rng = Mask.parse(text), np.random.default_rng(np.random.randint(2**31))
     program, stride = plan_of(text), 4 if name.startswith("residues") else 1
     q_len, kv_len = 75, 93
     tensors = make(rng, kv_len)
@@ -266,7 +266,7 @@ def test_triton(name):
     from gossamer.runtime.triton_interpreter import run_interpreted
 
     text, params, make, _ = CASES[name]
-    mask, rng = Mask.parse(text), np.random.default_rng()
+    mask, rng = Mask.parse(text), np.random.default_rng(np.random.randint(2**31))
     spec = AttentionSpec(mask, qk_size=QK, v_size=V, return_lse=True, target="cuda:sm_90")
     program = compile_spec(spec, Schedule((16,), (16,), lazy_rescale=False))
     q_len, kv_len = 45, 83
@@ -289,7 +289,7 @@ def torch_masks():
 
     from gossamer import masks
 
-    rng = torch.Generator().manual_seed(int(np.random.default_rng().integers(2**31)))
+    rng = torch.Generator().manual_seed(np.random.randint(2**31))
     unsorted = torch.randint(0, 6, (300,), generator=rng)
     rows = torch.randint(0, 300, (2, 1, 300, 2), generator=rng).sort(-1).values.int()
     listed = torch.rand(2, 3, 5, 5, generator=rng) < 0.4
@@ -342,7 +342,7 @@ def test_cpu(name):
 def test_column_sums_have_lists_of_their_own(name):
     """Rows of their tiles are keys: the lists are of the mask with queries and keys exchanged."""
     text, params, make, _ = CASES[name]
-    mask, rng = Mask.parse(text), np.random.default_rng()
+    mask, rng = Mask.parse(text), np.random.default_rng(np.random.randint(2**31))
     schedule = Schedule((ROWS,), (COLS,), lists="all")
     program = compile_spec(
         AttentionSpec(mask, qk_size=QK, v_size=V, return_lse=True, return_column_sums=True), schedule

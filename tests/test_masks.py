@@ -147,7 +147,7 @@ def selection(indices, b, h, q_len, kv_len, rows, keys):
 @pytest.mark.parametrize("rows, keys", [(1, 16), (4, 5), (16, 1), (32, 64)])
 @pytest.mark.parametrize("batches, heads", [(1, 1), (2, 3)])
 def test_selected_blocks(rows, keys, batches, heads):
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(np.random.randint(2**31))
     blocks = -(-100 // keys)
     indices = rng.integers(-1, blocks, (batches, heads, -(-70 // rows), 3))
     for tensor in (indices, torch.from_numpy(indices).int()):

@@ -1,6 +1,5 @@
 """Sinks, prob_mod, dropout and column sums: on compiled kernels, both interpreters and ahead of time."""
 
-import functools
 import math
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 import gossamer
 from gossamer import masks, testing
-from gossamer.frontend import checking
+from gossamer.frontend.checking import check_attention
 from gossamer.frontend.score import ProbMod
 from gossamer.ir.errors import InputError
 from gossamer.ir.graph import Graph, Op
@@ -26,7 +25,6 @@ from gossamer.passes.spec import AttentionSpec
 from gossamer.passes.transpose import exchanged_mask
 from gossamer.runtime.driver import compilations
 
-check_attention = functools.partial(checking.check_attention, shuffles=2)
 SEED = 20
 
 
