@@ -46,9 +46,9 @@ def attention(
 ) -> Any:
     """Softmax attention over the pairs of a mask: softmax(scale * q k^T, where mask) v.
 
-    In any JAX program for a CPU or an NVIDIA GPU: as it is, or under jit, vmap (which becomes the kernel's batch), grad and
-    shard_map. Lengths, batch and heads are arguments of the kernel: another shape makes XLA compile again,
-    and no new kernel.
+    In any JAX program for a CPU or an NVIDIA GPU: as it is, or under jit, vmap (which becomes the kernel's
+    batch), grad and shard_map. Lengths, batch and heads are arguments of the kernel: another shape makes XLA
+    compile again, and no new kernel.
 
     Args:
         query: (B, T, N, H), as `jax.nn.dot_product_attention` has it: float16, bfloat16, float32 or float64.

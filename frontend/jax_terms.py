@@ -314,6 +314,12 @@ def _power(reader: Reader, op: Op) -> Term | None:
     return found.term if isinstance(found, Stand) else None
 
 
+def _complement(reader: Reader, op: Op) -> Term | None:
+    """erfc(x) = 1 - erf(x)."""
+    found = FUNCTIONS["erf"](reader.stand(op.inputs[0]))
+    return operate("sub", 1.0, found).term if isinstance(found, Stand) else None
+
+
 _NAMES = {
     **{
         name: name for name in ("add", "sub", "mul", "neg", "abs", "exp", "exp2", "log", "tanh", "sin", "cos")
@@ -333,4 +339,5 @@ POINTWISE: dict[str, Rule] = {
     "select_n": _select,
     "clamp": _clamp,
     "integer_pow": _power,
+    "erfc": _complement,
 }

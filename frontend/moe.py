@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError
-from ..runtime.driver import driver, get_or_compile
+from ..runtime.driver import driver
 from .activation import activation_term
-from .device import precision_of, target_of
-from .layers import Layer, check_routing, is_layer_aligned, layer_of
+from .device import precision_of
+from .layer import Layer
+from .layer_kernels import dtype_of, layer_executable
+from .layers import check_routing, layer_of
 from .plan import Plan, _signature
-from .problem import _fill_names
 from .routing import Routing, route
 
 try:
@@ -24,12 +25,7 @@ try:
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.experts") from None
 
-if TYPE_CHECKING:
-    from ..ir.kernel import Program
-
-SINGLE = 512  # entries that one program sorts
 BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
-IDS = {torch.int32: "i32", torch.int64: "i64"}
 
 
 def experts(
@@ -146,9 +142,8 @@ def forward(x: Any, given: dict[str, Any], layer: Layer, term: Any, *, keeps: bo
     flat = {name: tensor.detach().reshape(-1) for name, tensor in given.items()}
     values = {"x": x.detach(), **flat, **{name: tensor.detach() for name, tensor in layer.tensors.items()}}
     outputs = (("o", tuple(x.shape), x.dtype),)
-    columns = layer.inner * (2 if layer.gated else 1)
     if keeps:
-        outputs += (("g", (flat["weights"].shape[0], columns), x.dtype),)
+        outputs += (("g", (flat["weights"].shape[0], layer.columns), x.dtype),)
     asked = (top_k, term, "ids" not in given, keeps)
     return launch("experts", values, outputs, layer, asked)
 
@@ -165,7 +160,7 @@ def launch(
 
     asked: top_k, the activation's term, and whether rows are sorted and products kept already."""
     x = values["x"]
-    facts = (asked, wanted, layer.halves, layer.transposed, layer.units, precision_of(x.device, _dtype(x)))
+    facts = (asked, wanted, layer.halves, layer.transposed, layer.units, precision_of(x.device, dtype_of(x)))
     key = (what, facts, tuple((name, _signature(t)) for name, t in values.items()))
     plans = driver().plans
     plan = plans.get(key)
@@ -173,10 +168,6 @@ def launch(
         plan = _plan(what, values, outputs, layer, asked, wanted)
         plans.put(key, plan)
     return plan(values)
-
-
-def _dtype(tensor: Any) -> str:
-    return _fill_names()[tensor.dtype]
 
 
 def _plan(
@@ -190,52 +181,11 @@ def _plan(
     from ..runtime.executable import Contiguous
     from .prepare import allocate
 
-    x, (top_k, term, routed, keeps) = values["x"], asked
-    rows = values["tokens"] if routed else values["ids"]
-    target, entries = target_of(x.device), rows.shape[0]
-    mean = entries / layer.experts
-    alone = what == "experts" and not routed and (x.shape[0] == 1 or 2 * entries <= layer.experts)
-    load = (
-        "one"
-        if alone
-        else "few"
-        if mean <= 16
-        else "some"
-        if mean <= 64 and x.device.type != "cpu"
-        else "many"
-    )
-    facts = {
-        "experts": layer.experts,
-        "top_k": top_k,
-        "hidden": layer.hidden,
-        "inner": layer.inner,
-        "halves": layer.halves,
-        "dtype": _dtype(x),
-        "transposed": layer.transposed,
-        "units": layer.units,
-        "biased": layer.gate_up_bias is not None,
-        "routing": ("i32" if routed else IDS[rows.dtype], _dtype(values.get("weights", x))),
-        "load": load,
-        "single": entries <= SINGLE and not routed,
-        "routed": routed and top_k > 0,
-        "keeps": keeps,
-        "aligned": is_layer_aligned(x, layer),
-        "precision": precision_of(x.device, _dtype(x)),
-    }
-
-    def make() -> Program:
-        from ..passes.moe_pipeline import compile_experts, compile_gradients
-        from ..passes.moe_spec import ExpertsSpec
-        from .term_expr import to_expr
-
-        expr = to_expr(term, frozenset(("x0", "x1")))
-        spec = ExpertsSpec(activation=expr, target=target, **facts)
-        return compile_gradients(spec, wanted) if what == "gradients" else compile_experts(spec)
-
-    executable = get_or_compile((what, term, wanted, tuple(facts.items())), make, target)
+    device = values["x"].device
+    executable = layer_executable(what, values, layer, asked, wanted)
     stand_ins = {name: Contiguous(shape) for name, shape, _ in outputs}
-    bound = executable.bind({**values, **stand_ins}, allocate=partial(allocate, device=x.device))
-    return Plan(bound, outputs, x.device)
+    bound = executable.bind({**values, **stand_ins}, allocate=partial(allocate, device=device))
+    return Plan(bound, outputs, device)
 
 
 def _check_backend(backend: Any, x: Any) -> None:

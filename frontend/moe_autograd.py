@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .layers import Layer
+from .layer import Layer
 from .moe import forward, launch
 from .routing import grouped
 
@@ -99,7 +99,7 @@ def gradients(
         "x": tuple(x.shape),
         "gate_up": tuple(layer.gate_up.shape),
         "down": tuple(layer.down.shape),
-        "gate_up_bias": (experts, 1, layer.inner * (2 if layer.gated else 1)),
+        "gate_up_bias": (experts, 1, layer.columns),
         "down_bias": (experts, 1, hidden),
     }
     outputs = tuple((f"d{name}", shape, x.dtype) for name, shape in shapes.items() if name in wanted)

@@ -5,24 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError
-from ..runtime.driver import get_or_compile
-from .activation import activation_term
-from .device import target_of
-from .problem import _fill_names, as_integer
+from . import layer_kernels as kernels
+from .layer_kernels import cut_of, router_facts, router_term
+from .problem import _fill_names
 
 try:
     import torch
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.route") from None
-
-if TYPE_CHECKING:
-    from ..ir.kernel import Program
-
-ROUTERS = {"softmax": "softmax", "sigmoid": "sigmoid", "softmax_of_topk": "logits", "random": "random"}
-GROUPED = 512  # entries that one program sorts
 
 
 class Routing:
@@ -175,22 +168,8 @@ def grouped(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...
     tokens, place = (torch.empty(entries, dtype=torch.int32, device=device) for _ in range(2))
     bounds = torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
     if entries:
-        ids = "i64" if flat.dtype == torch.int64 else "i32"
-        target = target_of(device)
-        facts = (num_experts, topk_ids.shape[1], ids, entries <= GROUPED)
-
-        def make() -> Program:
-            from ..ir.expr import real
-            from ..passes.moe_pipeline import compile_groups
-            from ..passes.moe_spec import ExpertsSpec
-
-            spec = ExpertsSpec(
-                *facts[:2], 1, 1, real("x0"), None, routing=(ids, "f32"), single=facts[3], target=target
-            )
-            return compile_groups(spec)
-
+        executable = kernels.groups_executable(num_experts, topk_ids.shape[1], flat)
         values = {"ids": flat, "tokens": tokens, "bounds": bounds, "place": place}
-        executable = get_or_compile(("groups", facts), make, target)
         executable(values, allocate=partial(allocate, device=device))
     return tokens, bounds, place.reshape(topk_ids.shape)
 
@@ -246,50 +225,20 @@ def route(
     if router_logits.dtype not in names:
         raise InputError("route.router_logits", "float16, bfloat16, float32 or float64", router_logits.dtype)
     tokens, experts = router_logits.shape
-    term = None
-    if callable(router):
-        term = activation_term(router, gated=False)
-    elif router not in ROUTERS:
-        raise InputError("route.router", f"a function, or one of {', '.join(ROUTERS)}", repr(router))
-    cut = "top_p" if top_p is not None else None if threshold is None else "threshold"
-    if top_p is not None and threshold is not None:
-        raise InputError("route.top_p, threshold", "one of them at most", (top_p, threshold))
-    if cut is not None and router == "softmax_of_topk":
-        expected = "scores that are compared before their softmax is known"
-        raise InputError(f"route.{cut}", expected, repr(router), 'Pass router="softmax"')
-    if capacity is not None and (as_integer(capacity) is None or capacity < 0):
-        raise InputError("route.capacity", "a number of tokens, 0 or more", capacity)
+    cut, term = cut_of(top_p, threshold, capacity), router_term(router)
     if token_ids is not None and (router != "random" or tuple(token_ids.shape) != (tokens,)):
         raise InputError(
             "route.token_ids", f"shape ({tokens},), with router 'random'", tuple(token_ids.shape)
         )
-    count = as_integer(top_k)
-    if count is None or not 1 <= count <= experts:
-        raise InputError("route.top_k", f"1 to {experts}, the number of experts", top_k)
-    top_groups = groups if top_groups is None else top_groups
-    size = experts // groups if groups and experts % groups == 0 else 0
-    if not size or not 1 <= top_groups <= groups or top_groups * size < count:
-        expected = f"groups that divide {experts} experts, and enough of them open for {count}"
-        raise InputError("route.groups, top_groups", expected, (groups, top_groups))
+    corrected = correction_bias is not None
+    facts = router_facts(experts, top_k, router, renormalize, corrected, groups, top_groups, cut)
+    count, scoring = facts[1:3]
     wide = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
     device = router_logits.device
     ids = torch.empty((tokens, count), dtype=torch.int32, device=device)
     weights = torch.empty((tokens, count), dtype=wide, device=device)
     if not tokens:
         return Routing.from_topk(ids, weights, experts)
-    if groups == top_groups:
-        groups = top_groups = 1
-    scoring = "map" if callable(router) else ROUTERS[router]
-    facts = (experts, count, scoring, bool(renormalize), correction_bias is not None)
-    facts += (groups, top_groups, names[router_logits.dtype], target_of(device), cut, token_ids is not None)
-
-    def make() -> Program:
-        from ..passes.moe_router import RouterSpec, compile_router
-        from .term_expr import to_expr
-
-        expr = None if term is None else to_expr(term, frozenset(("x0",)))
-        return compile_router(RouterSpec(*facts, expr))
-
     logits = router_logits.detach()
     values = {"logits": logits if logits.stride(1) == 1 else logits.contiguous()}
     values |= {"ids": ids, "weights": weights, "scale": float(scale)}
@@ -304,7 +253,7 @@ def route(
         values["seed"] = int(seed)
     if token_ids is not None:
         values["token_ids"] = token_ids.to(torch.int64)
-    get_or_compile(("router", facts, term), make, facts[8])(values)
+    kernels.router_executable(facts, values["logits"], cut, token_ids is not None, term)(values)
     if router_logits.requires_grad and torch.is_grad_enabled() and scoring != "random":
         weights = _weights(router_logits.to(wide), ids, router, renormalize) * scale
     chosen = Routing.from_topk(ids, weights, experts)
@@ -318,16 +267,9 @@ def limited(chosen: Routing, capacity: int) -> Routing:
     if not ids.numel():
         return chosen
     _, bounds, place = grouped(ids, experts)
-    kind, target = "i64" if ids.dtype == torch.int64 else "i32", target_of(ids.device)
     kept = torch.empty_like(ids)
-
-    def make() -> Program:
-        from ..passes.moe_router import compile_capacity
-
-        return compile_capacity(experts, kind, target)
-
     values = {"ids": ids.reshape(-1), "place": place.reshape(-1), "bounds": bounds, "limited": kept.view(-1)}
-    get_or_compile(("capacity", experts, kind), make, target)(values | {"capacity": capacity})
+    kernels.capacity_executable(experts, ids)(values | {"capacity": capacity})
     return Routing.from_topk(kept, weights, experts)
 
 

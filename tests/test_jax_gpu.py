@@ -15,7 +15,8 @@ import jax.numpy as jnp  # noqa: E402
 
 import gossamer.jax  # noqa: E402
 from gossamer import masks  # noqa: E402
-from gossamer.frontend import jax_cpu, jax_gpu  # noqa: E402
+from gossamer.frontend import jax_cpu, jax_gpu, jax_kernels, jax_layer  # noqa: E402
+from gossamer.frontend.activation import activation_term  # noqa: E402
 from gossamer.frontend.jax_attention import call_of  # noqa: E402
 from gossamer.frontend.jax_call import GradientCall  # noqa: E402
 from gossamer.frontend.jax_gradient import _shapes  # noqa: E402
@@ -47,9 +48,16 @@ def library(request, monkeypatch, tmp_path):
 @pytest.fixture
 def launched(library, monkeypatch):
     """The same, and what is lowered runs at once."""
-    monkeypatch.setattr(
-        jax_gpu, "_ffi_call", lambda target, *args, **options: library.launch(*args, **options)
-    )
+
+    def launch(target, *args, **options):
+        return library.launch(*args, **options)
+
+    def bind(*operands, call):
+        results = jax_kernels._shapes(call, operands)
+        return jax_gpu.run(jax_kernels.KERNELS.prepare, call, operands, results)
+
+    monkeypatch.setattr(jax_gpu, "_ffi_call", launch)
+    monkeypatch.setattr(jax_kernels.kernels_p, "bind", bind)
     return library
 
 
@@ -145,6 +153,35 @@ def test_gradients(launched, dtype=np.float16):
     near(dv, np.einsum("bnts,btnh->bsh", p, wide[3])[:, :, None], dtype)
     near(dt.sum(0), np.einsum("bnts,ts->n", ds, far), dtype)
     assert len(launched.launched) >= 3
+
+
+@pytest.mark.parametrize("library", ["Library"], indirect=True)
+def test_experts_and_their_gradients(launched):
+    """At once, as they would be lowered."""
+    experts, hidden, inner, tokens = 4, 32, 16, 21
+    g = np.random.default_rng(0)
+    up, down = g.standard_normal((experts, 2 * inner, hidden)), g.standard_normal((experts, hidden, inner))
+    x, do = g.standard_normal((2, tokens, hidden))
+    ids, w = g.integers(-1, experts + 1, (tokens, 2)), g.random((tokens, 2))
+    term = activation_term("swiglu", gated=True)
+    sizes = jax_layer.Sizes(experts, hidden, inner, True, False, False, False, term)
+    names = {"x": x, "weights": w, "gate_up": up / 6, "down": down / 4}
+    inputs = {name: jnp.asarray(a, jnp.float32) for name, a in names.items()}
+    arrays = inputs | jax_layer.groups(jnp.asarray(ids, jnp.int32), experts)
+    found = jax_layer._forward(sizes, arrays, keeps=True)
+
+    def plain(x, weights, gate_up, down):
+        gate, value = jnp.split(jnp.einsum("th,ech->tec", x, gate_up), 2, -1)
+        y = jnp.einsum("tei,ehi->teh", jax.nn.silu(gate) * value, down)
+        return jnp.einsum("tk,tke,teh->th", weights, jax.nn.one_hot(ids, experts), y)
+
+    out, back = jax.vjp(lambda given: plain(**given), inputs)
+    near(found["o"], out, np.float32)
+    do = jnp.asarray(do, jnp.float32)
+    made = jax_layer._gradients(sizes, arrays, found["g"], do, tuple(sorted(names)))
+    for name, true in back(do)[0].items():
+        near(made[name], true, np.float32)
+    assert len(launched.launched) >= 7
 
 
 def test_the_lowered_program_holds_our_calls(library):
