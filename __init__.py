@@ -20,14 +20,21 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.kernel import AttentionSpec as AttentionSpec
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
+    from .frontend.linear import linear_attention as linear_attention
+    from .frontend.low_rank import flurka as flurka
+    from .frontend.low_rank import flurka_orders as flurka_orders
     from .frontend.mask import Mask as Mask
     from .frontend.moe import experts as experts
     from .frontend.moe import moe as moe
+    from .frontend.quantize import quantize as quantize
+    from .frontend.quantize import quantize_experts as quantize_experts
+    from .frontend.quantized import QuantizedWeight as QuantizedWeight
+    from .frontend.router_losses import entropy_loss as entropy_loss
     from .frontend.router_losses import importance_loss as importance_loss
     from .frontend.router_losses import load_balance_loss as load_balance_loss
     from .frontend.router_losses import z_loss as z_loss
+    from .frontend.routers import route as route
     from .frontend.routing import Routing as Routing
-    from .frontend.routing import route as route
     from .frontend.schedules import tune as tune
     from .frontend.score import ProbMod as ProbMod
     from .frontend.score import ScoreMod as ScoreMod
@@ -45,21 +52,28 @@ _NAMES: dict[str, str] = {
     "ACSRTensor": "frontend.splat",
     "Mask": "frontend.mask",
     "ProbMod": "frontend.score",
+    "QuantizedWeight": "frontend.quantized",
     "Routing": "frontend.routing",
     "Schedule": "ir.plan",
     "ScoreMod": "frontend.score",
     "attention": "frontend.attention",
     "compile": "frontend.kernel",
+    "entropy_loss": "frontend.router_losses",
     "experts": "frontend.moe",
+    "flurka": "frontend.low_rank",
+    "flurka_orders": "frontend.low_rank",
     "grouped_mm": "frontend.grouped",
     "importance_loss": "frontend.router_losses",
     "jit": "frontend.jit",
+    "linear_attention": "frontend.linear",
     "load": "frontend.kernel",
     "load_balance_loss": "frontend.router_losses",
     "moe": "frontend.moe",
+    "quantize": "frontend.quantize",
+    "quantize_experts": "frontend.quantize",
     "ragged_dot": "frontend.grouped",
     "register_transformers": "frontend.huggingface",
-    "route": "frontend.routing",
+    "route": "frontend.routers",
     "sddmm": "frontend.splat",
     "sparse_softmax": "frontend.splat",
     "spmm": "frontend.splat",
@@ -69,6 +83,7 @@ _NAMES: dict[str, str] = {
 
 # Public module -> the module it is another name of, as ``os.path`` is of ``posixpath``.
 _MODULES = {
+    "feature_maps": "frontend.feature_maps",
     "flex": "frontend.flex",
     "jax": "frontend.jax_face",
     "masks": "frontend.masks",

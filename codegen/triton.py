@@ -38,6 +38,7 @@ TYPES = {
     "f32": "fp32",
     "f16": "fp16",
     "bf16": "bf16",
+    "f8e4m3": "fp8e4nv",
     "i64": "i64",
     "i32": "i32",
     "i16": "i16",
@@ -48,7 +49,19 @@ TYPES = {
 
 DESCRIPTOR = "from triton.tools.tensor_descriptor import TensorDescriptor\n"
 
-BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
+BYTES = {
+    "f64": 8,
+    "f32": 4,
+    "f16": 2,
+    "bf16": 2,
+    "f8e4m3": 1,
+    "i64": 8,
+    "i32": 4,
+    "i16": 2,
+    "i8": 1,
+    "u8": 1,
+    "bool": 1,
+}
 
 
 @dataclass(frozen=True)

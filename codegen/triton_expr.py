@@ -230,9 +230,18 @@ class Speller:
     def _trunc(self, expr: Expr) -> Value:
         return self._helper("trunc", [self.number(expr.args[0], floating=True)])
 
+    def _float_of_bits(self, expr: Expr) -> Value:
+        value = self.convert(self.integer(expr.args[0]), "i32")
+        bits = f"{value.at(ATOM)}.to(tl.float32, bitcast=True)"
+        return self.convert(Value(bits, "f32", value.axes), self.floats)
+
     def _random_bits(self, expr: Expr) -> Value:
         value = self._helper("random_bits", [self.integer(a) for a in expr.args])
         return replace(value, dtype="i32")
+
+    def _bits_of_float(self, expr: Expr) -> Value:
+        value = self.convert(self.number(expr.args[0], floating=True), "f32")
+        return replace(value, text=f"tl.cast({value.text}, tl.int32, bitcast=True)", dtype="i32", level=ATOM)
 
     def _divide(self, expr: Any) -> Value:
         a, b = expr.args
@@ -371,7 +380,9 @@ class Speller:
         (sympy.tan, _tan),
         (sympy.tanh, _tanh),
         (ex.trunc, _trunc),
+        (ex.float_of_bits, _float_of_bits),
         (ex.random_bits, _random_bits),
+        (ex.bits_of_float, _bits_of_float),
         (tuple(_UNARY), _unary),
         ((ex.floordiv, ex.floormod), _divide),
         (tuple(_BITWISE), _bits),

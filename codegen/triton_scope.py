@@ -16,6 +16,7 @@ TL = {
     "f32": "tl.float32",
     "f16": "tl.float16",
     "bf16": "tl.bfloat16",
+    "f8e4m3": "tl.float8e4nv",
     "i64": "tl.int64",
     "i32": "tl.int32",
     "i16": "tl.int16",
@@ -23,7 +24,7 @@ TL = {
     "u8": "tl.uint8",
     "bool": "tl.int1",
 }
-FLOATS = ("f64", "f32", "f16", "bf16")
+FLOATS = ("f64", "f32", "f16", "bf16", "f8e4m3")
 
 # A tile's own offsets stay 32-bit up to this coordinate, so strides below 2**16 elements always fit.
 NARROW = 1 << 15

@@ -288,10 +288,18 @@ class Printer(Typing):
     def _shr(self, expr: Expr) -> Text:
         return self._bitwise(expr, "shift_right")
 
+    def _float_of_bits(self, expr: Expr) -> Text:
+        value = self._to(self._print(expr.args[0]), "int32")
+        return self._float(Text(f'T.reinterpret("float32", {value.text})', "float32", value.varying))
+
     def _random_bits(self, expr: Expr) -> Text:
         words = [self._print(a) for a in expr.args]
         key, x, y = (self._to(w, "uint32").text for w in words)
         return Text(random_bits(key, x, y, self.let), "int32", any(w.varying for w in words))
+
+    def _bits_of_float(self, expr: Expr) -> Text:
+        value = self._to(self._float(self._print(expr.args[0])), "float32")
+        return Text(f'T.reinterpret("int32", {value.text})', "int32", value.varying)
 
     # choice ---------------------------------------------------------------------------------------
 

@@ -177,7 +177,8 @@ def scan(ctx: Context, stmt: Scan) -> None:
 def dot(ctx: Context, stmt: Dot) -> None:
     """A register-blocked product: rows of one operand as scalars, vectors of the other.
 
-    The accumulators of a few rows by one vector stay in registers for the whole `over` loop."""
+    The accumulators of a few rows by one vector stay in registers for the whole `over` loop, and then meet
+    what the tile holds: a sum of thousands has the rounding of a sum of sums."""
     tile = ctx.tiles[stmt.dst]
     axis = tile.axes[-1]
     (rows,) = (a for a in stmt.axes if a != axis)
@@ -237,14 +238,14 @@ def _micro_kernel(
         return _Rows(ctx, f"for i_{rows} in T.unroll({size}):", rows, place, axis, piece)
 
     with each_row():
-        begin = ctx.names.element(tile) if stmt.accumulate else _zero(dtype)
-        ctx.out.line(f"{accumulator} = {begin}")
+        ctx.out.line(f"{accumulator} = {_zero(dtype)}")
     with ctx.loops(stmt.over), each_row():
         narrow, wide = (_element_as(ctx, t, dtype) for t in reversed(operands))
         ctx.out.line(f"{accumulator} = {accumulator} + {narrow} * {wide}")
     with each_row():
-        value = ctx.printer(dtype=dtype).rounded(accumulator, tile.dtype)
-        ctx.out.line(f"{ctx.names.element(tile)} = {value}")
+        element = ctx.names.element(tile)
+        total = f"{element} + {accumulator}" if stmt.accumulate else accumulator
+        ctx.out.line(f"{element} = {ctx.printer(dtype=dtype).rounded(total, tile.dtype)}")
 
 
 class _Rows:

@@ -98,7 +98,7 @@ def attention(
             key k of sequence b is row k % page_size of page block_table[b, k // page_size]. Needs kv_lens;
             entries behind them may be anything. Another order of dimensions is passed transposed.
         deterministic: whether gradients are bitwise equal over runs, as outputs always are: True or False,
-            or None for where it costs little.
+            or None for where it costs little, and everywhere under torch.use_deterministic_algorithms(True).
         backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (dense, float64, slow).
         schedule: a Schedule, or one a group, in place of the default, or their text as `gossamer explain`
             prints it; "tune" for the fastest of a few on this device, timed once (see `gossamer.tune`).
@@ -118,6 +118,8 @@ def attention(
     """
     flags = {"enable_gqa": enable_gqa, "return_lse": return_lse, "return_column_sums": return_column_sums}
     _check_flags(flags | {"validate": validate}, deterministic)
+    if deterministic is None and _torch_is_deterministic():
+        deterministic = True
     where = (q_offset, cu_seqlens_q, cu_seqlens_kv, block_table, kv_lens)
     extra: tuple[str, ...] = ("lse",) if return_lse else ()
     extra += ("column_sums",) if return_column_sums else ()
@@ -126,6 +128,12 @@ def attention(
         query, key, value, mask, score_mod, scale, options, sinks, (prob_mod, dropout_p, dropout_seed), where
     )
     return found[0] if len(found) == 1 else found
+
+
+def _torch_is_deterministic() -> bool:
+    import torch
+
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def _check_flags(flags: dict[str, Any], deterministic: Any) -> None:

@@ -79,8 +79,11 @@ def gradient_executable(
     positive: bool,
     names: tuple[str, ...],
     given: tuple[str, ...],
+    exact_sums: bool = False,
 ) -> Executable:
-    """The compiled kernels of gradients by name, from what is given of 'o' and 'lse'."""
+    """The compiled kernels of gradients by name, from what is given of 'o' and 'lse'.
+
+    exact_sums: as `AttentionSpec` has it."""
     target, described = target_of(problem.device), makes_descriptors(problem.device)
     facts = (problem.aligned, precision_of(problem.device, problem.dtype), positive)
     sizes = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, True, False, *facts)
@@ -90,10 +93,11 @@ def gradient_executable(
         from ..passes.pipeline import compile_spec
         from ..passes.spec import AttentionSpec, Gradient
 
-        how = {"monotone": frozenset(ids), "descriptors": described}
-        more: dict[str, Any] = softmax.spec_fields | placed.spec_fields | how
+        more: dict[str, Any] = softmax.spec_fields | placed.spec_fields
+        more |= {"monotone": frozenset(ids), "exact_sums": exact_sums, "descriptors": described}
         spec = AttentionSpec(mask.ir, None if score is None else score.ir, *sizes, target=target, **more)
         return compile_spec(spec, gradient=Gradient(names, given))
 
-    key = ("gradient", names, given, quick_key(mask, score, sizes, ids, None, softmax, placed.key))
+    structure = quick_key(mask, score, sizes, ids, None, softmax, placed.key)
+    key = ("gradient", names, given, exact_sums, structure)
     return get_or_compile(key if described else ("no descriptors", key), make, target)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
-from .layer import MOST_EXPERTS
-from .layer_kernels import are_rows_aligned, load_of, product_executable
-from .layers import check_like, check_tensor
+from ..ir.errors import InputError, MissingDependencyError
+from ..runtime.driver import get_or_compile
+from .device import precision_of, target_of
+from .layers import MOST_EXPERTS, check_like, check_tensor
+from .problem import _fill_names, is_aligned
 
 try:
     import torch
     from torch.autograd.function import once_differentiable
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.grouped_mm") from None
+
+if TYPE_CHECKING:
+    from ..ir.kernel import Program
 
 
 def grouped_mm(
@@ -34,7 +38,7 @@ def grouped_mm(
 
     Returns (rows, N); rows behind offs[-1] are zeros. Of two matrices (G, M, N), the product of each group's
     columns and rows: the gradient of mat_b. Sums run in float32 (float64 for float64), in a fixed order.
-    Gradients flow to all but offs. Nothing waits for the device. Raises InputError, UnsupportedError."""
+    Gradients flow to all but offs. Nothing waits for the device. Raises InputError."""
     where = "grouped_mm"
     check_tensor(f"{where}.mat_a", mat_a, 2, "(rows, K)")
     if not isinstance(mat_b, torch.Tensor) or mat_b.dim() not in (2, 3):
@@ -63,9 +67,7 @@ def grouped_mm(
             raise InputError(f"{where}.bias", f"shape ({groups}, {mat_b.shape[-1]})", tuple(bias.shape))
     bounds = torch.cat((offs.new_zeros(1), offs)).to(torch.int32)
     if mat_b.dim() == 2:
-        if torch.is_grad_enabled() and (mat_a.requires_grad or mat_b.requires_grad):
-            raise UnsupportedError(f"{where} of two matrices has no gradient yet. Pass detached tensors")
-        return outer(mat_a.T, mat_b, bounds)
+        return _Outer.apply(mat_a.T, mat_b, bounds)
     return _Product.apply(mat_a, mat_b, bias, bounds)
 
 
@@ -98,6 +100,24 @@ class _Product(torch.autograd.Function):
         )
 
 
+class _Outer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Any, b: Any, bounds: Any) -> torch.Tensor:
+        ctx.save_for_backward(a, b, bounds)
+        return outer(a, b, bounds)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: torch.Tensor) -> tuple[Any, ...]:
+        a, b, bounds = ctx.saved_tensors
+        wants_a, wants_b, _ = ctx.needs_input_grad
+        return (
+            product(b, do.transpose(1, 2), bounds, None) if wants_a else None,
+            product(a, do, bounds, None) if wants_b else None,
+            None,
+        )
+
+
 def product(a: Any, b: Any, bounds: Any, bias: Any) -> torch.Tensor:
     """(rows, N): each group's rows by its matrix; zeros behind the last group."""
     rows, out = a.shape[0], a.new_zeros((a.shape[0], b.shape[2]))
@@ -106,9 +126,10 @@ def product(a: Any, b: Any, bounds: Any, bias: Any) -> torch.Tensor:
     if bias is not None:
         values["bias"] = _plain(bias)
     turned = b if unit == 2 else b.transpose(1, 2)
-    aligned = unit is not None and all(map(are_rows_aligned, (values["a"], turned, out)))
+    aligned = unit is not None and all(map(_is_aligned, (values["a"], turned, out)))
     if rows and a.shape[1]:
-        load = load_of(rows / b.shape[0], a.device)
+        mean = rows / b.shape[0]
+        load = "few" if mean <= 16 else "some" if mean <= 64 and a.device.type != "cpu" else "many"
         _run(values, (b.shape[0], *b.shape[1:]), (unit, load, bias is not None, False, aligned))
     return out
 
@@ -118,7 +139,7 @@ def outer(a: Any, b: Any, bounds: Any) -> torch.Tensor:
     groups = bounds.shape[0] - 1
     out = a.new_zeros((groups, a.shape[1], b.shape[1]))
     values = {"a": _plain(a), "b": _plain(b), "bounds": bounds, "o": out}
-    aligned = all(map(are_rows_aligned, (values["a"], values["b"])))
+    aligned = all(map(_is_aligned, (values["a"], values["b"])))
     if a.shape[0]:
         _run(values, (groups, a.shape[1], b.shape[1]), (2, "many", False, True, aligned))
     return out
@@ -129,9 +150,31 @@ def _plain(matrix: Any) -> Any:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
+def _is_aligned(tensor: Any) -> bool:
+    return tensor.device.type == "cpu" or (
+        is_aligned(tensor) and tensor.shape[-1] * tensor.element_size() % 16 == 0
+    )
+
+
 def _run(values: dict[str, Any], sizes: tuple[int, int, int], facts: tuple[Any, ...]) -> None:
     from .prepare import allocate
 
-    a, (unit, load, biased, outer, aligned) = values["a"], facts
-    executable = product_executable(a, sizes, unit, load, biased=biased, outer=outer, aligned=aligned)
+    a = values["a"]
+    dtype, target = _fill_names()[a.dtype], target_of(a.device)
+    precision = precision_of(a.device, dtype)
+    unit, load, biased, is_outer, aligned = facts
+
+    def make() -> Program:
+        from ..ir.expr import real
+        from ..passes.moe_pipeline import compile_product
+        from ..passes.moe_spec import ExpertsSpec
+
+        groups, hidden, inner = sizes
+        spec = ExpertsSpec(
+            groups, 1, hidden, inner, real("x0"), None, dtype=dtype, units=(unit, unit), load=load,
+            aligned=aligned, precision=precision, target=target,
+        )  # fmt: skip
+        return compile_product(spec, outer=is_outer, biased=biased)
+
+    executable = get_or_compile(("product", sizes, facts, dtype, precision), make, target)
     executable(values, allocate=partial(allocate, device=a.device))

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from ..ir.errors import GossamerError, MissingDependencyError, UnsupportedError
 from .activation import baked
 from .moe import experts
@@ -43,14 +45,15 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Any, top_k_weigh
         first = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias
         biases = {"gate_up_bias": first, "down_bias": self.down_proj_bias}
     gate: Any = _Gate(gate_of(self))
+    dense = isinstance(up, torch.Tensor)
     found = experts(
-        hidden_states.to(up.dtype),
+        hidden_states.to(up.dtype) if dense else hidden_states,
         top_k_index,
         top_k_weights,
         up,
         self.down_proj,
         activation=gate,
-        transposed=bool(self.is_transposed),
+        transposed=bool(self.is_transposed) and dense,
         interleaved=self.has_gate and not self.is_concatenated,
         **biases,
     )

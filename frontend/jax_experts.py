@@ -13,7 +13,7 @@ from ..ir.errors import InputError, TraceError
 from .activation import activation_term
 from .graph_terms import reads_in, replaced
 from .jax_kernels import call
-from .jax_layer import Sizes, grouped, groups, layer
+from .jax_layer import Sizes, grouped, layer
 from .jax_problem import FLOATS
 from .jax_program import flatten
 from .jax_terms import LeftAlone, Reader
@@ -131,12 +131,13 @@ def route(
         raise InputError("route.router_logits", "2 dimensions (tokens, experts)", logits.shape)
     _check_float("route.router_logits", logits)
     cut, tokens = cut_of(top_p, threshold, capacity), logits.shape[0]
-    corrected, hashed = correction_bias is not None, token_ids is not None
+    wide = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
+    corrected = None if correction_bias is None else dtype_name(jnp.dtype(wide))
+    hashed, limited = token_ids is not None, capacity is not None
     options = (renormalize, corrected, groups, top_groups, cut)
     facts = router_facts(logits.shape[1], top_k, router, *options)
-    wide = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
     operands: dict[str, Any] = {}
-    if corrected:
+    if corrected is not None:
         operands["bias"] = bias = jnp.asarray(correction_bias).astype(wide)
         if bias.shape != (logits.shape[1],):
             raise InputError("route.correction_bias", f"shape ({logits.shape[1]},)", bias.shape)
@@ -152,12 +153,13 @@ def route(
         numbers["limit"] = float(top_p if threshold is None else threshold)  # type: ignore[arg-type]
     if facts[2] == "random":
         numbers["seed"] = int(seed)
+    if capacity is not None:
+        numbers["capacity"] = int(capacity)
     term = activation_of(router, False) if callable(router) else None
     spelled = router if isinstance(router, str) else jax.tree_util.Partial(router)
-    settings = ((*facts, cut, hashed, term), tuple(numbers.items()), spelled)
+    settings = ((*facts, cut, hashed, limited, term), tuple(numbers.items()), spelled)
     decided: Any = _decide(*settings, logits, operands)
-    ids, weights = decided
-    return Routed(ids if capacity is None else limited(ids, logits.shape[1], int(capacity)), weights)
+    return Routed(*decided[:2])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -165,15 +167,17 @@ def _decide(facts: Any, numbers: Any, router: Any, logits: Any, operands: dict[s
     tokens, count = logits.shape[0], facts[1]
     wide = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
     results = {"ids": ((tokens, count), jnp.int32), "weights": ((tokens, count), wide)}
+    if facts[-2]:
+        results["chosen"] = results["ids"]
     if not tokens:
         return tuple(jnp.zeros(*result) for result in results.values())
     found = call("router", {"logits": logits, **operands}, results, facts, **dict(numbers))
-    return found["ids"], found["weights"]
+    return tuple(found.values())
 
 
 def _decide_forward(facts: Any, numbers: Any, router: Any, logits: Any, operands: dict[str, Any]) -> Any:
     decided: Any = _decide(facts, numbers, router, logits, operands)
-    return decided, (logits, decided[0], operands)
+    return decided, (logits, decided[2 if facts[-2] else 0], operands)
 
 
 def _decide_backward(facts: Any, numbers: Any, router: Any, saved: Any, cotangents: Any) -> Any:
@@ -202,16 +206,6 @@ def _weights(logits: Any, ids: Any, router: Any, renormalize: bool) -> Any:
         return jax.nn.softmax(jnp.where(ids < 0, -jnp.inf, found), axis=-1)
     found = jnp.where(ids < 0, 0.0, found)
     return found / (found.sum(-1, keepdims=True) + 1e-20) if renormalize else found
-
-
-def limited(ids: Any, num_experts: int, capacity: int) -> Any:
-    """ids (T, k) in which experts take their first `capacity` tokens; the others become -1."""
-    if not ids.size:
-        return ids
-    made = groups(ids, num_experts)
-    given = {"ids": ids.reshape(-1), "place": made["place"].reshape(-1), "bounds": made["bounds"]}
-    results = {"limited": ((ids.size,), ids.dtype)}
-    return call("capacity", given, results, (num_experts,), capacity=capacity)["limited"].reshape(ids.shape)
 
 
 def ragged_dot(lhs: Any, rhs: Any, group_sizes: Any) -> Any:

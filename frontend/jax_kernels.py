@@ -102,12 +102,8 @@ def _outer(kernels: Kernels, values: dict[str, Any]) -> Any:
 
 
 def _router(kernels: Kernels, values: dict[str, Any]) -> Any:
-    *facts, cut, hashed, term = kernels.facts
-    return layer_kernels.router_executable(tuple(facts), values["logits"], cut, hashed, term)
-
-
-def _capacity(kernels: Kernels, values: dict[str, Any]) -> Any:
-    return layer_kernels.capacity_executable(kernels.facts[0], values["ids"])
+    *facts, cut, hashed, limited, term = kernels.facts
+    return layer_kernels.router_executable(tuple(facts), values["logits"], cut, hashed, limited, term)
 
 
 FOUND: dict[str, Callable[[Kernels, dict[str, Any]], Any]] = {
@@ -117,7 +113,6 @@ FOUND: dict[str, Callable[[Kernels, dict[str, Any]], Any]] = {
     "product": _product,
     "outer": _outer,
     "router": _router,
-    "capacity": _capacity,
 }
 
 
@@ -157,12 +152,13 @@ def _batched(args: Sequence[Any], dims: Sequence[int | None], *, call: str) -> A
 
 
 def _folds(kernels: Kernels, own: Mapping[str, bool]) -> bool:
-    """Whether calls side by side are one: random routers count tokens from the first."""
+    """Whether calls side by side are one: some routers count tokens from the first."""
     by_token = _BY_TOKEN.get(kernels.what, ())
     if any(own[name] and name not in by_token for name in own):
         return False
     if kernels.what == "router":
-        return kernels.facts[2] != "random" or "token_ids" in own
+        counts = kernels.facts[-2] or (kernels.facts[2] == "random" and "token_ids" not in own)
+        return not counts
     return kernels.what == "experts" and "ids" in own
 
 

@@ -146,13 +146,13 @@ def router_facts(
     top_k: Any,
     router: str | Callable[..., Any],
     renormalize: Any,
-    corrected: bool,
+    corrected: str | None,
     groups: int,
     top_groups: int | None,
     cut: str | None,
 ) -> tuple[Any, ...]:
     """What a router's kernel depends on beside dtype, device and hashing: (experts, top_k, scoring, whether
-    weights add up to 1, corrected, groups, top_groups). Raises InputError."""
+    weights add up to 1, dtype of a correction, groups, top_groups). Raises InputError."""
     if not callable(router) and router not in ROUTERS:
         raise InputError("route.router", f"a function, or one of {', '.join(ROUTERS)}", repr(router))
     if cut is not None and router == "softmax_of_topk":
@@ -187,29 +187,21 @@ def router_term(router: Any) -> Term | None:
 
 
 def router_executable(
-    facts: tuple[Any, ...], logits: Any, cut: str | None, hashed: bool, term: Any
+    facts: tuple[Any, ...], logits: Any, cut: str | None, hashed: bool, limited: bool, term: Any
 ) -> Executable:
-    """logits (, bias, token_ids), scale (, limit, seed) -> ids, weights. facts: see `router_facts`."""
-    target = target_of(logits.device)
-    facts = (*facts, dtype_of(logits), target, cut, hashed)
+    """logits (, bias, token_ids), numbers -> ids, weights; with `limited` also chosen, ids before the limit.
+
+    facts: see `router_facts`."""
+    target, dtype = target_of(logits.device), dtype_of(logits)
 
     def make() -> Program:
-        from ..passes.moe_router import RouterSpec, compile_router
+        from ..passes.moe_router import compile_router
+        from ..passes.moe_router_spec import RouterSpec
         from .term_expr import to_expr
 
         expr = None if term is None else to_expr(term, frozenset(("x0",)))
-        return compile_router(RouterSpec(*facts, expr=expr))
+        more: dict[str, Any] = dict(logits=dtype, target=target, cut=cut, hashed=hashed, keeps=limited)
+        limit = "token" if limited else None
+        return compile_router(RouterSpec(*facts, expr=expr, limited=limit, **more))  # pyright: ignore[reportCallIssue]
 
-    return get_or_compile(("router", facts, term), make, target)
-
-
-def capacity_executable(experts: int, ids: Any) -> Executable:
-    """ids, place, bounds, capacity -> limited: -1 for entries behind the first of their expert."""
-    kind, target = dtype_of(ids), target_of(ids.device)
-
-    def make() -> Program:
-        from ..passes.moe_router import compile_capacity
-
-        return compile_capacity(experts, kind, target)
-
-    return get_or_compile(("capacity", experts, kind), make, target)
+    return get_or_compile(("router by arrays", facts, dtype, cut, hashed, limited, term), make, target)

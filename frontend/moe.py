@@ -6,38 +6,52 @@ IR, and importing what that needs, happens behind a miss.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import InputError, MissingDependencyError
-from ..runtime.driver import driver
+from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+from ..runtime.driver import driver, get_or_compile
 from .activation import activation_term
-from .device import precision_of
-from .layer import Layer
-from .layer_kernels import dtype_of, layer_executable
-from .layers import check_routing, layer_of
+from .device import precision_of, target_of
+from .layers import Layer, check_routing, is_layer_aligned, layer_by_name
+from .moe_form import MoeForm
+from .moe_operator import call, learns
+from .operators import is_traced
 from .plan import Plan, _signature
-from .routing import Routing, route
+from .problem import _fill_names
+from .pure import pure
+from .quantized import QuantizedWeight
+from .routers import route
+from .routing import Routing
 
 try:
     import torch
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.experts") from None
 
+if TYPE_CHECKING:
+    from ..ir.kernel import Program
+
+SINGLE = 512  # entries that one program sorts
 BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
+IDS = {torch.int32: "i32", torch.int64: "i64"}
 
 
 def experts(
     x: torch.Tensor,
     topk_ids: torch.Tensor | Routing,
     topk_weights: torch.Tensor | None,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | QuantizedWeight,
+    down_proj: torch.Tensor | QuantizedWeight,
     *,
     activation: str | Callable[..., Any] = "swiglu",
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
+    gate_up_lora: tuple[torch.Tensor, torch.Tensor] | None = None,
+    down_lora: tuple[torch.Tensor, torch.Tensor] | None = None,
+    lora_scale: float = 1.0,
     transposed: bool | None = None,
     interleaved: bool = False,
     recompute: bool = False,
@@ -55,11 +69,13 @@ def experts(
         topk_weights: (T, k), any float dtype.
         gate_up_proj, down_proj: (E, 2 I, H) and (E, H, I), gate first, then up, as Hugging Face and vLLM have
             them, or transposed, (E, H, 2 I) and (E, I, H); without a gate I in place of 2 I. Any strides.
-            Which layout it is, shapes tell.
+            Which layout it is, shapes tell. Or a QuantizedWeight (E, out, in), either or both.
         activation: "swiglu", "geglu", "geglu_tanh", "reglu"; "silu", "gelu", "gelu_tanh", "relu", "relu2"
         (times
             up, where there is a gate); or a function of (gate, up), or of (x), which is traced.
         gate_up_bias, down_bias: (E, 2 I) and (E, H).
+        gate_up_lora, down_lora, lora_scale: low-rank adapters, a (E, r, H) and b (E, 2 I, r), a (E, r, I) and
+            b (E, H, r), in either layout: lora_scale * b @ a is added to each expert's matrix.
         transposed: which layout, where shapes fit both (I == H without a gate); default: the first.
         interleaved: gate and up take turns (gpt-oss) instead of following each other.
         recompute: compute the first product anew for gradients, instead of keeping it: 2 I numbers a row.
@@ -70,7 +86,7 @@ def experts(
         (T, H) in x's dtype. Products accumulate in float32 (float64 for float64); what an expert gives is
         rounded to x's dtype, weighted and added in float32, in the order of k, whatever the device does.
 
-        Gradients flow to x, topk_weights, the matrices and biases; what needs none costs nothing.
+        Gradients flow to x, topk_weights, the matrices, biases and adapters; what needs none costs nothing.
 
     Raises:
         InputError: a shape, dtype, device or value is wrong. UnsupportedError: something that is not built
@@ -81,16 +97,21 @@ def experts(
         raise InputError("experts.topk_weights", expected, type(topk_weights).__name__)
     settings = (activation, transposed, interleaved, recompute, validate, backend)
     tensors = {"x": x, "gate_up": gate_up_proj, "down": down_proj}
-    if gate_up_bias is not None and down_bias is not None:
-        tensors |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
-    return run(tensors, topk_ids, topk_weights, (gate_up_bias, down_bias), *settings)
+    if gate_up_bias is not None:
+        tensors["gate_up_bias"] = gate_up_bias
+    if down_bias is not None:
+        tensors["down_bias"] = down_bias
+    for name, pair in (("gate_up", gate_up_lora), ("down", down_lora)):
+        if pair is not None:
+            tensors[f"{name}_a"], tensors[f"{name}_b"] = pair
+    return run(tensors, topk_ids, topk_weights, lora_scale, *settings)
 
 
 def run(
     tensors: dict[str, Any],
     ids: Any,
     weights: Any,
-    biases: tuple[Any, Any],
+    lora_scale: float,
     activation: Any,
     transposed: Any,
     interleaved: Any,
@@ -99,8 +120,10 @@ def run(
     backend: str,
 ) -> torch.Tensor:
     """`experts`, its arguments by the kernels' names."""
-    x, gate_up, down = (tensors[name] for name in ("x", "gate_up", "down"))
-    layer = layer_of(x, gate_up, down, *biases, transposed, interleaved)
+    if torch.compiler.is_compiling() or is_traced(tensors.values()):
+        settings = (activation, transposed, interleaved, recompute, validate, backend)
+        return traced(tensors, ids, weights, lora_scale, *settings)
+    x, layer = tensors["x"], layer_by_name(tensors, transposed, interleaved, lora_scale)
     _check_backend(backend, x)
     if isinstance(ids, Routing):
         ids.check(x.shape[0], layer.experts, x.device, validate=validate)
@@ -118,6 +141,48 @@ def run(
 
         return reference_experts(x, given, layer, term)
     return compute(x, given, layer, term, bool(recompute))
+
+
+def traced(
+    tensors: dict[str, Any],
+    ids: Any,
+    weights: Any,
+    lora_scale: float,
+    activation: Any,
+    transposed: Any,
+    interleaved: Any,
+    recompute: bool,
+    validate: bool,
+    backend: str,
+) -> torch.Tensor:
+    """`run` where torch watches: one operator. Dynamo reads every line of this."""
+    if backend not in ("auto", "tvm", "triton"):
+        raise UnsupportedError(f'experts.backend={backend!r} inside a tracer of torch. Pass "auto"')
+    given = ids.operands() if isinstance(ids, Routing) else {"ids": ids, "weights": weights}
+    up, down = tensors["gate_up"], tensors["down"]
+    named, keys = {**tensors, **given}, []
+    for name, matrix in (("gate_up", up), ("down", down)):
+        keys.append(None if isinstance(matrix, torch.Tensor) else matrix.key)
+        if not isinstance(matrix, torch.Tensor):
+            del named[name]
+            named |= matrix.parts(name)
+    gated = up.shape[1] * up.shape[2] == 2 * down.shape[1] * down.shape[2]
+    facts = (
+        ("activation", activation if isinstance(activation, str) else (_term_of(activation, gated),)),
+        ("transposed", transposed),
+        ("interleaved", bool(interleaved)),
+        ("recompute", bool(recompute)),
+        ("validate", bool(validate)),
+        ("lora_scale", float(lora_scale)),
+        ("quantized", tuple(keys)),
+    )
+    form = MoeForm("experts", tuple(named), (), (), facts, learns(list(named.values())))
+    return call(form, list(named.values()))[0]
+
+
+@pure
+def _term_of(activation: Any, gated: bool) -> Any:
+    return activation_term(activation, gated=gated)
 
 
 def compute(x: Any, given: dict[str, Any], layer: Layer, term: Any, recompute: bool) -> torch.Tensor:
@@ -142,8 +207,10 @@ def forward(x: Any, given: dict[str, Any], layer: Layer, term: Any, *, keeps: bo
     flat = {name: tensor.detach().reshape(-1) for name, tensor in given.items()}
     values = {"x": x.detach(), **flat, **{name: tensor.detach() for name, tensor in layer.tensors.items()}}
     outputs = (("o", tuple(x.shape), x.dtype),)
+    columns = layer.inner * (2 if layer.gated else 1)
     if keeps:
-        outputs += (("g", (flat["weights"].shape[0], layer.columns), x.dtype),)
+        rows = flat.get("tokens", flat["weights"]).shape[0]
+        outputs += (("g", (rows, columns), x.dtype),)
     asked = (top_k, term, "ids" not in given, keeps)
     return launch("experts", values, outputs, layer, asked)
 
@@ -160,7 +227,11 @@ def launch(
 
     asked: top_k, the activation's term, and whether rows are sorted and products kept already."""
     x = values["x"]
-    facts = (asked, wanted, layer.halves, layer.transposed, layer.units, precision_of(x.device, dtype_of(x)))
+    facts = (asked, wanted, layer.halves, layer.transposed, layer.units, layer.quantized)
+    facts += (
+        layer.lora_scale,
+        precision_of(x.device, _dtype(x)),
+    )
     key = (what, facts, tuple((name, _signature(t)) for name, t in values.items()))
     plans = driver().plans
     plan = plans.get(key)
@@ -168,6 +239,10 @@ def launch(
         plan = _plan(what, values, outputs, layer, asked, wanted)
         plans.put(key, plan)
     return plan(values)
+
+
+def _dtype(tensor: Any) -> str:
+    return _fill_names()[tensor.dtype]
 
 
 def _plan(
@@ -181,11 +256,57 @@ def _plan(
     from ..runtime.executable import Contiguous
     from .prepare import allocate
 
-    device = values["x"].device
-    executable = layer_executable(what, values, layer, asked, wanted)
+    x, (top_k, term, routed, keeps) = values["x"], asked
+    rows = values["tokens"] if routed else values["ids"]
+    target, entries = target_of(x.device), rows.shape[0]
+    mean = entries / layer.experts
+    alone = what == "experts" and not routed and (x.shape[0] == 1 or 2 * entries <= layer.experts)
+    load = (
+        "one"
+        if alone
+        else "few"
+        if mean <= 16
+        else "some"
+        if mean <= 64 and x.device.type != "cpu"
+        else "many"
+    )
+    facts = {
+        "experts": layer.experts,
+        "top_k": top_k,
+        "hidden": layer.hidden,
+        "inner": layer.inner,
+        "halves": layer.halves,
+        "dtype": _dtype(x),
+        "transposed": layer.transposed,
+        "units": layer.units,
+        "biased": layer.gate_up_bias is not None,
+        "routing": ("i32" if routed else IDS[rows.dtype], _dtype(values.get("weights", x))),
+        "load": load,
+        "single": entries <= SINGLE and not routed,
+        "routed": routed and top_k > 0,
+        "keeps": keeps,
+        "ranks": layer.ranks,
+        "lora_scale": layer.lora_scale,
+        "quantized": layer.quantized,
+        "aligned": is_layer_aligned(x, layer),
+        "precision": precision_of(x.device, _dtype(x)),
+    }
+
+    def make() -> Program:
+        from ..ir.quantized import Quantized
+        from ..passes.moe_pipeline import compile_experts, compile_gradients
+        from ..passes.moe_spec import ExpertsSpec
+        from .term_expr import to_expr
+
+        expr = to_expr(term, frozenset(("x0", "x1")))
+        stored = tuple(q and Quantized(*q) for q in layer.quantized)
+        spec = ExpertsSpec(activation=expr, target=target, **{**facts, "quantized": stored})
+        return compile_gradients(spec, wanted) if what == "gradients" else compile_experts(spec)
+
+    executable = get_or_compile((what, term, wanted, tuple(facts.items())), make, target)
     stand_ins = {name: Contiguous(shape) for name, shape, _ in outputs}
-    bound = executable.bind({**values, **stand_ins}, allocate=partial(allocate, device=device))
-    return Plan(bound, outputs, device)
+    bound = executable.bind({**values, **stand_ins}, allocate=partial(allocate, device=x.device))
+    return Plan(bound, outputs, x.device)
 
 
 def _check_backend(backend: Any, x: Any) -> None:
@@ -199,8 +320,8 @@ def _check_backend(backend: Any, x: Any) -> None:
 def moe(
     x: torch.Tensor,
     router_logits: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | QuantizedWeight,
+    down_proj: torch.Tensor | QuantizedWeight,
     *,
     top_k: int,
     router: str | Callable[..., Any] = "softmax",
@@ -226,7 +347,4 @@ def moe(
     return experts(x, chosen, None, gate_up_proj, down_proj, activation=activation, **options)
 
 
-ROUTING = (
-    "renormalize", "correction_bias", "groups", "top_groups", "scale", "top_p", "threshold", "capacity",
-    "seed", "token_ids",
-)  # fmt: skip
+ROUTING = frozenset(inspect.signature(route).parameters) - {"router_logits", "top_k", "router"}

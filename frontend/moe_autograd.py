@@ -10,53 +10,58 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .layer import Layer
+from .layers import LORA, Layer
 from .moe import forward, launch
 from .routing import grouped
 
-NAMES = ("x", "weights", "gate_up", "down", "gate_up_bias", "down_bias")
+NAMES = ("x", "weights", "gate_up", "down", "gate_up_bias", "down_bias", *LORA)
 
 
 def differentiable(x: Any, given: dict[str, Any], layer: Layer, term: Any, recompute: bool) -> torch.Tensor:
     """`moe.compute`, with gradients."""
     rest = {name: tensor for name, tensor in given.items() if name != "weights"}
-    biases = (layer.gate_up_bias, layer.down_bias)
-    return _Experts.apply(
-        x, given["weights"], layer.gate_up, layer.down, *biases, rest, layer, term, recompute
-    )
+    biases, lora = (layer.gate_up_bias, layer.down_bias), (layer.lora.get(name) for name in LORA)
+    matrices = (layer.gate_up, layer.down, *biases, *lora)
+    return _Experts.apply(rest, layer, term, recompute, x, given["weights"], *matrices)
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Any, weights: Any, up: Any, down: Any, up_bias: Any, down_bias: Any, rest: Any,
-        layer: Layer, term: Any, recompute: bool,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any, rest: Any, layer: Layer, term: Any, recompute: bool, x: Any, weights: Any, *matrices: Any
+    ) -> torch.Tensor:
         ctx.layer, ctx.term, ctx.names = layer, term, tuple(rest)
         if not weights.numel():
             ctx.save_for_backward(x, weights)
             return torch.zeros_like(x)
-        if "ids" in rest:
-            ids = rest["ids"]
-            tokens, bounds, place = grouped(ids, layer.experts)
-            rest = {"tokens": tokens, "bounds": bounds, "place": place}
-            ctx.names = tuple(rest)
-        found = forward(x, {**rest, "weights": weights}, layer, term, keeps=not recompute)
-        ctx.save_for_backward(x, weights, *rest.values(), *found[1:])
-        return found[0]
+        found, rest, kept = sorted_forward(x, weights, rest, layer, term, recompute)
+        ctx.names = tuple(rest)
+        ctx.save_for_backward(x, weights, *rest.values(), *kept)
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: torch.Tensor) -> tuple[Any, ...]:
         x, weights, *kept = ctx.saved_tensors
         layer: Layer = ctx.layer
-        wanted = tuple(n for n, asked in zip(NAMES, ctx.needs_input_grad, strict=False) if asked)
+        wanted = tuple(n for n, asked in zip(NAMES, ctx.needs_input_grad[4:], strict=True) if asked)
         if not weights.numel():
             inputs = {"x": x, "weights": weights, **layer.tensors}
-            return (*(torch.zeros_like(inputs[n]) if n in wanted else None for n in NAMES), *[None] * 4)
+            return (*[None] * 4, *(torch.zeros_like(inputs[n]) if n in wanted else None for n in NAMES))
         routing = dict(zip(ctx.names, kept, strict=False))
         found = gradients(x, do, weights, routing, kept[len(routing) :], layer, ctx.term, wanted)
-        return (*(found.get(name) for name in NAMES), *[None] * 4)
+        return (*[None] * 4, *(found.get(name) for name in NAMES))
+
+
+def sorted_forward(
+    x: Any, weights: Any, rest: dict[str, Any], layer: Layer, term: Any, recompute: bool
+) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
+    """The result, its rows (tokens, bounds, place), and what was kept of the first product."""
+    if "ids" in rest:
+        tokens, bounds, place = grouped(rest["ids"], layer.experts)
+        rest = {"tokens": tokens, "bounds": bounds, "place": place}
+    found = forward(x, {**rest, "weights": weights}, layer, term, keeps=not recompute)
+    return found[0], rest, found[1:]
 
 
 def gradients(
@@ -80,13 +85,14 @@ def gradients(
     do = do if do.stride(1) == 1 or hidden == 1 else do.contiguous()
     values = {name: tensor.reshape(-1) for name, tensor in routing.items()}
     values |= {"x": x.detach(), "do": do, "row_weights": by_row}
-    values |= {"gate_up": layer.gate_up.detach(), "down": layer.down.detach()}
+    values |= {name: tensor.detach() for name, tensor in layer.matrices.items()}
+    values |= {name: tensor.detach() for name, tensor in layer.lora.items()}
     if kept:
         values["g"] = kept[0]
     elif layer.gate_up_bias is not None:
         values["gate_up_bias"] = layer.gate_up_bias.detach()
     if "x" in wanted:
-        values["ones"] = torch.ones(rows, dtype=wide, device=device)
+        values["ones"] = torch.ones(values["place"].shape, dtype=wide, device=device)
     if "gate_up_bias" in wanted:
         values["ones_of_rows"] = torch.ones((rows, 1), dtype=wide, device=device)
     if "down_bias" in wanted:
@@ -99,8 +105,9 @@ def gradients(
         "x": tuple(x.shape),
         "gate_up": tuple(layer.gate_up.shape),
         "down": tuple(layer.down.shape),
-        "gate_up_bias": (experts, 1, layer.columns),
+        "gate_up_bias": (experts, 1, layer.inner * (2 if layer.gated else 1)),
         "down_bias": (experts, 1, hidden),
+        **{name: tuple(tensor.shape) for name, tensor in layer.lora.items()},
     }
     outputs = tuple((f"d{name}", shape, x.dtype) for name, shape in shapes.items() if name in wanted)
     if "weights" in wanted:

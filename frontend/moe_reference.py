@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .layer import Layer
+from .layers import Layer
 from .term import float_of
 
 _UNARY = {
@@ -64,27 +64,36 @@ def evaluate_term(term: Any, values: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def reference_experts(x: Any, given: dict[str, Any], layer: Layer, term: Any) -> torch.Tensor:
     """The layer in float64, rounded to x's dtype once; differentiable. Waits for the device."""
-    wide = x.double()
+    wide, (first, second) = x.double(), map(_stack, (layer.gate_up, layer.down))
     out = torch.zeros_like(wide)
     for e, (tokens, weights) in enumerate(_rows(given, layer.experts)):
         if not len(tokens):
             continue
-        h = wide[tokens] @ _matrix(layer.gate_up[e], layer.transposed)
+        h = wide[tokens] @ _matrix(first[e], layer, "gate_up", e)
         if layer.gate_up_bias is not None:
             h = h + layer.gate_up_bias[e].double()
         values = {"x0": h}
         if layer.gated:
             halves = (h[:, 0::2], h[:, 1::2]) if layer.interleaved else h.chunk(2, -1)
             values = {"x0": halves[0], "x1": halves[1]}
-        y = evaluate_term(term, values) @ _matrix(layer.down[e], layer.transposed)
+        y = evaluate_term(term, values) @ _matrix(second[e], layer, "down", e)
         if layer.down_bias is not None:
             y = y + layer.down_bias[e].double()
         out = out.index_add(0, tokens, y * weights.double()[:, None])
     return out.to(x.dtype)
 
 
-def _matrix(w: Any, transposed: bool) -> torch.Tensor:
-    return w.double() if transposed else w.double().T
+def _stack(matrices: Any) -> torch.Tensor:
+    return matrices if isinstance(matrices, torch.Tensor) else matrices.dequantize(torch.float64)
+
+
+def _matrix(w: Any, layer: Layer, name: str, e: int) -> torch.Tensor:
+    """An expert's matrix [in, out], with what adapters add to it."""
+    w = w.double() if layer.transposed else w.double().T
+    if f"{name}_a" not in layer.lora:
+        return w
+    a, b = (layer.lora[f"{name}_{of}"][e].double() for of in "ab")
+    return w + layer.lora_scale * (b @ a).T
 
 
 def _rows(given: dict[str, Any], experts: int) -> list[tuple[Any, Any]]:

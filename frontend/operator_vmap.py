@@ -30,7 +30,7 @@ def _folded(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     return whole.flatten(0, 1)
 
 
-def _each(
+def each(
     operator: Any, size: int, dims: Sequence[Any], arguments: Sequence[Any]
 ) -> tuple[list[Tensor], list[int]]:
     """One call for each example."""
@@ -52,7 +52,7 @@ def _is_mapped(dim: Any) -> bool:
 def _vmap(info: Any, dims: Any, *arguments: Any) -> tuple[list[Tensor], list[int]]:
     operator, size = torch.ops.gossamer.attention, info.batch_size
     if _is_mapped(dims[3]) or not _batches_are_alike(Form.parse(arguments[6])):
-        return _each(operator, size, dims, arguments)
+        return each(operator, size, dims, arguments)
     inputs = [_folded(t, d, size) for t, d in zip(arguments[:3], dims[:3], strict=True)]
     found = operator(*inputs, *arguments[3:])
     return [t.unflatten(0, (size, -1)) for t in found], [0] * len(found)
@@ -65,7 +65,7 @@ def _vmap_backward(info: Any, dims: Any, *arguments: Any) -> tuple[list[Tensor],
         INPUTS
     )  # of a tensor that examples share, each has its gradient
     if _is_mapped(dims[3]) or shared or not _batches_are_alike(Form.parse(arguments[6])):
-        return _each(operator, size, dims, arguments)
+        return each(operator, size, dims, arguments)
     inputs = [_folded(t, d, size) for t, d in zip(arguments[:3], dims[:3], strict=True)]
     results = [_folded(t, d, size) for t, d in zip(arguments[7:11], dims[7:11], strict=True)]
     found = operator(*inputs, *arguments[3:7], *results, wanted)

@@ -8,17 +8,19 @@ each call, and so are, by the kernels, the contents of captured tensors.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .device import precision_of
+from .device import precision_of, target_of
 from .problem import ALIGN
 from .term import reads_by_index
 
 if TYPE_CHECKING:
+    from ..ir.kernel import Program
     from ..runtime.executable import Bound
     from ..runtime.recent import Recent
     from .form import Call
@@ -104,3 +106,31 @@ def serves(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> bool:
     cpu = tensors["q"].device.type == "cpu"
     same = (values[n] is t if cpu else values[n].data_ptr() == t.data_ptr() for n, t in tensors.items())
     return all(same)
+
+
+def launched(
+    what: tuple[Hashable, ...],
+    values: Mapping[str, torch.Tensor],
+    scalars: Mapping[str, Any],
+    outputs: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
+    make: Callable[[], Program],
+) -> tuple[torch.Tensor, ...]:
+    """New outputs of the program that `make` compiles, for these tensors and numbers.
+
+    what: all that the program depends on besides the device; later calls like this one find their plan by it,
+    the numbers, and what the tensors look like."""
+    from ..runtime.driver import driver, get_or_compile
+    from ..runtime.executable import Contiguous
+    from .prepare import allocate
+
+    key = (what, *scalars.items(), *((name, _signature(t)) for name, t in values.items()))
+    plans = driver().plans
+    plan = plans.get(key)
+    if plan is None:
+        device = next(iter(values.values())).device
+        stand_ins = {name: Contiguous(shape) for name, shape, _ in outputs}
+        executable = get_or_compile(what, make, target_of(device))
+        bound = executable.bind({**values, **scalars, **stand_ins}, allocate=partial(allocate, device=device))
+        plan = Plan(bound, tuple(map(tuple, outputs)), device)  # type: ignore[arg-type]
+        plans.put(key, plan)
+    return plan(values)

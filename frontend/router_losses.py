@@ -3,6 +3,8 @@
 load_balance_loss    E * sum over experts of (share of rows) * (mean probability); 1 where all is even
                      (Switch Transformer, arXiv:2101.03961, eq. 4 to 6; with top_k > 1 as Hugging Face has it)
 importance_loss      squared coefficient of variation of the summed probabilities (arXiv:1701.06538, eq. 6)
+entropy_loss         mean Tsallis entropy of the probabilities, which makes routers decide (DynMoLE,
+                     arXiv:2504.00661)
 z_loss               mean of the squared log-sum-exp of the logits (ST-MoE, arXiv:2202.08906, eq. 5)
 """
 
@@ -37,6 +39,17 @@ def importance_loss(router_logits: torch.Tensor) -> torch.Tensor:
     _shape(router_logits)
     importance = router_logits.softmax(-1).sum(0)
     return importance.var(unbiased=False) / (importance.mean() ** 2 + 1e-20)
+
+
+def entropy_loss(router_logits: torch.Tensor, index: float = 1.1) -> torch.Tensor:
+    """router_logits (T, E) -> a scalar, 0 where one expert has all probability.
+
+    index: Tsallis's; 1 gives Shannon's entropy."""
+    _shape(router_logits)
+    chances = router_logits.softmax(-1)
+    if index == 1:
+        return torch.special.entr(chances).sum(-1).mean()
+    return ((1 - chances.pow(index).sum(-1)) / (index - 1)).mean()
 
 
 def z_loss(router_logits: torch.Tensor) -> torch.Tensor:

@@ -124,8 +124,12 @@ def _function(expr: E.Expr, parts: list[Compiled], floats: type) -> Compiled:
             divide = np.floor_divide if isinstance(expr, E.floordiv) else np.remainder
             text = E.to_text(expr)
             return lambda v: divide(_int(a(v)), _divisor(b(v), text))
+        case E.float_of_bits():
+            return lambda v: _int(parts[0](v)).astype(np.uint32).view(np.float32).astype(floats)
         case E.random_bits():
             return lambda v: random_bits(*(_int(p(v)) for p in parts))
+        case E.bits_of_float():
+            return lambda v: np.asarray(parts[0](v), np.float32).view(np.int32).astype(np.int64)
         case sympy.Abs():
             return lambda v: np.abs(_number(parts[0](v)))
         case sympy.floor():
@@ -254,6 +258,7 @@ NUMPY = {
     "f32": np.float32,
     "f16": np.float16,
     "bf16": np.float32,
+    "f8e4m3": np.float32,
     "i64": np.int64,
     "i32": np.int32,
     "i16": np.int16,
@@ -264,9 +269,11 @@ NUMPY = {
 
 
 def round_to(value: Any, dtype: str) -> Any:
-    """value in a gossamer dtype; bf16 is held as float32 rounded to nearest even."""
+    """value in a gossamer dtype; bf16 and f8e4m3 are held as float32, rounded to nearest even."""
     with np.errstate(all="ignore"):
         array = np.asarray(value)
+        if dtype == "f8e4m3":
+            return _e4m3_rounded(array.astype(np.float32))[()]
         if dtype != "bf16":
             return array.astype(NUMPY[dtype])[()]
         bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
@@ -275,3 +282,10 @@ def round_to(value: Any, dtype: str) -> Any:
         )
         out = np.where(np.isnan(array), np.float32(np.nan), rounded.view(np.float32))
         return out.reshape(array.shape)[()]
+
+
+def _e4m3_rounded(array: np.ndarray) -> np.ndarray:
+    """float32 rounded to e4m3fn; what is beyond 448 after rounding becomes NaN."""
+    step = np.exp2(np.maximum(np.frexp(array)[1] - 1, -6) - 3).astype(np.float32)
+    out = (np.rint(array / step) * step).astype(np.float32)
+    return np.where(np.abs(out) <= 448, out, np.float32(np.nan))

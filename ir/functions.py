@@ -7,6 +7,7 @@ them from `ir.expr`, which adds text and the small combinators.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,13 @@ class random_bits(_Typed):
         return sympy.Integer(int(philox(*map(_word, (key, x, y))))) if _ints(key, x, y) else None
 
 
+class bits_of_float(_Typed):
+    """`bits_of_float(x)`: the 32 bits of x, rounded to f32, as a signed integer (IEEE 754, binary32)."""
+
+    result = "int"
+    nargs = (1,)
+
+
 def _word(value: Expr) -> int:
     return int(value) % 2**32
 
@@ -231,6 +239,17 @@ erf = _real_function("erf", math.erf)
 trunc = _real_function("trunc", math.trunc)
 
 
+class float_of_bits(_Typed):
+    """`float_of_bits(i)`: the f32 that the lower 32 bits of an integer spell."""
+
+    result = "float"
+    nargs = (1,)
+
+    @classmethod
+    def eval(cls, i: Expr) -> Expr | None:
+        return sympy.Float(struct.unpack("<f", struct.pack("<I", _word(i)))[0]) if i.is_Integer else None
+
+
 class cast(_Typed):
     """`cast(f16, x)`: x rounded to a dtype; the dtype is a plain symbol."""
 
@@ -246,7 +265,7 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "min": minimum,
     "max": maximum,
     **{f.__name__: f for f in (where, read, readf, bitand, bitor, bitxor, shl, shr, random_bits, cast)},
-    **{f.__name__: f for f in (exp2, log2, sigmoid, erf, trunc)},
+    **{f.__name__: f for f in (exp2, log2, sigmoid, erf, trunc, float_of_bits, bits_of_float)},
     **{f.__name__: f for f in _SYMPY_FUNCTIONS},
     "abs": sympy.Abs,
     "floor": sympy.floor,
@@ -255,4 +274,4 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
 }
 """Every function of the text form by its name; floor division, remainder and arithmetic are operators."""
 
-DTYPES = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool")
+DTYPES = ("f64", "f32", "f16", "bf16", "f8e4m3", "i64", "i32", "i16", "i8", "u8", "bool")

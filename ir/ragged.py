@@ -8,7 +8,10 @@ The operations of the graph IR over them; none holds anything of size T x E.
                     entry, -1 where its id is not in 0 .. E - 1 (such entries are dropped)
     gather          x [T, H], tokens [rows] -> [rows, H]: the rows of x that tokens names
     grouped_matmul  a [rows, K] x w [E, K, N], bounds [E + 1] (, bias [E, N]) -> [rows, N]: each group's rows
-                    by the matrix of the group; transpose_b: w is [E, N, K]
+                    by the matrix of the group; transpose_b: w is [E, N, K]. `adds`: before a bias come
+                    t [rows, R] and b, whose product is added: 'rows': b is [E, N, R]; 'columns': [E, R, N]
+    dequantize      planes of codes, scales (, widths [E]) -> [E, N, K]: the matrices they stand for, by the
+                    Quantized `format` (ir/quantized.py)
     split           [.., 2 N] -> two [.., N]: its halves, or, if `interleaved`, even and odd columns
     combine         y [rows, H], place [T, K], weights [T, K] -> [T, H]: for each token the weighted sum of
     its
@@ -26,9 +29,13 @@ The operations of the graph IR over them; none holds anything of size T x E.
 
 What fuse makes of gather, grouped_matmul, split and map:
 
-    grouped_gemm    a, w, bounds (, tokens) (, bias) -> [rows, N]. `gathers`, `biased`: which operands follow;
+    grouped_gemm    a, w, bounds (, tokens) (, t, b) (, bias) -> [rows, N]. `gathers`, `adds`, `biased`: which
+                    operands follow;
                     `halves`: None, 'split' or 'interleaved'; `expr`: over x0 (and x1, the second half).
                     A second result is what `expr` was taken of, [rows, C], kept for gradients
+
+Where grouped_gemm and those below have `quantized`, a Quantized, w is the first plane of its codes, and what
+else belongs to the matrices (planes, scales, widths) follows all other operands.
 
 What moe_direct makes of all of it, where entries are few; rows are entries, in the order of ids:
 
@@ -41,8 +48,12 @@ Rows at or beyond bounds[E] belong to nobody: nothing reads them, and the interp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from .graph import Op
 
 HALVES = ("split", "interleaved")
+ADDS = ("rows", "columns")
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,12 @@ class Tiling:
     inner: how much of the summed axis a step takes. resident: a program loads all of a row tile once and
     walks over all columns (CPUs); else it takes one column tile. wide: column tiles that start side by side,
     before the next row tile. blocked: intermediates are stored a row tile after another, rows innermost.
-    meta: backend hints."""
+    meta: backend hints.
+
+    Of quantised matrices: `inner` counts columns of a slice. unroll: how many of these steps a turn of the
+    loop takes. scales: what scales are multiplied with: 'codes', 'products' of one step, or 'sums', where a
+    row has one scale. turned: tiles have columns before rows, so that decoded tiles are what the tensor cores
+    take from registers."""
 
     rows: int
     cols: int
@@ -61,3 +77,15 @@ class Tiling:
     wide: int = 1
     blocked: bool = False
     meta: tuple[tuple[str, int], ...] = ()
+    unroll: int = 1
+    scales: str = "codes"
+    turned: bool = False
+
+
+def storage_of(op: Op) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The operands of an operation, of quantised matrices the first plane alone, and all that these have."""
+    quantized: Any = op.attr("quantized")
+    if quantized is None:
+        return op.inputs, (op.inputs[1],)
+    end = len(op.inputs) - quantized.operands + 1
+    return op.inputs[:end], (op.inputs[1], *op.inputs[end:])

@@ -12,6 +12,7 @@ from . import expr as E
 from .derivative import derivative
 from .evaluate import evaluate
 from .graph import Op
+from .quantized import dequantize
 
 Array = np.ndarray
 Operands = list[Any]
@@ -30,6 +31,19 @@ def _group(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     return tokens, bounds, place.reshape(x[0].shape)
 
 
+def _dequantize(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    return (dequantize(op.attr("format"), x).astype(floats),)
+
+
+def _dense(op: Op, x: Operands, floats: type) -> Operands:
+    """The operands with matrices in the place of their codes."""
+    q = op.attr("quantized")
+    if q is None:
+        return x
+    end = len(x) - q.operands + 1
+    return [x[0], dequantize(q, [x[1], *x[end:]]).astype(floats), *x[2:end]]
+
+
 def _gather(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     rows, tokens = x
     return (rows[tokens] if len(rows) else np.zeros((len(tokens), rows.shape[1]), rows.dtype),)
@@ -37,10 +51,15 @@ def _gather(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 def _grouped_matmul(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     a, w, bounds, *bias = x
+    adds = op.attr("adds")
+    added, bias = (bias[:2], bias[2:]) if adds else ([], bias)
     w = w.swapaxes(1, 2) if op.attr("transpose_b") else w
     out = np.zeros((len(a), w.shape[2]), floats)
     for e, (start, end) in enumerate(pairwise(bounds)):
         out[start:end] = a[start:end].astype(floats) @ w[e].astype(floats)
+        if added:
+            b = added[1][e].T if adds == "rows" else added[1][e]
+            out[start:end] += added[0][start:end].astype(floats) @ b.astype(floats)
         if bias:
             out[start:end] += bias[0][e].astype(floats)
     return (out,)
@@ -65,7 +84,7 @@ def _combine(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _grouped_gemm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    a, w, bounds, *rest = x
+    a, w, bounds, *rest = _dense(op, x, floats)
     if op.attr("gathers"):
         (a,) = _gather(op, [a, rest[0]], floats)
         rest = rest[1:]
@@ -114,7 +133,7 @@ def _map_grad_rows(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _entry_gemm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    a, w, ids, *bias = x
+    a, w, ids, *bias = _dense(op, x, floats)
     ids = ids.reshape(-1)
     out = _entries(op, np.repeat(a, len(ids) // max(len(a), 1), 0), w, ids, bias, floats)
     parts = _halves(out, op.attr("halves"))
@@ -125,7 +144,7 @@ def _entry_gemm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _entry_combine(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    h, w, ids, weights, *bias = x
+    h, w, ids, weights, *bias = _dense(op, x, floats)
     y = _entries(op, h, w, ids.reshape(-1), bias, floats) * weights.reshape(-1, 1).astype(floats)
     inside = ((ids >= 0) & (ids < len(w)))[..., None]
     return (np.where(inside, y.reshape(*ids.shape, -1), 0).sum(1),)
@@ -149,6 +168,7 @@ def _kept(value: Array, bounds: Array) -> Array:
 
 RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
     "group": _group,
+    "dequantize": _dequantize,
     "gather": _gather,
     "grouped_matmul": _grouped_matmul,
     "split": _split,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import sympy
 
 from . import expr as E
-from .graph import Extent
-from .ragged import HALVES
+from .graph import Extent, Value
+from .quantized import ELEMENTS, NESTED, PER_EXPERT, SCALES, Quantized
+from .ragged import ADDS, HALVES
 
 if TYPE_CHECKING:
     from .graph_verify import Checker
@@ -42,6 +43,39 @@ def _gather(c: Checker) -> tuple[Shape, ...]:
     return ((tokens[0], x[1]),)
 
 
+def _matrices(c: Checker, q: Quantized, operands: tuple[Value, ...]) -> tuple[Extent, ...]:
+    """The shape [E, N, K] of what planes, scales and widths stand for."""
+    if q.element not in ELEMENTS or q.scale not in SCALES:
+        c.fail("attrs", f"expected an element of {ELEMENTS} and scales of {SCALES}; got {q}")
+    if q.planes not in (*NESTED, (8,), (4,), (2,)) or q.bits not in (PER_EXPERT, *q.planes):
+        c.fail("attrs", f"expected planes of 8, 4 or 2 bits, or {NESTED}, and bits among them; got {q}")
+    if q.columns < 1 or q.group < 1:
+        c.fail("attrs", f"expected at least one column, and one a group; got {q}")
+    if len(operands) != q.operands:
+        c.fail("operands", f"expected {q.operands} of quantised matrices; got {len(operands)}")
+    first = operands[0].shape
+    rows = [(*first[:2], q.row_bytes(n)) for n in range(len(q.read))] + [(*first[:2], q.groups)]
+    for value, shape in zip(operands, [*rows, (first[0],)], strict=False):
+        c.same(f"shape of %{value.name}", value.shape, shape)
+    return (*first[:2], q.columns)
+
+
+def _dequantize(c: Checker) -> tuple[Shape, ...]:
+    return (_matrices(c, c.attr("format", Quantized), c.operands),)
+
+
+def _operands(c: Checker, count: int, ranks: tuple[int, ...]) -> list[Shape]:
+    """The shapes of so many operands; codes count as the matrices that they stand for."""
+    q = c.attr("quantized", Quantized, needed=False)
+    if q is None:
+        _count(c, count)
+        return c.shapes(count, ranks)
+    _count(c, count + q.operands - 1)
+    shapes = c.shapes(count, ranks)
+    shapes[1] = _matrices(c, q, (c.operands[1], *c.operands[count:]))
+    return shapes
+
+
 def _product(c: Checker, a: Shape, w: Shape, bounds: Shape) -> Extent:
     """The number of columns of a by the matrices w."""
     columns = _columns(c, a, w)
@@ -61,11 +95,28 @@ def _bias(c: Checker, bias: Shape, w: Shape, columns: Extent) -> None:
     c.same("number of columns", bias[1], columns)
 
 
+def _added(c: Checker, w: Shape, columns: Extent, operands: list[Shape]) -> list[Shape]:
+    """The operands behind those that `adds` announces."""
+    adds = c.attr("adds", str, needed=False)
+    if adds is None:
+        return operands
+    if adds not in ADDS:
+        c.fail("attrs", f"adds: expected one of {', '.join(ADDS)}; got {adds!r}")
+    t, b, *rest = operands
+    inner, across = (b[2], b[1]) if adds == "rows" else (b[1], b[2])
+    c.same("number of groups", b[0], w[0])
+    c.same("summed extent", t[1], inner)
+    c.same("number of columns", across, columns)
+    return rest
+
+
 def _grouped_matmul(c: Checker) -> tuple[Shape, ...]:
-    _count(c, 3, 4)
-    a, w, bounds, *bias = c.shapes(len(c.operands), (2, 3, 1, 2))
+    added = (2, 3) if c.attr("adds", str, needed=False) else ()
+    _count(c, 3 + len(added), 4 + len(added))
+    a, w, bounds, *rest = c.shapes(len(c.operands), (2, 3, 1, *added, 2))
     _integers(c, 2)
     columns = _product(c, a, w, bounds)
+    bias = _added(c, w, columns, rest)
     for one in bias:
         _bias(c, one, w, columns)
     return ((a[0], columns),)
@@ -101,10 +152,11 @@ def _combine(c: Checker) -> tuple[Shape, ...]:
 
 def _grouped_gemm(c: Checker) -> tuple[Shape, ...]:
     gathers, biased = (bool(c.attr(name, bool, needed=False)) for name in ("gathers", "biased"))
-    _count(c, 3 + gathers + biased)
-    ranks = (2, 3, 1, *([1] if gathers else []), *([2] if biased else []))
-    a, w, bounds, *rest = c.shapes(3 + gathers + biased, ranks)
+    added = [2, 3] if c.attr("adds", str, needed=False) else []
+    ranks = (2, 3, 1, *([1] if gathers else []), *added, *([2] if biased else []))
+    a, w, bounds, *rest = _operands(c, len(ranks), ranks)
     columns = _product(c, a, w, bounds)
+    _added(c, w, columns, rest[gathers:])
     if biased:
         _bias(c, rest[-1], w, columns)
     halves, expr = c.attr("halves", str, needed=False), c.attr("expr", sympy.Basic, needed=False)
@@ -150,8 +202,7 @@ def _map_grad_rows(c: Checker) -> tuple[Shape, ...]:
 
 def _entry_gemm(c: Checker) -> tuple[Shape, ...]:
     biased = bool(c.attr("biased", bool, needed=False))
-    _count(c, 3 + biased)
-    a, w, ids, *bias = c.shapes(3 + biased, (2, 3, 2, 2))
+    a, w, ids, *bias = _operands(c, 3 + biased, (2, 3, 2, 2))
     _integers(c, 2)
     c.same("number of tokens", a[0], ids[0])
     columns = _columns(c, a, w)
@@ -162,8 +213,7 @@ def _entry_gemm(c: Checker) -> tuple[Shape, ...]:
 
 def _entry_combine(c: Checker) -> tuple[Shape, ...]:
     biased = bool(c.attr("biased", bool, needed=False))
-    _count(c, 4 + biased)
-    h, w, ids, weights, *bias = c.shapes(4 + biased, (2, 3, 2, 2, 2))
+    h, w, ids, weights, *bias = _operands(c, 4 + biased, (2, 3, 2, 2, 2))
     _integers(c, 2)
     c.same("number of tokens", ids[0], weights[0])
     c.same("top_k", ids[1], weights[1])
@@ -175,6 +225,7 @@ def _entry_combine(c: Checker) -> tuple[Shape, ...]:
 
 SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
     "group": _group,
+    "dequantize": _dequantize,
     "gather": _gather,
     "grouped_matmul": _grouped_matmul,
     "split": _split,

@@ -23,9 +23,18 @@ from .spec import AttentionSpec
 
 # Attributes that say how, not what.
 FACTS = (
-    "aligned", "contiguous", "descriptors", "few", "group", "monotone", "positive", "precision", "sequences",
+    "aligned",
+    "contiguous",
+    "descriptors",
+    "exact_sums",
+    "few",
+    "group",
+    "monotone",
+    "positive",
+    "precision",
+    "sequences",
     "target",
-)  # fmt: skip
+)
 PAIRS = ("B", "Hq", "q_len", "kv_len")
 
 
@@ -63,6 +72,7 @@ def build(spec: AttentionSpec) -> Graph:
             ("few", spec.few, 0),
             ("group", spec.group, 1),
             ("descriptors", spec.descriptors, True),
+            ("exact_sums", spec.exact_sums, False),
         )
         if value != plain
     }
@@ -122,6 +132,7 @@ def spec_of(graph: Graph, op: Op) -> AttentionSpec:
         few=op.attr("few", 0),
         group=op.attr("group", 1),
         descriptors=op.attr("descriptors", True),
+        exact_sums=op.attr("exact_sums", False),
     )
 
 

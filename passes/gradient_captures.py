@@ -8,6 +8,7 @@ from ..ir.expr import Expr, all_of, ceildiv, floordiv, floormod, integer, maximu
 from ..ir.gradient_interpret import captured_reads
 from ..ir.kernel import Compute, For, GridDim, Let, Reduce, Span, Stmt, Store, Tensor
 from ..ir.score import ProbMap
+from . import exact_sums
 from .folds import Carried, P, Part, S
 from .gradient_folds import DW, G, OverQueries, R
 
@@ -60,7 +61,10 @@ class GradCaptures(OverQueries):
         return [Compute(c.tile, self.acc, c.axes, c.start) for c in self.state()]
 
     def results(self) -> list[Tensor]:
-        return [Tensor(f"d{name}", self.acc, ("slots", f"d{name}_size"), "inout", 1) for name in self.names]
+        sums = [(f"d{name}", ("slots", f"d{name}_size")) for name in self.names]
+        if self.spec.exact_sums:
+            return [Tensor(name, "i64", (*shape, exact_sums.BINS), "inout", 2) for name, shape in sums]
+        return [Tensor(name, self.acc, shape, "inout", 1) for name, shape in sums]
 
     def step(self) -> list[Stmt]:
         made = [*self._probabilities(), *self._prob_gradients()]
@@ -71,10 +75,10 @@ class GradCaptures(OverQueries):
             rows, keys = self._varies(index)
             value = where(attends, value, 0)
             if rows and keys:
-                made.append(self._add(tensor, index, value, ("i", "j"), attends))
+                made += self._add(tensor, index, tile, ("i", "j"), attends, value)
             elif keys:
                 made.append(Reduce(f"{tile}_sum", self.acc, ("j",), "sum", value, ("i",)))
-                made.append(self._add(tensor, index, real(f"{tile}_sum"), ("j",), self.over.valid_col))
+                made += self._add(tensor, index, f"{tile}_sum", ("j",), self.over.valid_col)
             else:
                 made.append(Reduce(f"{tile}_sum", self.acc, ("i",), "sum", value, ("j",)))
                 made.append(self._set(tile, ("i",), real(tile) + real(f"{tile}_sum")))
@@ -87,10 +91,10 @@ class GradCaptures(OverQueries):
             if keys:
                 continue
             if rows:
-                made.append(self._add(tensor, index, real(tile), ("i",), self.over.valid_row))
+                made += self._add(tensor, index, tile, ("i",), self.over.valid_row)
             else:
                 made.append(Reduce(f"{tile}_all", self.acc, (), "sum", real(tile), ("i",)))
-                made.append(self._add(tensor, index, real(f"{tile}_all"), (), sympy.true))
+                made += self._add(tensor, index, f"{tile}_all", (), sympy.true)
         return made
 
     def placed(
@@ -110,5 +114,18 @@ class GradCaptures(OverQueries):
         turns = Span(sympy.Integer(0), ceildiv(total - SLOT_OF, SLOTS))
         return (GridDim("slot_of", SLOTS),), (*counts, For("turn", (turns,), (*cell, *body)))
 
-    def _add(self, tensor: str, index: Expr, value: Expr, axes: tuple[str, ...], guard: Expr) -> Store:
-        return Store(tensor, (SLOT_OF, index), value, axes, guard, adds=True)
+    def _add(
+        self,
+        tensor: str,
+        index: Expr,
+        tile: str,
+        axes: tuple[str, ...],
+        guard: Expr,
+        value: Expr | None = None,
+    ) -> list[Stmt]:
+        """A tile, or the value that would be its elements, added to elements of a result."""
+        if not self.spec.exact_sums:
+            value = real(tile) if value is None else value
+            return [Store(tensor, (SLOT_OF, index), value, axes, guard, adds=True)]
+        made: list[Stmt] = [] if value is None else [Compute(tile, self.acc, axes, value)]
+        return made + exact_sums.added(tensor, (SLOT_OF, index), tile, axes, guard)

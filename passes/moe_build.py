@@ -13,7 +13,11 @@ With top_k = 0 the results of group are inputs, and place is a list by token wit
 
 from __future__ import annotations
 
+import sympy
+
+from ..ir.expr import Expr, real
 from ..ir.graph import Graph, Op, Value
+from ..ir.quantized import PER_EXPERT, Quantized
 from .moe_spec import ExpertsSpec
 
 
@@ -25,9 +29,11 @@ def build_experts(spec: ExpertsSpec) -> Graph:
     def matrix(name: str, out: int, inner: int) -> Value:
         return Value(name, spec.dtype, (e, inner, out) if spec.transposed else (e, out, inner))
 
-    def product(a: str, w: Value, bias: list[Value], out: Value, unit: int | None) -> Op:
-        facts = {"transpose_b": not spec.transposed, "unit": unit}
-        return Op("grouped_matmul", (a, w.name, "bounds", *(b.name for b in bias)), (out,), _attrs(facts))
+    def product(a: str, w: Value, added: list[str], bias: list[Value], out: Value, unit: int | None) -> Op:
+        facts = {"transpose_b": not spec.transposed, "unit": unit, "adds": "rows" if added else None}
+        return Op(
+            "grouped_matmul", (a, w.name, "bounds", *added, *(b.name for b in bias)), (out,), _attrs(facts)
+        )
 
     x = Value("x", spec.dtype, ("T", spec.hidden))
     up, down = matrix("gate_up", spec.up_columns, spec.hidden), matrix("down", spec.hidden, spec.inner)
@@ -52,20 +58,90 @@ def build_experts(spec: ExpertsSpec) -> Graph:
     h = Value("h", spec.dtype, ("rows", spec.inner))
     y = Value("y", spec.dtype, ("rows", spec.hidden))
     o = Value("o", spec.dtype, ("T", spec.hidden))
+    stored = [stored_as(matrix, q) for matrix, q in zip((up, down), spec.quantized, strict=True)]
+    ops += [op for _, made in stored for op in made]
+    lora = lora_values(spec)
+    ops += [*lora_rows(spec, "gate_up", "x", gathers=True)] if spec.ranks[0] else []
     ops += [
         Op("gather", ("x", "tokens"), (Value("xs", spec.dtype, ("rows", spec.hidden)),)),
-        product("xs", up, biases[0], first, spec.units[0]),
+        product("xs", up, added(spec, "gate_up"), biases[0], first, spec.units[0]),
     ]
     if spec.halves:
         ops.append(Op("split", ("g",), tuple(halves), _attrs({"interleaved": spec.halves == "interleaved"})))
     activated = ("a", "b") if spec.halves else ("g",)
     ops += [
         Op("map", activated, (h,), _attrs({"expr": spec.activation})),
-        product("h", down, biases[1], y, spec.units[1]),
+        *(lora_rows(spec, "down", "h", gathers=False) if spec.ranks[1] else []),
+        product("h", down, added(spec, "down"), biases[1], y, spec.units[1]),
         Op("combine", ("y", *rest, "weights"), (o,)),
     ]
-    inputs = (x, *routing, weights, up, *biases[0], down, *biases[1])
+    inputs = (x, *routing, weights, *stored[0][0], *biases[0], *stored[1][0], *biases[1], *lora)
     return Graph("experts", inputs, tuple(ops), ("o", "g") if spec.keeps else ("o",))
+
+
+def stored_as(matrix: Value, q: Quantized | None) -> tuple[list[Value], list[Op]]:
+    """The inputs that stand for matrices, and the operation that makes the matrices of codes."""
+    if q is None:
+        return [matrix], []
+    e, n, _ = matrix.shape
+    names = codes_names(matrix.name, q)
+    planes = [
+        Value(name, "i8" if q.is_signed else "u8", (e, n, q.row_bytes(number)))
+        for number, name in enumerate(names[: len(q.read)])
+    ]
+    scale = "u8" if q.scale == "e8m0" else q.scale
+    found = [*planes, Value(f"{matrix.name}_scales", scale, (e, n, q.groups))]
+    if q.bits == PER_EXPERT:
+        found.append(Value(f"{matrix.name}_bits", "i32", (e,)))
+    operands = tuple(v.name for v in found)
+    return found, [Op("dequantize", operands, (matrix,), (("format", q),))]
+
+
+def codes_names(name: str, q: Quantized) -> list[str]:
+    """What planes of codes, scales and widths of matrices are called."""
+    planes = [f"{name}_codes{number or ''}" for number in range(len(q.read))]
+    return [*planes, f"{name}_scales", *([f"{name}_bits"] if q.bits == PER_EXPERT else [])]
+
+
+def lora_values(spec: ExpertsSpec) -> list[Value]:
+    """The matrices of low-rank adapters: a [E, rank, in] and b [E, out, rank] in any layout."""
+    e, found = spec.experts, []
+    sizes = (("gate_up", spec.hidden, spec.up_columns), ("down", spec.inner, spec.hidden))
+    for (name, inner, out), rank in zip(sizes, spec.ranks, strict=True):
+        if rank:
+            found.append(Value(f"{name}_a", spec.dtype, (e, rank, inner)))
+            found.append(Value(f"{name}_b", spec.dtype, (e, out, rank)))
+    return found
+
+
+def lora_rows(spec: ExpertsSpec, name: str, source: str, *, gathers: bool) -> list[Op]:
+    """`name`_t [rows, rank]: rows of a source by a, times the scale."""
+    rank, size = (spec.ranks[0], spec.hidden) if name == "gate_up" else (spec.ranks[1], spec.inner)
+    rows = Value(f"{name}_s", spec.accumulator, ("rows", rank))
+    ops = []
+    if gathers:
+        ops.append(Op("gather", (source, "tokens"), (Value(f"{name}_xs", spec.dtype, ("rows", size)),)))
+        source = f"{name}_xs"
+    facts = {"transpose_b": True, "unit": 2}
+    return [
+        *ops,
+        Op("grouped_matmul", (source, f"{name}_a", "bounds"), (rows,), _attrs(facts)),
+        Op(
+            "map",
+            (rows.name,),
+            (Value(f"{name}_t", spec.dtype, ("rows", rank)),),
+            _attrs({"expr": scaled(spec)}),
+        ),
+    ]
+
+
+def added(spec: ExpertsSpec, name: str) -> list[str]:
+    """What a product has added: the operands of `adds`."""
+    return [f"{name}_t", f"{name}_b"] if spec.ranks[name == "down"] else []
+
+
+def scaled(spec: ExpertsSpec) -> Expr:
+    return real("x0") * sympy.Float(spec.lora_scale)
 
 
 def build_groups(spec: ExpertsSpec) -> Graph:

@@ -63,11 +63,13 @@ def combine_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
         result = real("total")
     body = [*head, *body, Store(op.output.name, (T, feature), result, ("d",), inside)]
     align = 16 if padded and spec.aligned and hidden * 2 % 16 == 0 else 1
+    # Where rows are given, places may be more: those of experts that choose are all pairs.
+    listed = "pairs" if not ragged and graph.producer(place.name) is None else "entries"
     tensors = [
         Tensor(y.name, y.dtype, ("entries", hidden), unit=1, align=align),
-        Tensor("place", place.dtype, ("entries",), unit=0),
+        Tensor("place", place.dtype, (listed,), unit=0),
         *([Tensor("starts", rest[0].dtype, ("tokens_and_one",), unit=0)] if ragged else []),
-        Tensor(weights.name, weights.dtype, ("entries",), unit=0),
+        Tensor(weights.name, weights.dtype, (listed,), unit=0),
         Tensor(op.output.name, op.output.dtype, ("T", hidden), "out", unit=1, align=align),
     ]
     grid = [GridDim("c", sympy.Integer(-(-hidden // width))), GridDim("t", integer("T"))]

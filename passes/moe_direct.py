@@ -23,6 +23,8 @@ import sympy
 from ..ir.expr import Expr, all_of, cast, floordiv, integer, maximum, minimum, real
 from ..ir.graph import Graph, Op
 from ..ir.kernel import Axis, Compute, For, GridDim, If, Kernel, Let, Load, Reduce, Span, Stmt, Store, Tensor
+from ..ir.ragged import storage_of
+from .moe_codes import Codes, codes_of, is_uniform, steps_of
 from .moe_spec import BYTES, ExpertsSpec
 
 KINDS = ["group", "grouped_gemm", "grouped_gemm", "combine"]
@@ -42,13 +44,15 @@ def direct(graph: Graph) -> Graph:
     ids = graph.ops[0].inputs[0]
     if place != graph.ops[0].outputs[2].name or len(up.outputs) > 1:
         return graph
-    kept = ("halves", "expr", "transpose_b", "unit", "biased")
+    kept = ("halves", "expr", "transpose_b", "unit", "biased", "quantized")
     first = {k: up.attr(k) for k in kept if up.attr(k) is not None}
     last = {k: down.attr(k) for k in kept if down.attr(k) is not None}
-    biases = [[op.inputs[-1]] if op.attr("biased") else [] for op in (up, down)]
-    operands = (down.inputs[0], down.inputs[1], ids, combine.inputs[2], *biases[1])
+    (plain_up, codes_up), (plain_down, codes_down) = storage_of(up), storage_of(down)
+    biases = [[plain[-1]] if op.attr("biased") else [] for op, plain in ((up, plain_up), (down, plain_down))]
+    operands = (*plain_down[:2], ids, combine.inputs[2], *biases[1], *codes_down[1:])
+    entries = (*plain_up[:2], ids, *biases[0], *codes_up[1:])
     ops = (
-        Op("entry_gemm", (up.inputs[0], up.inputs[1], ids, *biases[0]), up.outputs, tuple(first.items())),
+        Op("entry_gemm", entries, up.outputs, tuple(first.items())),
         Op("entry_combine", operands, combine.outputs, tuple(last.items())),
     )
     return Graph(graph.name, graph.inputs, ops, graph.outputs)
@@ -62,14 +66,21 @@ def entry_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
 class _Builder:
     def __init__(self, graph: Graph, op: Op, spec: ExpertsSpec) -> None:
         self.op, self.spec, self.combines = op, spec, op.kind == "entry_combine"
-        a, w, ids, *rest = op.inputs
+        plain, stored = storage_of(op)
+        a, w, ids, *rest = plain
         self.a, self.w, self.ids = graph.values[a], graph.values[w], graph.values[ids]
         self.weights = graph.values[rest.pop(0)] if self.combines else None
         self.bias = graph.values[rest[0]] if op.attr("biased") else None
         self.top_k = int(self.ids.shape[1])
         self.by_rows = bool(op.attr("transpose_b"))
+        self.codes = codes_of(graph, op, stored, spec)
         experts, *sizes = self.w.shape
+        if self.codes is not None:
+            sizes[1] = self.codes.q.columns
         self.experts, self.inner = int(experts), int(sizes[self.by_rows])
+        self.stretch = self.codes.q.stretch if self.codes else self.inner
+        self.slices = self.codes.q.slices if self.codes else 1
+        self.unroll = 1
         self.columns = int(op.output.shape[1])
         self.cpu, self.acc = spec.is_cpu, spec.accumulator
         self.cols = min(self.columns, CPU_COLS if self.cpu else COLS)
@@ -77,6 +88,9 @@ class _Builder:
             self.cols = 1 << (self.cols - 1).bit_length()
         wide = STEP * 2 // BYTES[spec.dtype]
         self.step = self.inner if self.cpu else min(wide, max(16, 1 << (self.inner - 1).bit_length()))
+        if self.codes is not None:
+            self.step, self.unroll = steps_of(self.codes.q, 128, cpu=self.cpu)
+            self.cols = self.cols if self.cpu else min(32, 1 << (self.columns - 1).bit_length())
         match op.attr("halves"):
             case None:
                 self.places: list[Expr] = [COL]
@@ -92,6 +106,7 @@ class _Builder:
             Let(
                 "expert", minimum(maximum(_narrow(ID, self.ids.dtype), ZERO), sympy.Integer(self.experts - 1))
             ),
+            *(self.codes.widths() if self.codes else []),
         ]
         there = all_of([ID >= 0, self.experts > ID])
         head: list[Stmt] = [Compute("col", "i32", ("n",), integer("n0") * self.cols + N)]
@@ -118,12 +133,14 @@ class _Builder:
     def _arguments(self) -> tuple[Tensor, ...]:
         unit = self.op.attr("unit")
         align = self._align(int(self.w.shape[unit])) if unit else 1
+        dense = Tensor(self.w.name, self.w.dtype, tuple(self.w.shape), unit=unit, align=align)
+        matrix = self.codes.tensors(aligned=self.spec.aligned) if self.codes else [dense]
         rows = ("entries", "T") if self.combines else ("T", "entries")
         flat = [Tensor("ids", self.ids.dtype, ("entries",), unit=0)]
         flat += [Tensor(self.weights.name, self.weights.dtype, ("entries",), unit=0)] if self.weights else []
         return (
             Tensor(self.a.name, self.a.dtype, (rows[0], self.inner), unit=1, align=self._align(self.inner)),
-            Tensor(self.w.name, self.w.dtype, tuple(self.w.shape), unit=unit, align=align),
+            *matrix,
             *flat,
             *([Tensor(self.bias.name, self.bias.dtype, tuple(self.bias.shape), unit=1)] if self.bias else []),
             Tensor(self.op.output.name, self.op.output.dtype, (rows[1], self.columns), "out", unit=1),
@@ -140,16 +157,18 @@ class _Builder:
         out: list[Stmt] = []
         if self.weights is not None:
             out.append(Load("weight", self.acc, (), self.weights.name, (entry,)))
-        if self.cpu:
+        if self.codes is not None:
+            out += self._decoded(self.codes, row)
+        elif self.cpu:
             out += [*self._load(row, ZERO)]
             for k in parts:
-                term = real(f"W{k}") * self._value()
+                term = real(f"W{k}") * real("A")
                 out.append(Reduce(f"part{k}", self.acc, ("n",), "sum", term, ("d",)))
         else:
             whole = [Compute(f"P{k}", self.acc, ("n", "d"), NONE) for k in parts]
             step = [*self._load(row, U * self.step)]
             for k in parts:
-                more = real(f"P{k}") + real(f"W{k}") * self._value()
+                more = real(f"P{k}") + real(f"W{k}") * real("A")
                 step.append(Compute(f"P{k}", self.acc, ("n", "d"), more, declares=False))
             out += [*whole, For("u", (Span(ZERO, sympy.Integer(-(-self.inner // self.step))),), tuple(step))]
             out += [Reduce(f"part{k}", self.acc, ("n",), "sum", real(f"P{k}"), ("d",)) for k in parts]
@@ -164,8 +183,40 @@ class _Builder:
             out.append(Compute(f"acc{k}", self.acc, ("n",), real(f"acc{k}") + value, declares=False))
         return out
 
-    def _value(self) -> Expr:
-        return real("A")
+    def _decoded(self, codes: Codes, row: Expr) -> list[Stmt]:
+        """The products of a quantised matrix: a scale for each column of the tile where a step lies in one
+        group, else for each element."""
+        parts, numbers = range(len(self.places)), range(self.slices)
+        even, axes = is_uniform(codes.q, self.step), ("n", "d")
+        turn: list[Stmt] = []
+        for n in range(self.unroll):
+            at = self.step * (self.unroll * U + n)
+            here = [] if self.stretch % (self.step * self.unroll) == 0 else [at + D < self.stretch]
+            for s in numbers:
+                feature = s * self.stretch + at + D
+                last = (s + 1) * self.stretch > self.inner
+                within = all_of([*here, *([feature < self.inner] if last else [])])
+                turn.append(Load(f"A{n}{s}", self.acc, ("d",), self.a.name, (row, feature), within, NONE))
+            for k in parts:
+                guard = all_of([*here, self._valid()])
+                turn += codes.load(f"W{n}{k}", self.acc, axes, (self.places[k], at + D), guard)
+                for s in numbers:
+                    column = s * self.stretch + at + (0 if even else D)
+                    there = [at < self.stretch] if here and codes.q.groups > 1 else []
+                    known = all_of([self._valid(), *there])
+                    if not even:
+                        known = all_of([guard, column < codes.q.columns])
+                    name, scale = f"W{n}{k}{s}", f"S{n}{k}{s}"
+                    turn += codes.decode(f"W{n}{k}", s, self.acc, axes)
+                    turn += codes.scale(
+                        scale, self.acc, ("n",) if even else axes, (self.places[k], column), known
+                    )
+                    more = real(f"P{k}") + real(name) * real(f"A{n}{s}") * real(scale)
+                    turn.append(Compute(f"P{k}", self.acc, axes, more, declares=False))
+        whole = [Compute(f"P{k}", self.acc, axes, NONE) for k in parts]
+        turns = -(-self.stretch // (self.step * self.unroll))
+        sums = [Reduce(f"part{k}", self.acc, ("n",), "sum", real(f"P{k}"), ("d",)) for k in parts]
+        return [*whole, For("u", (Span(ZERO, sympy.Integer(turns)),), tuple(turn)), *sums]
 
     def _load(self, row: Expr, at: Expr) -> list[Stmt]:
         feature = at + D

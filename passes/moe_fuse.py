@@ -10,6 +10,9 @@ After::
     %h = grouped_gemm %x, %w, %bounds, %tokens, %bias {biased = True, expr = f, gathers = True, halves =
     'split'}
 
+Before::  %w = dequantize %codes, %scales {format = q} ; %y = grouped_gemm %h, %w, %bounds
+After::   %y = grouped_gemm %h, %codes, %bounds, %scales {quantized = q}
+
 A product that is returned too, as gradients want it, becomes a second result.
 
 Leaves alone: what is used elsewhere or returned; maps of other values too.
@@ -29,7 +32,17 @@ def fuse_experts(graph: Graph) -> Graph:
         behind = _behind(graph, op)
         kept = op.outputs if behind and op.output.name in graph.outputs else ()
         graph = graph.replace_ops([*gather, op, *behind], [_fused(op, gather, behind, kept)])
-    return graph
+    return graph.map_ops(lambda op: _decoding(graph, op)).without_dead()
+
+
+def _decoding(graph: Graph, op: Op) -> Op | None:
+    """A product of dequantised matrices, taking their codes: every product decodes what it reads itself."""
+    made = graph.producer(op.inputs[1]) if op.kind == "grouped_gemm" else None
+    if made is None or made.kind != "dequantize":
+        return None
+    first, *more = made.inputs
+    fused = replace(op, inputs=(op.inputs[0], first, *op.inputs[2:], *more))
+    return fused.with_attrs(quantized=made.attr("format"), unit=None)
 
 
 def _only(graph: Graph, name: str) -> Op | None:
@@ -59,7 +72,9 @@ def _behind(graph: Graph, op: Op) -> list[Op]:
 
 
 def _fused(op: Op, gather: list[Op], behind: list[Op], kept: tuple[Value, ...]) -> Op:
-    a, w, bounds, *bias = op.inputs
+    a, w, bounds, *rest = op.inputs
+    many = 2 if op.attr("adds") else 0
+    added, bias = rest[:many], rest[many:]
     operands = [a, w, bounds]
     attrs = dict(op.attrs)
     if gather:
@@ -77,7 +92,7 @@ def _fused(op: Op, gather: list[Op], behind: list[Op], kept: tuple[Value, ...]) 
     return replace(
         op,
         kind="grouped_gemm",
-        inputs=(*operands, *bias),
+        inputs=(*operands, *added, *bias),
         outputs=(*last.outputs, *kept),
         attrs=tuple(attrs.items()),
     )

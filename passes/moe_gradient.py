@@ -15,6 +15,9 @@ Rows are the forward's, sorted by expert: no gradient needs anything larger than
 
 That the weight of a row gets h . du, without y, is due to SonicMoE (Guo et al., 2025): y = down h, so
 do . y = (do down) . h; with a bias of down, dwb is added.
+
+Low-rank adapters add scale b a to a matrix: to every product by it, that of their own by way of `adds`; what
+their matrices get goes through rows of their rank, [rows, rank].
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..ir.graph import Graph, Op, Value
+from .moe_build import lora_values, scaled, stored_as
 from .moe_spec import ExpertsSpec
 
-WANTED = ("x", "gate_up", "down", "gate_up_bias", "down_bias", "weights")
+LORA = ("gate_up_a", "gate_up_b", "down_a", "down_b")
+WANTED = ("x", "gate_up", "down", "gate_up_bias", "down_bias", *LORA, "weights")
 
 
 def build_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Graph:
@@ -40,6 +45,7 @@ def build_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Graph:
         return Value(name, spec.dtype, (e, inner, out) if spec.transposed else (e, out, inner))
 
     up, down = matrix("gate_up", c, h), matrix("down", h, i)
+    stored = [stored_as(m, q) for m, q in zip((up, down), spec.quantized, strict=True)]
     by_token = ("T", spec.top_k) if spec.top_k else (rows,)
     starts = [] if spec.top_k else [Value("starts", "i32", ("tokens_and_one",))]
     values = [
@@ -52,14 +58,15 @@ def build_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Graph:
         Value("row_weights", wide, (rows,)),
         Value("ones", wide, by_token),
         Value("g", spec.dtype, (rows, c)),
-        up,
+        *stored[0][0],
         Value("gate_up_bias", spec.dtype, (e, c)),
-        down,
+        *stored[1][0],
         Value("down_bias_matrix", spec.dtype, (e, 1, h)),
         Value("ones_of_rows", wide, (rows, 1)),
         Value("weights_of_rows", wide, (rows, 1)),
+        *lora_values(spec),
     ]
-    ops: list[Op] = []
+    ops: list[Op] = [op for _, made in stored for op in made]
 
     def gemm(
         out: Value, a: str, w: str, *more: str, by_rows: bool, unit: int | None = 2, **attrs: object
@@ -72,16 +79,33 @@ def build_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Graph:
         made = (Value(out, spec.dtype, shape),)
         ops.append(Op("grouped_outer", operands, made, _attrs({"gathers": gathers})))
 
+    def low(out: str, a: str, name: str, *, of: str, gathers: bool) -> None:
+        """Rows by one of an adapter's matrices, times the scale."""
+        rank = spec.ranks[name == "down"]
+        more = ["tokens"] if gathers else []
+        facts = {"expr": scaled(spec), "gathers": gathers}
+        made = Value(out, spec.dtype, (rows, rank))
+        gemm(made, a, f"{name}_{of}", *more, by_rows=of == "a", **facts)
+
+    up_rank, down_rank = spec.ranks
     if wanted - {"down_bias"}:
+        extra = ["low_do", "down_a"] if down_rank else []
+        if down_rank:
+            low("low_do", "do", "down", of="b", gathers=True)
         gemm(
-            Value("du", spec.dtype, (rows, i)), "do", "down", "tokens",
-            by_rows=spec.transposed, unit=spec.units[1], gathers=True,
+            Value("du", spec.dtype, (rows, i)), "do", "down", "tokens", *extra,
+            by_rows=spec.transposed, unit=spec.units[1], gathers=True, adds="columns" if extra else None,
         )  # fmt: skip
-        if not spec.keeps:
+        again = not spec.keeps
+        if up_rank and (again or "gate_up_b" in wanted):
+            low("low_x", "x", "gate_up", of="a", gathers=True)
+        if again:
             bias = ["gate_up_bias"] if spec.biased else []
+            extra = ["low_x", "gate_up_b"] if up_rank else []
             gemm(
-                Value("g_again", spec.dtype, (rows, c)), "x", "gate_up", "tokens", *bias,
+                Value("g_again", spec.dtype, (rows, c)), "x", "gate_up", "tokens", *extra, *bias,
                 by_rows=not spec.transposed, unit=spec.units[0], gathers=True, biased=bool(bias),
+                adds="rows" if extra else None,
             )  # fmt: skip
         kept = "g" if spec.keeps else "g_again"
         made = (
@@ -91,10 +115,14 @@ def build_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Graph:
         )
         attrs = _attrs({"expr": spec.activation, "halves": spec.halves})
         ops.append(Op("map_grad_rows", (kept, "du", "row_weights", "bounds"), made, attrs))
+    if up_rank and wanted & {"x", "gate_up_a"}:
+        low("low_dg", "dg", "gate_up", of="b", gathers=False)
     if "x" in wanted:
+        extra = ["low_dg", "gate_up_a"] if up_rank else []
         gemm(
-            Value("dxs", spec.dtype, (rows, h)), "dg", "gate_up", by_rows=spec.transposed, unit=spec.units[0]
-        )
+            Value("dxs", spec.dtype, (rows, h)), "dg", "gate_up", *extra,
+            by_rows=spec.transposed, unit=spec.units[0], adds="columns" if extra else None,
+        )  # fmt: skip
         rest = ("place", *(v.name for v in starts), "ones")
         ops.append(Op("combine", ("dxs", *rest), (Value("dx", spec.dtype, ("T", h)),)))
     if "gate_up" in wanted:
@@ -105,6 +133,15 @@ def build_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Graph:
         swap = spec.transposed
         pair, gathered = (("hw", "do"), "b") if swap else (("do", "hw"), "a")
         outer("ddown", (e, i, h) if swap else (e, h, i), *pair, gathered)
+    if "gate_up_a" in wanted:
+        outer("dgate_up_a", (e, up_rank, h), "low_dg", "x", "b")
+    if "gate_up_b" in wanted:
+        outer("dgate_up_b", (e, c, up_rank), "dg", "low_x", None)
+    if "down_a" in wanted:
+        outer("ddown_a", (e, down_rank, i), "low_do", "hw", None)
+    if "down_b" in wanted:
+        low("low_hw", "hw", "down", of="a", gathers=False)
+        outer("ddown_b", (e, h, down_rank), "do", "low_hw", "a")
     if "gate_up_bias" in wanted:
         outer("dgate_up_bias", (e, 1, c), "ones_of_rows", "dg", None)
     if "down_bias" in wanted:

@@ -107,14 +107,17 @@ def lower_experts(graph: Graph, spec: ExpertsSpec) -> Program:
 
 def _blocked(graph: Graph) -> frozenset[str]:
     """Intermediates that one grouped_gemm leaves to another by row tiles of the same size."""
-    names = set()
-    for op in graph.of_kind("grouped_gemm"):
-        made = graph.producer(op.inputs[0])
-        if made is not None and made.kind == "grouped_gemm" and not op.attr("gathers"):
-            tilings = made.attr("tiling"), op.attr("tiling")
-            if all(t and t.blocked for t in tilings) and tilings[0].rows == tilings[1].rows:
-                names.add(op.inputs[0])
-    return frozenset(names)
+
+    def agree(made: Op, op: Op) -> bool:
+        if op.kind != "grouped_gemm" or op.attr("gathers") or op.inputs[0] != made.output.name:
+            return False
+        tilings = made.attr("tiling"), op.attr("tiling")
+        return all(t and t.blocked for t in tilings) and tilings[0].rows == tilings[1].rows
+
+    found = [(op, graph.users(op.output.name)) for op in graph.of_kind("grouped_gemm")]
+    returned = frozenset(graph.outputs)
+    names = (made.output.name for made, users in found if users and all(agree(made, op) for op in users))
+    return frozenset(names) - returned
 
 
 def _sized(graph: Graph, tensor: Tensor) -> Tensor:

@@ -1,37 +1,33 @@
-"""moe_router: from router logits to the experts of each token, as one kernel.
+"""moe_router: from router logits to the experts of each token, as one kernel, two with a capacity.
 
 A program takes a few tokens: scores, then top_k times the best expert that is left. Equal scores go to the
-expert with the smaller number, as a stable sort would have it.
+expert with the smaller number, as a stable sort would have it. Where experts take a number of tokens at most,
+programs also count how many rows of theirs each expert has; see passes/moe_router_limit.py.
 
 Group-limited choice is DeepSeek-V3's (arXiv:2412.19437): groups are ranked by the sum of their two best
-scores, and experts of the best groups alone can be chosen.
+scores, and experts of the best groups alone can be chosen. Two levels are SMILE's (arXiv:2212.05191); that
+tokens of large Tsallis entropy take all experts is DynMoLE's (arXiv:2504.00661); tables of ids for each
+request are ExpertWeave's (arXiv:2508.17624).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import sympy
 
-from ..ir.errors import InputError
 from ..ir.expr import (
     Expr,
     all_of,
     any_of,
-    bitand,
-    cast,
     ceildiv,
-    floordiv,
+    exp2,
     integer,
+    log2,
     maximum,
     minimum,
-    random_bits,
     real,
-    sigmoid,
     where,
 )
 from ..ir.kernel import (
-    Axis,
     Compute,
     For,
     GridDim,
@@ -46,177 +42,150 @@ from ..ir.kernel import (
     Store,
     Tensor,
 )
+from .moe_router_limit import BLOCKS, counts_tensor, limit_kernel
+from .moe_router_scores import (
+    E_AXIS,
+    INSIDE,
+    MINUS_INF,
+    NONE,
+    TOKEN,
+    ZERO,
+    G,
+    axis,
+    logits_of,
+    score_arguments,
+    score_axes,
+    scores_of,
+    within,
+)
+from .moe_router_spec import RouterSpec
 
-SCORINGS = ("softmax", "sigmoid", "logits", "random", "map")
-CUTS = (None, "top_p", "threshold")
 LOWEST = sympy.Float(-3.0e38)  # above what is chosen already, below what anybody scores
 TINY = sympy.Float(1e-20)
-ZERO, MINUS_INF = sympy.Integer(0), -sympy.oo
-ROW, E_AXIS, K_AXIS, G, U = map(integer, ("i", "e", "k", "g", "u"))
-
-
-@dataclass(frozen=True)
-class RouterSpec:
-    """Which experts a token takes, and their weights.
-
-    scoring: of the logits, over all experts: 'softmax', 'sigmoid', or 'logits' themselves, whose softmax over
-    the chosen ones gives weights. renormalize: weights of a token add up to 1. corrected: scores of choice
-    have a bias [E] added, weights have not. groups, top_groups: experts lie in so many groups, of which so
-    many are open to a token. logits: their dtype.
-
-    scoring 'random': of random bits by seed, token and expert, or, if `hashed`, by what stands in token_ids
-    in place of the token. 'map': `expr` of a logit, x0. cut: 'top_p' keeps the best experts until their
-    scores add up to p, 'threshold' those that score so much; the others get the id -1. Raises InputError."""
-
-    experts: int
-    top_k: int
-    scoring: str = "softmax"
-    renormalize: bool = True
-    corrected: bool = False
-    groups: int = 1
-    top_groups: int = 1
-    logits: str = "f32"
-    target: str = "cpu"
-    cut: str | None = None
-    hashed: bool = False
-    expr: Expr | None = None
-
-    def __post_init__(self) -> None:
-        if self.scoring not in SCORINGS:
-            raise InputError("RouterSpec.scoring", f"one of {', '.join(SCORINGS)}", repr(self.scoring))
-        if self.cut not in CUTS:
-            raise InputError("RouterSpec.cut", f"one of {', '.join(map(str, CUTS))}", repr(self.cut))
-        if not 1 <= self.top_k <= self.experts:
-            raise InputError("RouterSpec.top_k", f"1 to {self.experts}", self.top_k)
-        if self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
-            raise InputError("RouterSpec.groups", f"a divisor of {self.experts}", self.groups)
+ROW, K_AXIS, U, Z = map(integer, ("i", "k", "u", "z"))
+KEPT = sympy.Symbol("kept")
 
 
 def compile_router(spec: RouterSpec) -> Program:
-    """The program of a router: logits [T, E] (, bias [E]), scale -> ids [T, top_k], weights [T, top_k]."""
-    return Program((_Builder(spec).kernel(),), text=f"# {spec}")
+    """The program of a router, logits [T, E] -> ids [T, top_k], weights [T, top_k].
+
+    With spec.keeps also what gradients read: `chosen` [T, top_k], the ids before a table or a limit changed
+    them, where one does; `scored` [T, E], the logits, where they are made of features."""
+    builder = _Builder(spec)
+    kernels = [builder.kernel()]
+    between = []
+    if spec.limited:
+        kernels.append(limit_kernel(spec, builder.last))
+        between = [counts_tensor(spec)]
+        if builder.last != "chosen" or not spec.keeps:
+            between.append(Tensor(builder.last, "i32", ("T", spec.top_k), unit=1))
+    return Program(tuple(kernels), tuple(between), text=f"# {spec}")
 
 
 class _Builder:
     def __init__(self, spec: RouterSpec) -> None:
-        self.spec = spec
-        self.cpu = spec.target.partition(":")[0] == "cpu"
-        self.acc = "f64" if spec.logits == "f64" else "f32"
-        self.rows = 4 if spec.groups > 1 or spec.experts > 256 else 16
-        self.token = integer("token")
+        self.spec, self.acc = spec, spec.accumulator
+        # What this kernel calls its last ids: a limit comes behind.
+        self.last = "ids" if not spec.limited else "remapped" if spec.remapped else "chosen"
+        self.keeps_chosen = spec.keeps and bool(spec.remapped)
 
     def kernel(self) -> Kernel:
         spec, e, k = self.spec, self.spec.experts, self.spec.top_k
-        inside = self.token < integer("T")
-        zero = sympy.Float(0.0)
-        body: list[Stmt] = [
-            Compute("token", "i32", ("i",), integer("c") * self.rows + ROW),
-            Load("L", self.acc, ("i", "e"), "logits", (self.token, E_AXIS), inside, zero),
-            *self._scores(),
+        ik = ("i", "k")
+        block: list[Stmt] = [
+            *logits_of(spec),
+            *scores_of(spec),
             *self._choice(),
-            Compute("W", self.acc, ("i", "k"), zero),
-            Compute("A", "i32", ("i", "k"), ZERO),
+            Compute("W", self.acc, ik, NONE),
+            Compute("A", "i32", ik, ZERO),
             For("u", (Span(ZERO, sympy.Integer(k)),), tuple(self._pick())),
             *self._weights(),
-            Store("ids", (self.token, K_AXIS), integer("A"), ("i", "k"), inside),
-            Store("weights", (self.token, K_AXIS), real("W"), ("i", "k"), inside),
+            *([Store("chosen", (TOKEN, K_AXIS), integer("A"), ik, INSIDE)] if self.keeps_chosen else []),
+            *(self._remap() if spec.remapped else []),
+            Store(self.last, (TOKEN, K_AXIS), integer("A"), ik, INSIDE),
+            Store("weights", (TOKEN, K_AXIS), real("W"), ik, INSIDE),
         ]
-        bias = [Tensor("bias", self.acc, (e,), unit=0)] if spec.corrected else []
-        args = (
-            Tensor("logits", spec.logits, ("T", e), unit=1),
-            *bias,
-            Tensor("ids", "i32", ("T", k), "out", unit=1),
-            Tensor("weights", self.acc, ("T", k), "out", unit=1),
-            Scalar("scale", self.acc),
-            *([Scalar("limit", self.acc)] if spec.cut else []),
-            *([Scalar("seed", "i64")] if spec.scoring == "random" else []),
-            *([Tensor("token_ids", "i64", ("T",), unit=0)] if spec.hashed else []),
-        )
-        axes = [self._axis("i", self.rows), self._axis("e", e), self._axis("k", k)]
-        if spec.groups > 1:
-            axes.insert(1, self._axis("g", spec.groups))
+        if spec.features:
+            block.append(Store("scored", (TOKEN, E_AXIS), real("L"), ("i", "e"), INSIDE))
+        at = integer("c") * spec.rows + ROW
+        if spec.limited:
+            at = (integer("c") * BLOCKS + integer("v")) * spec.rows + ROW
+        block.insert(0, Compute("token", "i32", ("i",), at))
+        axes, rows = [*score_axes(spec), axis(spec, "k", k)], spec.rows
+        if spec.limited:
+            rows *= BLOCKS
+            axes.append(axis(spec, "z", spec.counted))
         return Kernel(
             "router",
-            args,
-            (GridDim("c", ceildiv(integer("T"), self.rows)),),
+            tuple(self._arguments()),
+            (GridDim("c", ceildiv(integer("T"), rows)),),
             tuple(axes),
             None,
-            tuple(body),
+            tuple(self._counting(block) if spec.limited else block),
             (("stages", 1), ("warps", 4 if e <= 128 else 8)),
             (f"{spec.scoring} of {e} experts, {k} a token",),
         )
 
-    def _axis(self, name: str, extent: int) -> Axis:
-        return Axis(name, extent, extent if self.cpu else 1 << (extent - 1).bit_length())
-
-    def _scores(self) -> list[Stmt]:
-        """P: the scores of all experts."""
-        logits, ie = real("L"), ("i", "e")
-        match self.spec.scoring:
-            case "softmax":
-                return [
-                    Reduce("peak", self.acc, ("i",), "max", logits, ("e",)),
-                    Compute("P", self.acc, ie, sympy.exp(logits - real("peak"))),
-                    Reduce("all", self.acc, ("i",), "sum", real("P"), ("e",)),
-                    Compute("P", self.acc, ie, real("P") / real("all"), declares=False),
-                ]
-            case "sigmoid":
-                return [Compute("P", self.acc, ie, sigmoid(logits))]
-            case "random":
-                return self._random()
-            case "map":
-                assert self.spec.expr is not None
-                return [
-                    Compute("P", self.acc, ie, sympy.sympify(self.spec.expr).xreplace({real("x0"): logits}))
-                ]
-        return [Compute("P", self.acc, ie, logits)]
-
-    def _random(self) -> list[Stmt]:
-        """Numbers in (0, 1), of 23 random bits each."""
-        word, out = integer("token"), []
-        if self.spec.hashed:
-            inside = integer("token") < integer("T")
-            out.append(Load("name", "i32", ("i",), "token_ids", (integer("token"),), inside, ZERO))
-            word = integer("name")
-        bits = bitand(random_bits(integer("seed"), word, E_AXIS), sympy.Integer(2**23 - 1))
-        value = (cast(sympy.Symbol(self.acc), bits) + sympy.Float(0.5)) * sympy.Float(2.0**-23)
-        return [*out, Compute("P", self.acc, ("i", "e"), value)]
+    def _arguments(self) -> list[Tensor | Scalar]:
+        spec, by_token = self.spec, ("T", self.spec.top_k)
+        found = score_arguments(spec)
+        if spec.corrected:
+            found.append(Tensor("bias", spec.corrected, (spec.experts,), unit=0))
+        if spec.remapped:
+            table, request = spec.routing
+            found.append(Tensor("table", table, ("requests", spec.experts), unit=1))
+            found.append(Tensor("request", request, ("T",), unit=0))
+        names = [self.last, *(["chosen"] if self.keeps_chosen else [])]
+        found += [Tensor(name, "i32", by_token, "out", unit=1) for name in names]
+        found.append(Tensor("weights", self.acc, by_token, "out", unit=1))
+        if spec.features:
+            found.append(Tensor("scored", self.acc, ("T", spec.experts), "out", unit=1))
+        if spec.limited:
+            found.append(Tensor("counts", "i32", ("chunks", *counts_tensor(spec).shape[1:]), "out", unit=2))
+        found.append(Scalar("scale", self.acc))
+        found += [Scalar("limit", self.acc)] if spec.cut else []
+        found += [Scalar("most_entropy", self.acc)] if spec.entropy else []
+        found += [Scalar("entropy_index", self.acc)] if spec.entropy == "tsallis" else []
+        return found
 
     def _choice(self) -> list[Stmt]:
         """C: what experts are chosen by; those that are not open get the lowest value."""
-        ie, value = ("i", "e"), real("P")
-        out: list[Stmt] = []
+        value, out = real("P"), []
         if self.spec.corrected:
             out.append(Load("correction", self.acc, ("e",), "bias", (E_AXIS,)))
             value = value + real("correction")
-        out.append(Compute("C", self.acc, ie, maximum(value, LOWEST)))
-        return out if self.spec.groups == 1 else [*out, *self._groups()]
+        out.append(Compute("C", self.acc, ("i", "e"), maximum(value, LOWEST)))
+        return out if self.spec.groups == self.spec.top_groups else [*out, *self._groups()]
 
     def _groups(self) -> list[Stmt]:
-        size = sympy.Integer(self.spec.experts // self.spec.groups)
-        ig, within = ("i", "g"), sympy.Eq(floordiv(E_AXIS, size), G)
-        chosen = real("C")
-        second: Expr = where(all_of([within, sympy.Ne(E_AXIS, integer("best_at"))]), chosen, LOWEST)
-        open_, best = sympy.Eq(floordiv(E_AXIS, size), integer("group")), real("best_group")
-        pick: tuple[Stmt, ...] = (
-            Reduce("best_group", self.acc, ("i",), "max", real("R"), ("g",)),
-            Reduce(
-                "group", "i32", ("i",), "min", where(sympy.Eq(real("R"), best), G, self.spec.groups), ("g",)
-            ),
-            Compute("open", "bool", ("i", "e"), any_of([sympy.Symbol("open"), open_]), declares=False),
-            Compute(
-                "R", self.acc, ig, where(sympy.Eq(G, integer("group")), MINUS_INF, real("R")), declares=False
-            ),
-        )
-        first = where(all_of([within, sympy.Eq(chosen, real("best"))]), E_AXIS, self.spec.experts)
-        return [
-            Reduce("best", self.acc, ig, "max", where(within, chosen, LOWEST), ("e",)),
+        """R: what groups are ranked by. Experts of the best groups stay open."""
+        spec, ig, ie = self.spec, ("i", "g"), ("i", "e")
+        chosen, inner, best = real("C"), within(spec), real("best_group")
+        first = where(all_of([inner, sympy.Eq(chosen, real("best"))]), E_AXIS, spec.experts)
+        second: Expr = where(all_of([inner, sympy.Ne(E_AXIS, integer("best_at"))]), chosen, LOWEST)
+        two = real("best") + (real("next_best") if spec.experts > spec.groups else 0)
+        rank: list[Stmt] = [
+            Reduce("best", self.acc, ig, "max", where(inner, chosen, LOWEST), ("e",)),
             Reduce("best_at", "i32", ig, "min", first, ("e",)),
             Reduce("next_best", self.acc, ig, "max", second, ("e",)),
-            Compute("R", self.acc, ig, real("best") + (real("next_best") if size > 1 else 0)),
-            Compute("open", "bool", ("i", "e"), E_AXIS < 0),
-            For("v", (Span(ZERO, sympy.Integer(self.spec.top_groups)),), pick),
-            Compute("C", self.acc, ("i", "e"), where(sympy.Symbol("open"), chosen, LOWEST), declares=False),
+            Compute("R", self.acc, ig, two),
+        ]
+        if spec.scoring == "levels":
+            rank = [Compute("R", self.acc, ig, maximum(real("p"), LOWEST))]
+        group, ranks = integer("group"), real("R")
+        here = sympy.Eq(integer("group_of_it"), group)
+        pick: tuple[Stmt, ...] = (
+            Reduce("best_group", self.acc, ("i",), "max", ranks, ("g",)),
+            Reduce("group", "i32", ("i",), "min", where(sympy.Eq(ranks, best), G, spec.groups), ("g",)),
+            Compute("open", "bool", ie, any_of([sympy.Symbol("open"), here]), declares=False),
+            Compute("R", self.acc, ig, where(sympy.Eq(G, group), MINUS_INF, ranks), declares=False),
+        )
+        return [
+            *rank,
+            Reduce("group_of_it", "i32", ("e",), "sum", where(inner, G, 0), ("g",)),
+            Compute("open", "bool", ie, E_AXIS < 0),
+            For("v_group", (Span(ZERO, sympy.Integer(spec.top_groups)),), pick),
+            Compute("C", self.acc, ie, where(sympy.Symbol("open"), chosen, LOWEST), declares=False),
         ]
 
     def _pick(self) -> list[Stmt]:
@@ -231,7 +200,7 @@ class _Builder:
             Compute(
                 "expert", "i32", ("i",), where(integer("found") < self.spec.experts, integer("found"), U)
             ),
-            Reduce("score", self.acc, ("i",), "sum", where(taken, real("P"), sympy.Float(0.0)), ("e",)),
+            Reduce("score", self.acc, ("i",), "sum", where(taken, real("P"), NONE), ("e",)),
             Compute("W", self.acc, ik, where(here, real("score"), real("W")), declares=False),
             Compute("A", "i32", ik, where(here, integer("expert"), integer("A")), declares=False),
             Compute("C", self.acc, ie, where(taken, MINUS_INF, chosen), declares=False),
@@ -254,42 +223,70 @@ class _Builder:
         """Experts that a token does without: their id becomes -1, their weight 0."""
         if self.spec.cut is None:
             return []
-        ik, weight, out = ("i", "k"), real("W"), []
-        keep = weight >= real("limit")
-        if self.spec.cut == "top_p":
-            out.append(Scan("upto", self.acc, ik, weight, "k"))
-            keep = any_of([sympy.Eq(K_AXIS, 0), real("upto") - weight < real("limit")])
+        ik, weight, limit, out = ("i", "k"), real("W"), real("limit"), self._entropy()
+        match self.spec.cut:
+            case "top_p":
+                out.append(Scan("upto", self.acc, ik, weight, "k"))
+                keep = [sympy.Eq(K_AXIS, 0), real("upto") - weight < limit]
+            case "relative":
+                out.append(Reduce("best_of_all", self.acc, ("i",), "max", weight, ("k",)))
+                keep = [weight >= limit * real("best_of_all")]
+            case _:
+                keep = [weight >= limit]
+        if self.spec.least:
+            keep.append(self.spec.least > K_AXIS)
+        if self.spec.entropy:
+            keep.append(real("entropy") >= real("most_entropy"))
         return [
             *out,
-            Compute("kept", "bool", ik, keep),
-            Compute("A", "i32", ik, where(sympy.Symbol("kept"), integer("A"), -1), declares=False),
-            Compute("W", self.acc, ik, where(sympy.Symbol("kept"), weight, sympy.Float(0.0)), declares=False),
+            Compute("kept", "bool", ik, any_of(keep)),
+            Compute("A", "i32", ik, where(KEPT, integer("A"), -1), declares=False),
+            Compute("W", self.acc, ik, where(KEPT, weight, NONE), declares=False),
         ]
 
+    def _entropy(self) -> list[Stmt]:
+        """entropy [i]: Tsallis's of the scores, (1 - sum of P**index) / (index - 1), or Shannon's."""
+        if self.spec.entropy is None:
+            return []
+        p, index = real("P"), real("entropy_index")
+        safe = maximum(p, sympy.Float(1e-30))
+        if self.spec.entropy == "shannon":
+            return [Reduce("entropy", self.acc, ("i",), "sum", -p * sympy.log(safe), ("e",))]
+        return [
+            Reduce("powers", self.acc, ("i",), "sum", exp2(index * log2(safe)), ("e",)),
+            Compute("entropy", self.acc, ("i",), (1 - real("powers")) / (index - 1)),
+        ]
 
-def compile_capacity(experts: int, ids: str, target: str) -> Program:
-    """ids [entries], place [entries], bounds [E + 1], capacity -> limited [entries]: ids, -1 for entries that
-    come after the first `capacity` ones of their expert."""
-    entries, at, expert = integer("entries"), integer("at"), integer("id")
-    inside = at < entries
-    slot = minimum(maximum(expert, ZERO), sympy.Integer(experts - 1))
-    there = all_of([integer("row") >= 0, integer("row") - integer("first") < integer("capacity")])
-    i32 = cast(sympy.Symbol("i32"), slot) if ids == "i64" else slot
-    body: tuple[Stmt, ...] = (
-        Compute("at", "i32", ("i",), integer("c") * 256 + ROW),
-        Load("id", ids, ("i",), "ids", (at,), inside, sympy.Integer(-1)),
-        Load("row", "i32", ("i",), "place", (at,), inside, sympy.Integer(-1)),
-        Compute("slot", "i32", ("i",), i32),
-        Load("first", "i32", ("i",), "bounds", (integer("slot"),)),
-        Store("limited", (at,), where(there, expert, -1), ("i",), inside),
-    )
-    args = (
-        Tensor("ids", ids, ("entries",), unit=0),
-        Tensor("place", "i32", ("entries",), unit=0),
-        Tensor("bounds", "i32", (experts + 1,), unit=0),
-        Tensor("limited", ids, ("entries",), "out", unit=0),
-        Scalar("capacity", "i64"),
-    )
-    grid = (GridDim("c", ceildiv(entries, 256)),)
-    kernel = Kernel("capacity", args, grid, (Axis("i", 256, 256),), None, body, (("stages", 1), ("warps", 4)))
-    return Program((kernel,), text=f"# capacity of {experts} experts, {target}")
+    def _remap(self) -> list[Stmt]:
+        """A by the table of each token's request; tokens whose request has none keep their ids."""
+        number, ids = integer("number"), integer("A")
+        known = all_of([number >= 0, number < integer("requests")])
+        at = (maximum(minimum(number, integer("requests") - 1), ZERO), maximum(ids, ZERO))
+        there = all_of([INSIDE, known, ids >= 0])
+        return [
+            Load("number", self.spec.routing[1], ("i",), "request", (TOKEN,), INSIDE, sympy.Integer(-1)),
+            Load("other", "i32", ("i", "k"), "table", at, there, sympy.Integer(-1)),
+            Compute("A", "i32", ("i", "k"), where(known, integer("other"), ids), declares=False),
+        ]
+
+    def _counting(self, block: list[Stmt]) -> list[Stmt]:
+        """The block for each of this program's tokens, and counts [chunks, 1 or top_k, experts]."""
+        orders = sympy.Eq(K_AXIS, integer("n"))
+        one = where(sympy.Eq(integer("id"), Z), 1, 0)
+        count: list[Stmt] = [
+            Reduce("id", "i32", ("i",), "sum", where(orders, integer("A"), 0), ("k",)),
+            Compute("id", "i32", ("i",), where(INSIDE, integer("id"), -1), declares=False),
+            Reduce("more", "i32", ("z",), "sum", one, ("i",)),
+        ]
+        if self.spec.limited == "choice":
+            shape, more = ("k", "z"), where(orders, integer("more"), 0)
+            at = (integer("c"), K_AXIS, Z)
+        else:
+            shape, more, at = ("z",), integer("more"), (integer("c"), ZERO, Z)
+        count.append(Compute("total", "i32", shape, integer("total") + more, declares=False))
+        counting = For("n", (Span(ZERO, sympy.Integer(self.spec.top_k)),), tuple(count))
+        return [
+            Compute("total", "i32", shape, ZERO),
+            For("v", (Span(ZERO, sympy.Integer(BLOCKS)),), (*block, counting)),
+            Store("counts", at, integer("total"), shape),
+        ]

@@ -13,8 +13,10 @@ Leaves alone: operations that have a tiling; all others.
 from __future__ import annotations
 
 from ..ir.graph import Graph, Op
+from ..ir.quantized import Quantized
 from ..ir.ragged import Tiling
 from .devices import device_of
+from .moe_codes import steps_of
 from .moe_spec import BYTES, ExpertsSpec
 
 CPU_ROWS = {"one": 16, "few": 16, "some": 32, "many": 32}
@@ -26,6 +28,14 @@ GPU = {
     "few": (16, 64, 128, 4, 4),
     "some": (64, 64, 64, 4, 4),
     "many": (128, 128, 64, 8, 3),
+}
+CPU_STEPS = 16  # of a slice, each of which is spelled out
+# Of quantised matrices: (rows, columns of all halves, columns of a slice a turn, warps, stages) by load
+GPU_CODES = {
+    "one": (16, 128, 128, 4, 4),
+    "few": (16, 128, 128, 4, 4),
+    "some": (64, 128, 64, 4, 4),
+    "many": (128, 256, 64, 8, 3),
 }
 SHARED = 64 * 1024  # bytes that a program has at least, on GPUs that are not described
 GPU_PLAIN = {  # products without halves have half the columns to hold
@@ -53,13 +63,15 @@ def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
     columns = graph.values[op.output.name].shape[1]
     inner = graph.values[op.inputs[0]].shape[1]
     assert isinstance(inner, int) and isinstance(columns, int)
+    if op.attr("quantized") is not None:
+        return _of_codes(op, op.attr("quantized"), spec, inner, columns)
     if spec.is_cpu:
         step = _part(inner, CPU_INNER)
         meta = (("in_place", 1),)
         return Tiling(CPU_ROWS[spec.load], min(CPU_COLS, columns), step, True, blocked=True, meta=meta)
     rows, cols, step, warps, stages = (GPU if op.attr("halves") else GPU_PLAIN)[spec.load]
     size = {"f64": 4, "f32": 2}.get(spec.dtype, 1)
-    cols = max(16, cols // size)
+    cols = min(max(16, cols // size), max(16, 1 << (columns - 1).bit_length()))
     step = max(32, step // size)
     chip = getattr(device_of(spec.target), "chip", None)
     room = chip.shared_program if chip else SHARED
@@ -74,6 +86,28 @@ def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
         wide = next((n for n in (8, 7, 6, 5) if tiles % n == 0), wide)
     meta = (("stages", stages), ("warps", warps))
     return Tiling(rows, cols, step, wide=wide, meta=meta)
+
+
+def _of_codes(op: Op, q: Quantized, spec: ExpertsSpec, inner: int, columns: int) -> Tiling:
+    """The default tiling of a product with quantised matrices."""
+    by_rows = bool(op.attr("transpose_b"))
+    if spec.is_cpu:
+        step, _ = steps_of(q, CPU_INNER, cpu=True) if by_rows else (_part(inner, CPU_INNER), 1)
+        if by_rows and q.stretch > CPU_STEPS * step:
+            step = _part(q.stretch, CPU_INNER)
+        cols = min(CPU_COLS, columns if by_rows else q.stretch)
+        return Tiling(CPU_ROWS[spec.load], cols, step, True, blocked=True, meta=(("in_place", 1),))
+    parts = (2 if op.attr("halves") else 1) if by_rows else q.slices
+    rows, cols, most, warps, stages = GPU_CODES[spec.load]
+    size = {"f64": 4, "f32": 2}.get(spec.dtype, 1)
+    cols, most = max(16, cols // parts), max(32, most // size)
+    step, unroll = steps_of(q, most, cpu=False) if by_rows else (max(32, most // 2), 1)
+    tiles = -(-(columns if by_rows else q.stretch) // cols)
+    wide = min(8, tiles) if spec.load == "many" else tiles
+    scales = "sums" if q.groups == 1 else "codes" if spec.load == "many" else "products"
+    meta = (("stages", stages), ("warps", warps))
+    more = {"unroll": unroll, "scales": scales, "turned": by_rows}
+    return Tiling(rows, cols, step, wide=wide, meta=meta, **more)
 
 
 def _part(extent: int, least: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..ir.errors import InputError
 from ..ir.expr import Expr
+from ..ir.quantized import Quantized
 from ..ir.ragged import Tiling
 
 DTYPES = ("f16", "bf16", "f32", "f64")
@@ -30,8 +31,10 @@ class ExpertsSpec:
     routing: the dtypes of ids and of weights. load: one of LOADS. single: few enough entries to be sorted by
     one program. routed: rows
     are sorted already; tokens, bounds and place are given. keeps: what the activation is taken of is a result
-    too, for gradients. aligned: on a GPU, whether x and the matrices start, and their rows too, on multiples
-    of 16 bytes. tiling: of the two products, in place of the default. Raises InputError."""
+    too, for gradients. ranks: of what low-rank adapters add to the two matrices, lora_scale times b a; 0:
+    none. aligned: on a GPU, whether x and the matrices start, and their rows too, on multiples of 16 bytes.
+    quantized: how the two matrices are stored, None: as they are. tiling: of the two products, in place of
+    the default. Raises InputError."""
 
     experts: int
     top_k: int
@@ -48,7 +51,10 @@ class ExpertsSpec:
     single: bool = False
     routed: bool = False
     keeps: bool = False
+    ranks: tuple[int, int] = (0, 0)
+    lora_scale: float = 1.0
     aligned: bool = True
+    quantized: tuple[Quantized | None, Quantized | None] = (None, None)
     precision: str = "ieee"
     target: str = "cpu"
     tiling: tuple[Tiling, Tiling] | None = None
@@ -62,6 +68,8 @@ class ExpertsSpec:
             raise InputError("ExpertsSpec.experts", f"1 to {EXPERTS}", self.experts)
         if self.top_k < 0:
             raise InputError("ExpertsSpec.top_k", "0 or more", self.top_k)
+        if self.transposed and any(self.quantized):
+            raise InputError("ExpertsSpec.quantized", "matrices [E, out, in]", "[E, in, out]")
 
     @property
     def accumulator(self) -> str:

@@ -49,9 +49,10 @@ class AttentionSpec:
     what every key gets from all queries, before the prob_map. sequences: lengths by batch, and where
     rows lie in memory. few: a power of two that the rows of a key head (queries times query heads of a
     key head) do not exceed, where they are few; else 0. group: how many query heads read a key head,
-    where row tiles hold them all; 1 where tiles hold rows of one head. descriptors: whether what launches
-    kernels makes tensor descriptors, where the hardware has them. Raises InputError on an unknown dtype
-    or a size outside 1..1024, UnsupportedError for column sums of sequences of different lengths."""
+    where row tiles hold them all; 1 where tiles hold rows of one head. exact_sums: the gradients of captured
+    tensors add up as integers (`exact_sums`), whose order shows in no bit. descriptors: whether what launches
+    kernels makes tensor descriptors, where the hardware has them. Raises InputError on an unknown dtype or
+    a size outside 1..1024, UnsupportedError for column sums of sequences of different lengths."""
 
     mask: Mask
     score_map: ScoreMap | None = None
@@ -73,6 +74,7 @@ class AttentionSpec:
     few: int = 0
     group: int = 1
     descriptors: bool = True
+    exact_sums: bool = False
 
     def __post_init__(self) -> None:
         for name, dtype in (("dtype", self.dtype), ("sinks", self.sinks or self.dtype)):
@@ -85,6 +87,8 @@ class AttentionSpec:
                 "AttentionSpec.return_column_sums: not built for sequences of different lengths; "
                 "ask for them one sequence at a time"
             )
+        if self.exact_sums and self.dtype == "f64":
+            raise UnsupportedError("AttentionSpec.exact_sums: f64 has numbers that no 64-bit integer holds")
         for name, size in (("qk_size", self.qk_size), ("v_size", self.v_size)):
             if not 1 <= size <= 1024:
                 raise InputError(f"AttentionSpec.{name}", "a head size from 1 to 1024", size)

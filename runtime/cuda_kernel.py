@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _WARP = 32
 _STRUCT = {"i1": "?", "i8": "b", "u8": "B", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 _NAMES = {format: name for name, format in _STRUCT.items()}
-_BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
+_BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "bool": 1}
+_BYTES |= dict.fromkeys(("i8", "u8", "f8e4m3"), 1)
 _SOURCE = re.compile(r"(\w+)(?:\.(stride)\((\d+)\)|\.(shape)\[(\d+)\])?")
 _DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[[\d, ]+\]>")
 _DTYPES = {"fp64": "f64", "fp32": "f32", "fp16": "f16", "bf16": "bf16"}

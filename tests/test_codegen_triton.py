@@ -127,6 +127,7 @@ def test_gathered_rows_and_an_index_from_a_captured_tensor():
 
 INTEGERS = ["x // 7", "x % 7", "x // 8", "x % 8", "x // d", "x % d", "min(x, 3) * max(x, -4)", "abs(x - 2)"]
 INTEGERS += ["bitand(x, 12)", "bitxor(x, d)", "where(not (x > 3 and d < 4), x, -x)", "(x + 40) // 3 * 5 - x"]
+INTEGERS += ["bits_of_float(x / 3)", "bits_of_float(exp(x))"]
 
 
 def test_integers_divide_downwards_whatever_their_sign():

@@ -176,6 +176,7 @@ INTEGERS += [
     "bitxor(x * 40503, 1234567) * 22987 % 65521",
     "x ** 3 + n * 100000 % 7",
 ]
+INTEGERS += ["bits_of_float(x / 3)", "bits_of_float(-inf)"]
 INTEGERS += ["cast(i8, 100 * x)", "shift[bitand(x, 7)] - x"]
 
 

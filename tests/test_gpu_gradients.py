@@ -12,7 +12,6 @@ import torch
 
 import gossamer
 from gossamer import masks
-from gossamer.ir.errors import UnsupportedError
 
 pytestmark = pytest.mark.gpu
 
@@ -120,12 +119,24 @@ def test_runs_agree_to_the_bit():
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
-def test_sums_in_any_order_are_refused_where_order_is_asked_for():
-    q, k, v = (torch.randn(1, 2, 64, 32, device="cuda", requires_grad=True) for _ in range(3))
-    slopes = torch.randn(2, device="cuda", requires_grad=True)
-    with pytest.raises(UnsupportedError, match="deterministic"):
-        out = gossamer.attention(q, k, v, score_mod=lambda s, b, h, i, j: s * slopes[h], deterministic=True)
-        out.sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_captured_tensors_agree_to_the_bit(dtype):
+    q, k, v = (torch.randn(2, 4, 700, 64, device="cuda", dtype=dtype) for _ in range(3))
+    slopes, table = (torch.randn(n, device="cuda", requires_grad=True) for n in (4, 1400))
+    score = lambda s, b, h, i, j: s * slopes[h] + table[i - j + 700]  # noqa: E731
+    runs = []
+    for _ in range(3):
+        out = gossamer.attention(q, k, v, mask=masks.strided(16, 30), score_mod=score, deterministic=True)
+        runs.append(torch.autograd.grad(out.square().sum(), (slopes, table)))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_as_integers(dtype):
+    table = torch.randn(400, dtype=torch.float64, device="cuda")
+    score = lambda t: lambda s, b, h, q, k: s * t[h] + t[q - k + 200] + t[k]  # noqa: E731
+    check(150, 170, masks.longformer(20, 3), captures=[table], score=score, dtype=dtype, deterministic=True)
 
 
 def test_memory_is_linear():

@@ -212,6 +212,11 @@ def test_random_masks(mask, q_len, kv_len):
 # ---- exactness ----
 
 
+def test_keys_that_thousands_of_queries_attend_to():
+    """Sums of thousands: a tile is added up before it meets the rest."""
+    check_gradients(2048, 2048, masks.causal(), heads=(1, 1))
+
+
 @pytest.mark.parametrize("name", ["causal", "strided", "document", "neighborhood", "longformer"])
 def test_gradcheck(name):
     mask = CASES.LIBRARY[name][0]

@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("tvm_ffi_orcjit")
 import gossamer  # noqa: E402
-from gossamer.ir.errors import InputError, UnsupportedError  # noqa: E402
+from gossamer.ir.errors import InputError  # noqa: E402
 
 OFFS = torch.tensor([5, 5, 12, 30], dtype=torch.int32)
 
@@ -73,6 +73,6 @@ def test_bad_input(changed, message):
         gossamer.grouped_mm(**given)
 
 
-def test_two_matrices_have_no_gradient_yet():
-    with pytest.raises(UnsupportedError, match="no gradient yet"):
-        gossamer.grouped_mm(torch.zeros(3, 30, requires_grad=True), torch.zeros(30, 2), offs=OFFS)
+def test_gradients_of_two_matrices():
+    given = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 31), (31, 2))]
+    assert torch.autograd.gradcheck(lambda a, b: gossamer.grouped_mm(a, b, offs=OFFS), given)

@@ -69,9 +69,18 @@ def test_activations_that_cannot_be_captured():
 
 
 def test_functorch_is_refused():
-    given = layer()
-    with pytest.raises(UnsupportedError, match=r"torch\.func"):
-        torch.func.vmap(lambda x: gossamer.experts(**(given | {"x": x})))(torch.zeros(2, T, H))
+    given, x = layer(), torch.zeros(T, H)
+
+    def function(x):
+        return gossamer.experts(**(given | {"x": x}))
+
+    for transformed in (
+        lambda: torch.func.grad(lambda x: function(x).sum())(x),
+        lambda: torch.func.jvp(function, (x,), (x,)),
+        lambda: torch.func.vmap(torch.func.grad(lambda x: function(x).sum()))(x[None]),
+    ):
+        with pytest.raises(UnsupportedError, match=r"torch\.func"):
+            transformed()
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 import gossamer  # noqa: E402
-from gossamer.frontend import moe, moe_autograd, routing  # noqa: E402
+from gossamer.frontend import group_step, moe, moe_autograd, plan, router_step  # noqa: E402
 
 E, K, H, I = 8, 2, 64, 32  # noqa: E741
 
 
 @pytest.fixture
 def cuda(fake, monkeypatch):
-    for module in (moe, routing):
+    for module in (moe, plan, router_step, group_step):
         monkeypatch.setattr(module, "target_of", lambda device: "cuda:sm_90")
     return fake
 
@@ -63,6 +63,57 @@ def test_gradients_launch(cuda, monkeypatch):
     assert names[3:] == ["experts_du", "experts_dg", "experts_dxs", "experts_dx", "experts_dgate_up"]
 
 
-def test_a_router_is_one_launch(cuda):
-    gossamer.route(torch.randn(40, E), K, router="sigmoid", correction_bias=torch.zeros(E))
-    assert [(one.name, one.grid) for one in cuda.launched] == [("router", 3)]
+ROUTERS = {
+    "softmax": ({}, ["router"]),
+    "deepseek": (
+        {"router": "sigmoid", "correction_bias": torch.zeros(E), "groups": 4, "top_groups": 2},
+        ["router"],
+    ),
+    "gpt-oss": ({"router": "softmax_of_topk"}, ["router"]),
+    "top_p": ({"top_p": 0.5}, ["router"]),
+    "dynmole": ({"top_p": 0.5, "entropy_threshold": 0.9, "min_k": 1}, ["router"]),
+    "smile": ({"group_logits": torch.randn(40, 4), "top_groups": 1}, ["router"]),
+    "tutel": ({"expert_vectors": torch.randn(6, E), "temperature": torch.ones(1)}, ["router"]),
+    "thor": ({"router": "random", "seed": 3}, ["router"]),
+    "hash": ({"router": "random", "token_ids": torch.arange(40)}, ["router"]),
+    "expertweave": (
+        {"remap": torch.zeros(2, E).int(), "request_ids": torch.zeros(40).int(), "num_experts": 9},
+        ["router"],
+    ),
+    "switch": ({"capacity": 5}, ["router", "router_limit"]),
+    "gshard": ({"capacity": 5, "capacity_order": "choice"}, ["router", "router_limit"]),
+    "expert_choice": ({"router": "expert_choice"}, ["router_scores", "router_choose"]),
+}
+FREE = (
+    "empty",
+    "detach",
+    "view",
+    "reshape",
+    "alias",
+    "t",
+    "transpose",
+    "numpy_T",
+    "permute",
+    "as_strided",
+    "to",
+)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_is_two_launches_at_most(cuda, name):
+    options, kernels = ROUTERS[name]
+    logits = torch.randn(40, E)
+    gossamer.route(logits, K - (name == "smile"), **options)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        gossamer.route(logits, K - (name == "smile"), **options)
+    operators = {event.key.removeprefix("aten::") for event in seen.key_averages() if "aten::" in event.key}
+    assert operators <= set(FREE)  # which compute nothing
+    assert [one.name for one in cuda.launched] == 2 * kernels
+
+
+@pytest.mark.parametrize("options", [{}, {"capacity": 5}, {"router": "expert_choice"}], ids=str)
+def test_gradients_of_a_router_are_one_launch(cuda, options):
+    logits = torch.randn(40, E, requires_grad=True)
+    chosen = gossamer.route(logits, K, **options)
+    (chosen.topk_weights if chosen.topk_ids is not None else chosen.operands()["weights"]).sum().backward()
+    assert [one.name for one in cuda.launched][-1] == "router_gradient" and len(cuda.launched) <= 3

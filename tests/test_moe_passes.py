@@ -17,7 +17,8 @@ from gossamer.passes.moe_build import build_experts
 from gossamer.passes.moe_direct import direct
 from gossamer.passes.moe_fuse import fuse_experts
 from gossamer.passes.moe_pipeline import compile_experts, lower_experts, run_experts
-from gossamer.passes.moe_router import RouterSpec, compile_router
+from gossamer.passes.moe_router import compile_router
+from gossamer.passes.moe_router_spec import RouterSpec
 from gossamer.passes.moe_spec import ExpertsSpec
 
 SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")
@@ -198,7 +199,7 @@ def test_specs_are_checked(more):
 @pytest.mark.parametrize("groups", [1, 3])
 def test_router_kernel(target, groups):
     spec = RouterSpec(
-        12, 3, "sigmoid", corrected=True, groups=groups, top_groups=min(2, groups), target=target
+        12, 3, "sigmoid", corrected="f32", groups=groups, top_groups=min(2, groups), target=target
     )
     rng = np.random.default_rng(0)
     logits, bias = (rng.standard_normal(s).astype(np.float32) for s in ((9, 12), (12,)))

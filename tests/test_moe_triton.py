@@ -13,10 +13,13 @@ from gossamer.ir.evaluate import evaluate  # noqa: E402
 from gossamer.ir.expr import integer, real, sigmoid  # noqa: E402
 from gossamer.ir.graph_interpret import interpret  # noqa: E402
 from gossamer.ir.ragged import Tiling  # noqa: E402
-from gossamer.passes.moe_build import build_experts  # noqa: E402
+from gossamer.passes.moe_build import build_experts, lora_values  # noqa: E402
+from gossamer.passes.moe_expert_choice import compile_expert_choice  # noqa: E402
 from gossamer.passes.moe_gradient import build_gradients  # noqa: E402
 from gossamer.passes.moe_pipeline import compile_experts, compile_gradients  # noqa: E402
-from gossamer.passes.moe_router import RouterSpec, compile_router  # noqa: E402
+from gossamer.passes.moe_router import compile_router  # noqa: E402
+from gossamer.passes.moe_router_gradient import compile_router_gradient  # noqa: E402
+from gossamer.passes.moe_router_spec import RouterSpec  # noqa: E402
 from gossamer.passes.moe_spec import LOADS, ExpertsSpec  # noqa: E402
 from gossamer.runtime.gpu import compile_ahead  # noqa: E402
 from gossamer.runtime.triton_interpreter import run_interpreted  # noqa: E402
@@ -45,6 +48,7 @@ def run(program, given, sizes):
         {},
         {"halves": "interleaved", "transposed": True, "biased": True},
         {"halves": None, "dtype": "f16"},
+        {"ranks": (3, 2), "lora_scale": 0.5},
         {"hidden": 48},  # three tiles of columns, two side by side
     ],
     ids=str,
@@ -75,6 +79,7 @@ def test_interpreter(more, single, load):
     given = {"x": normal(tokens, size), "gate_up": normal(*up), "down": normal(*down)}
     if spec.biased:
         given |= {"gate_up_bias": normal(5, n), "down_bias": normal(5, size)}
+    given |= {v.name: normal(*v.shape) for v in lora_values(spec)}
     ids = np.concatenate([rng.integers(-1, 6, (tokens // 2, 3)), np.full((tokens // 2, 3), 2)])
     routing = {"ids": ids, "weights": rng.random((tokens, 3)).astype(np.float32)}
     expected = interpret(build_experts(spec), given | routing)["o"]
@@ -102,6 +107,50 @@ def test_router_on_the_interpreter():
     assert torch.equal(arguments["ids"].long(), ids)
     weights = scores.gather(1, ids)
     torch.testing.assert_close(arguments["weights"], weights / weights.sum(-1, keepdim=True))
+
+
+def interpreted(program, given, sizes):
+    """As `run`, with scalars among what is given."""
+    scalars = {k: v for k, v in given.items() if not isinstance(v, np.ndarray)}
+    values = {k: torch.from_numpy(v.copy()) for k, v in given.items() if isinstance(v, np.ndarray)}
+    for t in program.intermediates:
+        shape = [int(evaluate(sympify(integer(n) if isinstance(n, str) else n), sizes)) for n in t.shape]
+        values[t.name] = torch.full(shape, -7, dtype=DTYPES[t.dtype])
+    for kernel in program.kernels:
+        run_interpreted(emit(kernel), {a.name: (values | scalars)[a.name] for a in kernel.args})
+    return values
+
+
+@pytest.mark.parametrize("order", ["token", "choice"])
+def test_a_capacity_on_the_interpreter(order):
+    spec = RouterSpec(6, 2, limited=order, keeps=True, target="cuda:sm_90")
+    logits = np.random.default_rng(0).standard_normal((150, 6)).astype(np.float32)
+    made = {"ids": np.zeros((150, 2), np.int32), "chosen": np.zeros((150, 2), np.int32)}
+    given = {"logits": logits, "weights": np.zeros((150, 2), np.float32), "scale": 1.0, "capacity": 30}
+    found = interpreted(compile_router(spec), given | made, {"T": 150})
+    asked = found["chosen"] if order == "token" else found["chosen"].T
+    kept, seen = found["ids"] if order == "token" else found["ids"].T, [0] * 6
+    for one, expert in zip(kept.reshape(-1).tolist(), asked.reshape(-1).tolist(), strict=True):
+        assert one == (expert if seen[expert] < 30 else -1)
+        seen[expert] += 1
+
+
+def test_experts_choose_on_the_interpreter():
+    spec = RouterSpec(5, 2, features=20, target="cuda:sm_90")
+    rng = np.random.default_rng(0)
+    given = {"logits": rng.standard_normal((600, 20)), "vectors": rng.standard_normal((5, 20))}
+    given = {name: value.astype(np.float32) for name, value in given.items()}
+    given |= {"temperature": np.ones(1, np.float32), "capacity": 90, "tokens": np.full(450, -7, np.int32)}
+    given |= {"bounds": np.zeros(6, np.int32), "place": np.full((600, 5), -7, np.int32)}
+    given |= {name: np.zeros((600, 5), np.float32) for name in ("scores", "scored")}
+    found = interpreted(compile_expert_choice(spec), given, {"T": 600})
+    expected = found["scores"].T.topk(90)[1].sort(1)[0]
+    assert torch.equal(found["tokens"].view(5, 90).long(), expected)
+    assert found["bounds"].tolist() == [0, 90, 180, 270, 360, 450]
+    rows = torch.full((5, 600), -1).scatter(1, expected, torch.arange(450).view(5, 90))
+    assert torch.equal(found["place"].long(), rows.T)
+    x, v = (torch.nn.functional.normalize(torch.from_numpy(given[n])) for n in ("logits", "vectors"))
+    torch.testing.assert_close(found["scored"], x @ v.T * math.e)
 
 
 @pytest.mark.parametrize("load", LOADS[1:])
@@ -134,8 +183,13 @@ def test_strides_of_matrices_are_64_bits():
 @pytest.mark.parametrize("target", ["cuda:sm_80", "hip:gfx942"])
 def test_every_kernel_compiles_elsewhere(target):
     spec = ExpertsSpec(24, 4, 320, 192, SWIGLU, dtype="f16", biased=True, load="some", target=target)
-    router = RouterSpec(24, 4, "sigmoid", corrected=True, groups=4, top_groups=2, target=target)
-    for kernel in (*compile_experts(spec).kernels, *compile_router(router).kernels):
+    router = RouterSpec(
+        24, 4, "sigmoid", corrected="f32", groups=4, top_groups=2, limited="token", target=target
+    )
+    cosines = RouterSpec(24, 2, features=64, logits="bf16", target=target)
+    programs = [compile_experts(spec), compile_router(router), compile_router_gradient(router)]
+    programs += [compile_router(cosines), compile_expert_choice(cosines)]
+    for kernel in (k for program in programs for k in program.kernels):
         assert not compile_ahead(emit(kernel), target).lacks
 
 
@@ -171,5 +225,16 @@ def test_gradients_on_the_interpreter_and_compiled():
 def test_gradients_compile_for_an_h100_without_spills():
     spec = ExpertsSpec(64, 8, 2048, 1024, SWIGLU, dtype="bf16", keeps=True, target="cuda:sm_90")
     for kernel in compile_gradients(spec, ("x", "gate_up", "down", "weights")).kernels:
+        binary = compile_ahead(emit(kernel), "cuda:sm_90")
+        assert not binary.spills and not binary.lacks, kernel.name
+
+
+def test_adapters_compile_for_an_h100_without_spills():
+    spec = ExpertsSpec(64, 8, 2048, 1024, SWIGLU, dtype="bf16", ranks=(16, 8), target="cuda:sm_90")
+    programs = (
+        compile_experts(spec),
+        compile_gradients(spec, ("x", "gate_up_a", "gate_up_b", "down_a", "down_b")),
+    )
+    for kernel in (k for program in programs for k in program.kernels if any(a.name == "l" for a in k.axes)):
         binary = compile_ahead(emit(kernel), "cuda:sm_90")
         assert not binary.spills and not binary.lacks, kernel.name

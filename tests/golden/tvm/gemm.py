@@ -61,14 +61,14 @@ def gemm(p_a: T.handle, p_b: T.handle, p_c: T.handle, worker: T.int64, workers: 
             for i_i0 in range(2):
                 for i_i in T.unroll(8):
                     for i_j in T.vectorized(32):
-                        r_C[i_i, i_j] = b_C[i_i0 * 8 + i_i, i_j]
+                        r_C[i_i, i_j] = T.float32(0.0)
                 for i_x in range(24):
                     for i_i in T.unroll(8):
                         for i_j in T.vectorized(32):
                             r_C[i_i, i_j] = r_C[i_i, i_j] + b_A[i_i0 * 8 + i_i, i_x] * b_B[i_x, i_j]
                 for i_i in T.unroll(8):
                     for i_j in T.vectorized(32):
-                        b_C[i_i0 * 8 + i_i, i_j] = r_C[i_i, i_j]
+                        b_C[i_i0 * 8 + i_i, i_j] = b_C[i_i0 * 8 + i_i, i_j] + r_C[i_i, i_j]
         # c[...] = 16x32 f32
         for i_i in range(16):
             if i_i + 16 * m < M:

@@ -97,14 +97,14 @@ def squared_relu_attention(p_q: T.handle, p_k: T.handle, p_v: T.handle, p_o: T.h
             for i_e0 in range(2):
                 for i_e in T.unroll(16):
                     for i_i in T.vectorized(16):
-                        r_O[i_e, i_i] = b_O[i_e0 * 16 + i_e, i_i]
+                        r_O[i_e, i_i] = T.float32(0.0)
                 for i_j in range(8):
                     for i_e in T.unroll(16):
                         for i_i in T.vectorized(16):
                             r_O[i_e, i_i] = r_O[i_e, i_i] + b_V[i_j, i_e0 * 16 + i_e] * b_P[i_j, i_i]
                 for i_e in T.unroll(16):
                     for i_i in T.vectorized(16):
-                        b_O[i_e0 * 16 + i_e, i_i] = r_O[i_e, i_i]
+                        b_O[i_e0 * 16 + i_e, i_i] = b_O[i_e0 * 16 + i_e, i_i] + r_O[i_e, i_i]
         # o[...] = 32x16 f32
         for i_i in range(16):
             if T.Cast("int64", b_row[i_i]) < q_len:

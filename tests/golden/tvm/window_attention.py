@@ -208,14 +208,14 @@ def window_attention(p_q: T.handle, p_k: T.handle, p_v: T.handle, p_o: T.handle,
             for i_e0 in range(2):
                 for i_e in T.unroll(12):
                     for i_i in T.vectorized(16):
-                        r_O[i_e, i_i] = b_O[i_e0 * 12 + i_e, i_i]
+                        r_O[i_e, i_i] = T.float32(0.0)
                 for i_j in range(8):
                     for i_e in T.unroll(12):
                         for i_i in T.vectorized(16):
                             r_O[i_e, i_i] = r_O[i_e, i_i] + b_V[i_j, i_e0 * 12 + i_e] * b_P[i_j, i_i]
                 for i_e in T.unroll(12):
                     for i_i in T.vectorized(16):
-                        b_O[i_e0 * 12 + i_e, i_i] = r_O[i_e, i_i]
+                        b_O[i_e0 * 12 + i_e, i_i] = b_O[i_e0 * 12 + i_e, i_i] + r_O[i_e, i_i]
         # norm[i]: 16 f32
         for i_i in T.vectorized(16):
             b_norm[i_i] = T.Select(b_l[i_i] == T.float32(0.0), T.float32(1.0), b_l[i_i])
