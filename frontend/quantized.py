@@ -122,6 +122,13 @@ class QuantizedWeight(torch.nn.Module):
             value = torch.where(code < 8, value, -value)
         return (value * self._steps(wide)).to(dtype)
 
+    def expert(self, number: int) -> QuantizedWeight:
+        """One expert's matrix, (1, N, K), in the same memory."""
+        one = slice(number, number + 1)
+        scales = self.scales[one] if self.scales.shape[0] > 1 else self.scales
+        widths = None if self.widths is None else self.widths[one]
+        return QuantizedWeight(self._q, (1, *self.shape[1:]), [c[one] for c in self.codes], scales, widths)
+
     def _steps(self, wide: torch.dtype) -> torch.Tensor:
         """Scales of columns, as numbers."""
         steps = self.scales

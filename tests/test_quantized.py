@@ -301,3 +301,50 @@ def test_storage_says_what_lies_where():
         [(0, 0), (0, 2), (0, 4), (0, 6)],
         [(0, 0), (1, 0), (0, 4), (1, 4)],
     ]
+
+
+# ---- where torch watches, and Hugging Face ----
+
+
+def test_torch_compile():
+    case = Case(tokens=9, hidden=32, inner=16)
+    layer, (ids, weights) = quantised(case, "int4", group_size=16), case.routing()
+    up, down = layer["gate_up_proj"], layer["down_proj"]
+
+    def block(x):
+        return gossamer.experts(x, ids, weights, up, down)
+
+    torch._dynamo.reset()
+    x = case.x().requires_grad_()
+    found = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    expected = block(x)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(o.square().sum(), x)[0] for o in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_a_model_of_transformers(name):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    more = {"head_dim": 16, "layer_types": ["full_attention"]} if name == "GptOss" else {}
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, **more,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokens = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
+    gossamer.register_transformers()
+    assert gossamer.quantize_experts(model, "mxfp4") is model
+    found = model.set_experts_implementation("gossamer") or model(tokens).logits
+    for module in model.modules():  # the same model with what codes stand for
+        for matrix in ("gate_up_proj", "down_proj"):
+            if isinstance(getattr(module, matrix, None), QuantizedWeight):
+                dense = getattr(module, matrix).dequantize()
+                delattr(module, matrix)
+                dense = dense.transpose(1, 2).contiguous() if module.is_transposed else dense
+                setattr(module, matrix, torch.nn.Parameter(dense))
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(found, model(tokens).logits, rtol=1e-4, atol=1e-4)
