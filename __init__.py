@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.kernel import AttentionSpec as AttentionSpec
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
+    from .frontend.linear import linear_attention as linear_attention
+    from .frontend.low_rank import flurka as flurka
+    from .frontend.low_rank import flurka_orders as flurka_orders
     from .frontend.mask import Mask as Mask
     from .frontend.moe import experts as experts
     from .frontend.moe import moe as moe
@@ -57,9 +60,12 @@ _NAMES: dict[str, str] = {
     "compile": "frontend.kernel",
     "entropy_loss": "frontend.router_losses",
     "experts": "frontend.moe",
+    "flurka": "frontend.low_rank",
+    "flurka_orders": "frontend.low_rank",
     "grouped_mm": "frontend.grouped",
     "importance_loss": "frontend.router_losses",
     "jit": "frontend.jit",
+    "linear_attention": "frontend.linear",
     "load": "frontend.kernel",
     "load_balance_loss": "frontend.router_losses",
     "moe": "frontend.moe",
@@ -77,6 +83,7 @@ _NAMES: dict[str, str] = {
 
 # Public module -> the module it is another name of, as ``os.path`` is of ``posixpath``.
 _MODULES = {
+    "feature_maps": "frontend.feature_maps",
     "flex": "frontend.flex",
     "jax": "frontend.jax_face",
     "masks": "frontend.masks",

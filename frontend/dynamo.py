@@ -1,19 +1,27 @@
-"""How dynamo traces `captured_attention`: each function among its arguments becomes a graph of its own.
+"""How dynamo traces `captured_attention`: each function among its arguments becomes a graph of its own; and
+what dynamo is at.
 
 What dynamo offers for this has no public name; all that we use of it is in this file.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
+import traceback
 from typing import Any
 
 import torch
+from torch._dynamo import symbolic_convert
 from torch._dynamo.variables import ConstantVariable, TensorVariable, higher_order_ops
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
+from torch._guards import TracingContext
 
 from ..ir.errors import UnsupportedError
+from .graph_report import innermost
 
+_TRACER = os.path.join("_dynamo", "convert_frame.py")
 ROLES = ("mask_fn", "score_mod", "score_mod")
 
 
@@ -51,3 +59,18 @@ def register(operator: torch._ops.HigherOrderOperator) -> bool:
         )
     known[operator.__name__] = AttentionVariable
     return True
+
+
+def tracing() -> Any:
+    """The backend for which dynamo traces a program on this thread; None where it does not."""
+    tracer = getattr(symbolic_convert.tls, "current_tx", None)
+    if tracer is None:
+        return None
+    backend = tracer.output.compiler_fn
+    return getattr(backend, "compiler_fn", backend)
+
+
+def line_of_trace() -> str:
+    """file:line of the user's program that dynamo traces."""
+    called = itertools.takewhile(lambda f: not f.filename.endswith(_TRACER), traceback.extract_stack())
+    return innermost([(f.filename, f.lineno or 0) for f in (*called, *TracingContext.extract_stack())])

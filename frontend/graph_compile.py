@@ -9,8 +9,11 @@ import torch
 from torch import fx
 
 from ..ir.errors import GossamerError
+from .adapters import adapted_parts
 from .graph_attention import find_attention
 from .graph_create import CREATIONS
+from .graph_expert_site import replace_experts
+from .graph_experts import find_experts
 from .graph_inline import is_whole, write_out
 from .graph_match import Attention
 from .graph_memory import Memory
@@ -35,7 +38,7 @@ _PRODUCTS = ("softmax", "matmul", "bmm", "mm", "einsum", "baddbmm", "scaled_dot_
 
 def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled | Left]]:
     """The graph with everything that can be proven equal replaced, and what was found."""
-    parts: list[Compiled | Left] = list(_written_out(module.graph))
+    parts: list[Compiled | Left] = [*adapted_parts(module.graph), *_written_out(module.graph)]
     reader = Reader(module.graph)
     for kind, (find, replace) in KINDS.items():
         for node, match in list(find(reader, module.graph)):
@@ -224,4 +227,7 @@ def sweep(graph: fx.Graph, memory: Memory) -> None:
 _PURE = frozenset((*CREATIONS, *VIEWS, *FUNCTIONS, *METHODS, *_PRODUCTS))
 
 # Kind -> (what finds it: nodes that stand for it, with a match or why it is left alone; what replaces it).
-KINDS: dict[str, tuple[Find, Replace]] = {"attention": (find_attention, replace_attention)}
+KINDS: dict[str, tuple[Find, Replace]] = {
+    "attention": (find_attention, replace_attention),
+    "experts": (find_experts, replace_experts),
+}

@@ -14,9 +14,20 @@ from .report import Compiled, Left, Report
 
 @dataclass
 class Findings:
-    """What was found in the pieces that a program was captured in, by piece."""
+    """What was found in the pieces that a program was captured in, by piece. waiting: what was found in the
+    one that is being captured."""
 
     pieces: dict[Any, list[Compiled | Left]] = field(default_factory=dict)
+    waiting: dict[Any, Left] = field(default_factory=dict)
+
+    def leave(self, module: Any, kind: str, where: str, why: str) -> None:
+        """Note that a module of the piece which is being captured is left alone."""
+        self.waiting[id(module), kind] = Left(kind, where, why)
+
+    def add(self, piece: Any, parts: list[Compiled | Left]) -> None:
+        """Note the parts of a piece that has been captured."""
+        self.pieces[piece] = [*self.waiting.values(), *parts]
+        self.waiting = {}
 
     def report(self) -> Report:
         """The parts found so far. The program is captured when it is first called."""
@@ -27,21 +38,25 @@ class Findings:
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_LIBRARY = re.compile(r"[\\/](torch|gossamer)[\\/]")
+_LIBRARY = re.compile(r"[\\/](torch|gossamer|transformers[\\/]integrations)[\\/]")
 
 
 def place(nodes: Any) -> str:
     """file:line of the innermost line of the user's program that made one of these nodes."""
     for node in nodes:
         found = list(frames(node))
-        own = [f for f in found if not _LIBRARY.search(f[0])]
         if found:
-            file, line = (own or found)[-1]
-            return f"{file}:{line}"
+            return innermost(found)
         modules = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
         if modules:  # a line of torch's own, which captures leave out
             return "module " + re.sub(r"^L\['\w+'\]\.?", "", modules[-1])
     return "an unknown line"
+
+
+def innermost(found: list[tuple[str, int]]) -> str:
+    """file:line of the last line that is no library's, which passes calls on; else of the last one."""
+    own = [f for f in found if not _LIBRARY.search(f[0])] or found
+    return f"{own[-1][0]}:{own[-1][1]}" if own else "an unknown line"
 
 
 def frames(node: fx.Node) -> Iterator[tuple[str, int]]:

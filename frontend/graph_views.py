@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph_ops import arguments, value_of
+from .graph_ops import arguments, operation, value_of
 from .graph_tensor import Opaque, Reader, Tensor, axis, broadcast, is_one, same_size, size_term
 from .graph_terms import combined, divided, from_linear, linear, tidy
 from .term import Term, rename
@@ -203,12 +203,24 @@ def _getitem(reader: Reader, node: fx.Node) -> tuple[tuple[Any, ...], Term, str]
 
 
 def _member(reader: Reader, node: fx.Node) -> tuple[tuple[Any, ...], Term, str]:
-    """One of the results of meshgrid."""
+    """One of the parts that a tensor is cut into, or one of the results of meshgrid."""
     from .graph_create import meshgrid
 
     given: tuple[Any, ...] = node.args
     source, index = given
-    return meshgrid(reader, source, node, index)
+    did = operation(source)
+    if did is None or did.name not in ("chunk", "split", "tensor_split"):
+        return meshgrid(reader, source, node, index)
+    whole, _, dim = arguments(source, "input", "sections", "dim")
+    tensor, parts = reader.operand(whole, source), value_of(source)
+    dim = (dim or 0) % len(tensor.shape)
+    sizes = [part.shape[dim] for part in parts]
+    if not all(isinstance(n, int) for n in sizes):
+        raise Opaque("parts of sizes that are known at run time only")
+    indices: list[Term] = [0 if is_one(n) else axis(d) for d, n in enumerate(tensor.shape)]
+    place = 0 if is_one(sizes[index]) else axis(dim)
+    indices[dim] = tidy(("add", sum(sizes[:index]), place))
+    return tuple(parts[index].shape), tensor.at(indices), tensor.kind
 
 
 def _from_start(index: Term, size: Any) -> Term:

@@ -19,6 +19,7 @@ try:
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.jit") from None
 
+from . import adapt_bigbird, adapt_experts, adapt_longformer  # noqa: F401  they register themselves
 from .graph_compile import compile_graph
 from .graph_report import Findings
 from .report import Report
@@ -49,7 +50,8 @@ def jit(target: Any = None, *, dynamic: bool | None = None, fullgraph: bool = Fa
     if not callable(target):
         raise InputError("gossamer.jit", "a torch.nn.Module or a function", type(target).__name__)
     findings = Findings()
-    compiled: Any = torch.compile(target, backend=backend_of(findings), dynamic=dynamic, fullgraph=fullgraph)
+    capture = torch._dynamo.optimize(backend_of(findings), nopython=fullgraph, dynamic=dynamic)
+    compiled: Any = capture(target)
     if isinstance(target, torch.nn.Module):
         compiled.__dict__["report"] = findings.report  # beside the attributes that it forwards to the module
     else:
@@ -62,15 +64,33 @@ def backend_of(findings: Findings) -> Callable[..., Any]:
 
     def gossamer(graph: torch.fx.GraphModule, example_inputs: Any, **options: Any) -> Callable[..., Any]:
         compiled, parts = compile_graph(graph)
-        findings.pieces[_piece(graph)] = parts
+        findings.add(_piece(graph), parts)
         return compiled.forward
 
+    gossamer.findings = findings  # type: ignore[attr-defined]  # for adapters, while a program is captured
+    gossamer.backend_ctx_ctor = _Settings  # type: ignore[attr-defined]
     return gossamer
+
+
+class _Settings:
+    """How torch captures programs for us: operations whose sizes depend on data, such as `torch.where` of one
+    argument in loops over experts, end no graph."""
+
+    change = staticmethod(torch._dynamo.config._make_closure_patcher(capture_dynamic_output_shape_ops=True))
+
+    def __enter__(self) -> None:
+        self.back = self.change()
+
+    def __exit__(self, *_: Any) -> None:
+        self.back()
 
 
 def backend(graph: torch.fx.GraphModule, example_inputs: Any, **options: Any) -> Callable[..., Any]:
     """`torch.compile(backend="gossamer")`."""
     return backend_of(Findings())(graph, example_inputs, **options)
+
+
+backend.findings = Findings()  # type: ignore[attr-defined]  # that nobody asks for
 
 
 def _piece(graph: torch.fx.GraphModule) -> Any:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Compiled:
-    """A part that gossamer computes. kind: "attention". where: file:line of the user's program."""
+    """A part that gossamer computes. kind: "attention" or "experts". where: file:line of the user's program.
+    detail: what else there is to say, such as the adapter that computes it."""
 
     kind: str
     where: str
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"compiled {self.kind} at {self.where}"
+        return " ".join(filter(None, ("compiled", self.kind, "at", self.where, self.detail)))
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,17 @@ def clamp(x: Any, low: Any = None, high: Any = None) -> Any:
     return x if high is None else minimum(x, high)
 
 
+def _elu(x: Any, alpha: Any = 1.0, inplace: bool = False) -> Any:
+    return where(x > 0, x, alpha * (_floating("exp")(minimum(x, 0)) - 1.0))
+
+
+def _softplus(x: Any, beta: Any = 1.0, threshold: Any = 20.0) -> Any:
+    """torch's softplus, linear beyond the threshold."""
+    scaled = x * beta
+    soft = _floating("log")(1.0 + _floating("exp")(minimum(scaled, threshold))) / beta
+    return where(scaled > threshold, x, soft)
+
+
 def _gelu(x: Any, approximate: str = "none") -> Any:
     """torch's gelu: by the error function, or by tanh."""
     if approximate == "tanh":
@@ -282,6 +293,8 @@ FUNCTIONS: dict[str, Function] = {
     "float_power": lambda a, b: operate("pow", as_float(_value(a)), b),
     "log10": lambda x: _floating("log")(x) / math.log(10.0),
     "relu": lambda x: maximum(x, 0),
+    "elu": _elu,
+    "softplus": _softplus,
     "silu": lambda x: x * _floating("sigmoid")(x),
     "gelu": _gelu,
     "sign": _sign,

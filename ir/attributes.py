@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .formats import ACSR, Blocks, Dense, Progression, Remainder, StoredACSR
 from .kernel import Span
+from .linear import Chunks, FeatureMap
 from .mask import Capture, Mask
 from .order import Order, OrderDim
 from .plan import Group, Lists, Loops, Schedule, Summary
@@ -22,6 +23,8 @@ __all__ = ["dump", "load"]
 for _cls in (ACSR, Blocks, Capture, Dense, Group, Loops, Mask, Order, OrderDim, Progression):
     register(_cls)
 for _cls in (
+    Chunks,
+    FeatureMap,
     Lists,
     ProbGrad,
     ProbMap,

@@ -3,7 +3,7 @@
 An operation reads values by name, makes one or two new ones and carries attributes. The primitives
 are few, so that a pass or a gradient needs one rule each and none for attention as such:
 
-    matmul       a [.., M, K] x b [.., K, N]; transpose_b: b is [.., N, K]
+    matmul       a [.., M, K] x b [.., K, N]; transpose_b: b is [.., N, K]; extents of 1 before are repeated
     sddmm        q [B, Hq, M, D] x k [B, Hk, N, D] -> scores [B, Hq, M, N] where `mask` holds, -inf elsewhere
     score_map    scores -> scores, by the ScoreMap `score`; -inf stays
     softmax      over the last axis; a row of -inf gives zeros; further results, if asked for: the
@@ -45,7 +45,7 @@ What `fuse` makes of them; passes attach their plans. `sinks`: whether an operan
     grad_columns the gradients of k and v
     grad_captures  the gradients of captured tensors, `of` a map
 
-Operations over rows in groups (experts): ir/ragged.py.
+Operations over rows in groups (experts): ir/ragged.py. Linear attention: ir/linear.py.
 
 Runtime numbers and captured tensors of a mask, then of a score map, then of a probability map, are
 further operands, in the order in which these name them. Semantics: graph_interpret.py; rules:

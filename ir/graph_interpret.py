@@ -17,6 +17,7 @@ from .errors import InputError, UnsupportedError
 from .evaluate import evaluate, round_to
 from .graph import Graph, Op, Value
 from .graph_verify import verify
+from .linear_interpret import RULES as LINEAR
 from .mask import Mask
 from .ragged_interpret import RULES as RAGGED
 from .score import ProbMap, ScoreMap
@@ -299,6 +300,7 @@ RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
     "weigh": _weigh,
     "column_sums": _column_sums,
     **RAGGED,
+    **LINEAR,
     "renormalize": _renormalize,
     "map_grad": _map_grad,
     "capture_grad": _capture_grad,

@@ -18,6 +18,7 @@ from . import gradient_shapes as gradients
 from .errors import VerifyError
 from .graph import Extent, Graph, Op, Value
 from .graph_text import FORMATS, op_text
+from .linear_verify import SHAPES as LINEAR
 from .mask import Mask
 from .ragged_verify import SHAPES as RAGGED
 from .score import ProbMap, ScoreMap
@@ -160,9 +161,12 @@ def _matmul(c: Checker) -> tuple[Shape, ...]:
         c.fail("type", f"expected at least 2 dimensions; got {_show(a)} and {_show(b)}")
     inner, columns = (b[-1], b[-2]) if c.attr("transpose_b", bool, needed=False) else (b[-2], b[-1])
     c.same("inner extent", a[-1], inner)
-    batch = a[:-2] if len(a) >= len(b) else b[:-2]
-    for x, y in zip(reversed(a[:-2]), reversed(b[:-2]), strict=False):
-        c.same("batch extent", x, y)
+    long, short = (a[:-2], b[:-2]) if len(a) >= len(b) else (b[:-2], a[:-2])
+    batch = list(long)
+    for at, (x, y) in enumerate(zip(reversed(long), reversed(short), strict=False), 1):
+        if 1 not in (x, y):
+            c.same("batch extent", x, y)
+        batch[-at] = y if x == 1 else x
     return ((*batch, a[-2], columns),)
 
 
@@ -301,6 +305,7 @@ SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
     "weigh": _weigh,
     "column_sums": _column_sums,
     **RAGGED,
+    **LINEAR,
     **gradients.SHAPES,
 }
 """For each kind of operation, the shapes of its results; checks operands and attributes on the way."""

@@ -41,14 +41,14 @@ SWIN = dict(image_size=16, patch_size=1, embed_dim=16, depths=[2, 2], num_heads=
 EAGER = dict(attn_implementation="eager")
 DECODER = dict(decoder_input_ids=TOKENS["input_ids"][:, :9])
 
-# class, options of its configuration, inputs, sites of attention
+# class, options of its configuration, inputs, sites
 MODELS = {
     "llama": ("Llama", GROUPED, CAUSAL, 2),
     "llama_padded": ("Llama", GROUPED, CAUSAL | dict(attention_mask=PADDING), 2),
     "mistral": ("Mistral", GROUPED | dict(sliding_window=8), CAUSAL, 2),
     "gemma2": ("Gemma2", GROUPED | dict(sliding_window=8, query_pre_attn_scalar=8), CAUSAL, 2),
     "gpt2": ("GPT2", SMALL, CAUSAL, 2),
-    "gpt_oss": ("GptOss", GROUPED | dict(sliding_window=8, num_local_experts=4), CAUSAL, 2),
+    "gpt_oss": ("GptOss", GROUPED | dict(sliding_window=8, num_local_experts=4), CAUSAL, 4),  # and experts
     "bloom": ("Bloom", dict(vocab_size=99, hidden_size=32, n_layer=2, n_head=4), CAUSAL, 2),
     "bert": ("Bert", COMMON, TOKENS | dict(attention_mask=PADDING), 2),
     "modernbert": ("ModernBert", COMMON | dict(local_attention=8, cls_token_id=1, sep_token_id=2), TOKENS, 2),

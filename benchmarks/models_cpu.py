@@ -1,0 +1,151 @@
+"""Whole models on the CPU: gossamer.jit, eager mode and torch.compile in one run, interleaved.
+
+    python benchmarks/models_cpu.py                                 # minutes; 12 layers take 12 GB
+    python benchmarks/models_cpu.py --models longformer --layers 2 --no-compile
+    python benchmarks/models_cpu.py --json benchmarks/results/models_cpu_mine.json
+
+Models have the sizes of the published ones and random weights; times are those of a forward pass of one
+sequence. `capture`: what a first call takes, of a decoder of 12 layers, with no kernel in the cache, and in
+another process with all of them there. Each part runs on all threads; errors are against float64 where the
+original runs in it, else against eager mode.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import torch
+import torch._dynamo
+import transformers
+import typer
+from measure import interleaved
+from report import provenance, save
+from rich.console import Console
+from rich.table import Table
+
+import gossamer
+
+BASE = dict(
+    vocab_size=50265, hidden_size=768, intermediate_size=3072, num_attention_heads=12, pad_token_id=1,
+    bos_token_id=0, eos_token_id=2, max_position_embeddings=4098,
+)  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "longformer": ("Longformer", BASE | dict(attention_window=512, sep_token_id=2)),
+    "bigbird": ("BigBird", BASE | dict(attention_type="block_sparse", block_size=64, num_random_blocks=3)),
+}
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+def main(
+    models: Annotated[str, typer.Option(help=f"some of {', '.join(MODELS)}")] = ",".join(MODELS),
+    layers: Annotated[int, typer.Option(help="of each model")] = 12,
+    seq: Annotated[int, typer.Option(help="tokens")] = 4096,
+    rounds: int = 3,
+    compile: Annotated[bool, typer.Option(help="also torch.compile")] = True,
+    capture: Annotated[bool, typer.Option(help="also what a first call takes")] = True,
+    json: Annotated[Path | None, typer.Option(help="write the results here")] = None,
+) -> None:
+    """Time whole models on this machine's CPU."""
+    threads = torch.get_num_threads()
+    results: dict[str, Any] = provenance(threads) | {"layers": layers, "seq": seq, "load": os.getloadavg()[0]}
+    with torch.inference_mode(False), torch.no_grad():
+        results["models"] = [one(name, layers, seq, rounds, compile) for name in models.split(",")]
+    if capture:
+        results["capture"] = captures()
+        console.print(results["capture"])
+    if json is not None:
+        save(json, results)
+
+
+def one(name: str, layers: int, seq: int, rounds: int, compile: bool) -> dict[str, Any]:
+    """Times and errors of one model."""
+    model, inputs = build(name, layers, seq)
+    ours = gossamer.jit(model)
+    contestants: dict[str, Callable[[], Any]] = {
+        "gossamer": lambda: ours(**inputs),
+        "eager": lambda: model(**inputs),
+    }
+    if compile:
+        compiled: Any = torch.compile(model)
+        contestants["torch.compile"] = lambda: compiled(**inputs)
+    found: dict[str, Any] = {"name": name, "layers": layers, "seq": seq}
+    plain = contestants["eager"]().last_hidden_state
+    for contestant, run in contestants.items():
+        start = perf_counter()
+        out = run().last_hidden_state
+        found[f"{contestant} first call s"] = perf_counter() - start
+        found[f"{contestant} error against eager"] = (out - plain).abs().max().item()
+    found["sites"] = len(ours.report().compiled)
+    title = f"{name}, {layers} layers, {seq} tokens"
+    table = Table("model", "by", "s a call", "best", "against eager", title=title)
+    timings = interleaved(contestants, rounds=rounds, slot=0.0)
+    for contestant, timing in timings.items():
+        found[contestant] = {"median": timing.median, "best": timing.best, "calls": timing.calls}
+        speedup = timings["eager"].median / timing.median
+        table.add_row(name, contestant, f"{timing.median:.3f}", f"{timing.best:.3f}", f"{speedup:.2f}")
+    console.print(table)
+    torch._dynamo.reset()
+    return found
+
+
+def build(name: str, layers: int, seq: int) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A model of a published one's size, and a sequence; the first token of a Longformer is global."""
+    family, options = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**options, num_hidden_layers=layers)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    ids = torch.randint(5, 50000, (1, seq))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if name == "longformer":
+        inputs["global_attention_mask"] = torch.zeros_like(ids).index_fill(1, torch.tensor([0]), 1)
+    return model, inputs
+
+
+# ---- first calls ----
+
+FIRST = """
+import time, torch, transformers, gossamer
+config = transformers.MistralConfig(
+    vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4,
+    num_key_value_heads=2, sliding_window=64, attn_implementation="eager")
+model = transformers.MistralModel(config).eval()
+ids = torch.randint(1000, (1, 256))
+with torch.no_grad():
+    model(ids, use_cache=False)
+    f = gossamer.jit(model)
+    start = time.perf_counter()
+    f(ids, use_cache=False)
+    first = time.perf_counter() - start
+    torch._dynamo.reset()
+    start = time.perf_counter()
+    torch.compile(model, backend="eager")(ids, use_cache=False)
+    print(first, time.perf_counter() - start, len(f.report().compiled))
+"""
+
+
+def captures() -> dict[str, float]:
+    """Seconds of a first call with an empty and with a full cache, and of torch's capture alone."""
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("cold", "from the cache"):
+            done = subprocess.run(
+                [sys.executable, "-c", FIRST],
+                env=os.environ | {"GOSSAMER_CACHE_DIR": folder},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            first, captured, sites = map(float, done.stdout.split()[-3:])
+            found |= {f"{name} s": first, f"capture alone ({name}) s": captured, "sites": sites}
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)

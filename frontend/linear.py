@@ -1,0 +1,190 @@
+"""`gossamer.linear_attention`: attention whose scores are products of features, on torch tensors.
+
+The hot path touches keys only, as that of `gossamer.experts` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..ir.errors import InputError, MissingDependencyError
+from . import feature_maps
+from .layers import check_tensor
+from .linear_launch import Settings, attend
+from .problem import _fill_names
+
+try:
+    import torch
+except ImportError:
+    raise MissingDependencyError("torch", "torch", "gossamer.linear_attention") from None
+
+BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
+WIDEST = 1024
+
+
+def linear_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: Any = "elu",
+    *,
+    causal: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    key_map: Any = None,
+    initial_state: Any = None,
+    return_state: bool = False,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Linear attention: o_i = sum_j (phi(q_i) . phi(k_j)) v_j / (sum_j phi(q_i) . phi(k_j) + eps).
+
+    Sums over keys are done before queries read them, so time and memory grow with the length, not its square
+    (Katharopoulos et al., 2020). With `causal`, row i sums over keys 0 to i: sequences are walked in chunks,
+    and only states of [features, value size] pass from one to the next.
+
+    Args:
+        query: (B, Hq, L, D), float16, bfloat16, float32 or float64, on a CPU or a CUDA GPU.
+        key: (B, Hk, N, D). With `causal` N is L.
+        value: (B, Hk, N, Dv).
+        feature_map: phi: "elu" (elu(x) + 1), "relu" (relu(x) + 1e-3), "exp", "identity"; a map of
+            `gossamer.feature_maps`; or a function of an element x, which is traced as a score_mod is, and may
+            give a tuple of features.
+        normalize: whether to divide by the sum of the scores. eps: is added to it.
+        key_map: phi of keys, where it is another one.
+        initial_state: what `return_state` gave for the tokens before: (state, sums), or the state alone
+            without `normalize`. Use it with `causal`.
+        return_state: also return the state behind the last key: (state, sums), with state (B, Hk, F, Dv) the
+            sum of phi(k_j) v_j^T and sums (B, Hk, F) that of phi(k_j), F features, in float32 (float64 for
+            float64); without `normalize` the state alone.
+        enable_gqa: allow fewer key heads than query heads.
+        backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (float64, all pairs).
+
+    Returns:
+        (B, Hq, L, Dv) in the query's dtype, and the state if asked for. Sums are float32 (float64 for
+        float64). Gradients flow to query, key, value, the initial state, and to what a map's preparation
+        reads; they recompute everything but the output and its denominators.
+
+    Raises:
+        InputError: a shape, dtype, device or value is wrong. TraceError: a feature map cannot be captured.
+        UnsupportedError: something that is not built yet.
+    """
+    q_map = feature_maps.of(feature_map, "linear_attention.feature_map")
+    k_map = q_map if key_map is None else feature_maps.of(key_map, "linear_attention.key_map")
+    _check(query, key, value, causal=causal, enable_gqa=enable_gqa, backend=backend)
+    if not isinstance(eps, int | float) or not eps >= 0:
+        raise InputError("linear_attention.eps", "a number of at least 0", repr(eps))
+    if len(q_map.parts) != len(k_map.parts):
+        counts = f"{len(q_map.parts)} and {len(k_map.parts)}"
+        raise InputError("linear_attention.key_map", "as many features of an element as feature_map", counts)
+    rows_q = query if q_map.prepare is None else q_map.prepare(query)
+    rows_k = key if k_map.prepare is None else k_map.prepare(key)
+    for name, rows, tensor in (("feature_map", rows_q, query), ("key_map", rows_k, key)):
+        if rows.shape[:3] != tensor.shape[:3] or rows.dtype != tensor.dtype:
+            expected = f"rows {tuple(tensor.shape[:3])} of {tensor.dtype}"
+            raise InputError(f"linear_attention.{name}", expected, f"{tuple(rows.shape)} of {rows.dtype}")
+    if rows_q.shape[3] != rows_k.shape[3] or not 1 <= rows_q.shape[3] <= WIDEST:
+        expected = f"rows of one size for q and k, 1 to {WIDEST}"
+        raise InputError("linear_attention.key", expected, f"{rows_q.shape[3]} and {rows_k.shape[3]}")
+    states = _states(initial_state, rows_k, value, len(k_map.parts), normalize)
+    settings = Settings(
+        q_map, k_map, bool(causal), float(eps) if normalize else None, bool(states), bool(return_state)
+    )
+    empty = 0 in (*query.shape, *key.shape, *value.shape)
+    if backend == "reference" or empty:
+        found = reference(rows_q, rows_k, value, states, settings)
+    else:
+        found = attend(rows_q, rows_k, value, states, settings)
+    if not return_state:
+        return found[0]
+    return found[0], (found[1:] if normalize else found[1])
+
+
+def _check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool, backend: Any) -> None:
+    where = "linear_attention"
+    for name, tensor in (("query", q), ("key", k), ("value", v)):
+        check_tensor(f"{where}.{name}", tensor, 4, "(batch, heads, length, size)")
+        if tensor.dtype not in _fill_names():
+            raise InputError(f"{where}.{name}", "float16, bfloat16, float32 or float64", tensor.dtype)
+        if tensor.dtype != q.dtype:
+            raise InputError(
+                f"{where}.{name}", f"the query's dtype {q.dtype}", tensor.dtype, "Cast one of them"
+            )
+        if tensor.device != q.device:
+            raise InputError(f"{where}.{name}", f"a tensor on {q.device}, as the query is", tensor.device)
+    if v.shape[:3] != k.shape[:3]:
+        raise InputError(f"{where}.value", f"{tuple(k.shape[:3])} + (Dv,), as key has", tuple(v.shape))
+    if not v.shape[3] <= WIDEST:
+        raise InputError(f"{where}.value", f"a size of at most {WIDEST}", v.shape[3])
+    if q.shape[0] != k.shape[0]:
+        raise InputError(f"{where}.key", f"batch {q.shape[0]}, as the query has", k.shape[0])
+    if q.shape[3] != k.shape[3]:
+        raise InputError(f"{where}.key", f"size {q.shape[3]}, as the query has", k.shape[3])
+    heads, of = q.shape[1], k.shape[1]
+    if heads != of and not enable_gqa:
+        raise InputError(
+            f"{where}.key", f"{heads} heads, as the query has", of, "Pass enable_gqa=True to share key heads"
+        )
+    if heads != of and (of == 0 or heads % of):
+        raise InputError(f"{where}.key", f"a number of heads that divides the query's {heads}", of)
+    if causal and q.shape[2] != k.shape[2]:
+        raise InputError(
+            f"{where}.key", f"length {q.shape[2]}, as the query has, with causal=True", k.shape[2]
+        )
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise InputError(f"{where}.backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+    if q.device.type not in BACKENDS[backend]:
+        kinds = " or ".join(BACKENDS[backend])
+        raise InputError(f"{where}.backend", f"{kinds} tensors for {backend!r}", q.device, 'Pass "auto"')
+
+
+def _states(given: Any, k: Any, v: Any, parts: int, normalize: bool) -> tuple[torch.Tensor, ...]:
+    if given is None:
+        return ()
+    where = "linear_attention.initial_state"
+    tensors = given if normalize else (given,)
+    if not isinstance(tensors, tuple | list) or len(tensors) != (2 if normalize else 1):
+        expected = "(state, sums)" if normalize else "a state, without normalize"
+        raise InputError(where, expected, type(given).__name__)
+    state = (*k.shape[:2], parts * k.shape[3], v.shape[3])
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    for tensor, shape in zip(tensors, (state, state[:3]), strict=False):
+        check_tensor(where, tensor, len(shape), str(shape))
+        if tuple(tensor.shape) != shape or tensor.dtype != wide or tensor.device != v.device:
+            got = f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+            raise InputError(where, f"{shape} of {wide} on {v.device}", got)
+    return tuple(tensors)
+
+
+# the formula ------------------------------------------------------------------------------------------
+
+
+def reference(q: Any, k: Any, v: Any, states: tuple[Any, ...], settings: Settings) -> tuple[Any, ...]:
+    """The formula over all pairs in float64, differentiable: (out, *new states), rounded at the end."""
+    return plain(q, k, v, states, settings, torch.float64)
+
+
+def plain(q: Any, k: Any, v: Any, states: tuple[Any, ...], settings: Settings, dtype: Any) -> tuple[Any, ...]:
+    """The formula over all pairs by torch in some dtype. q and k: prepared rows."""
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    repeat = q.shape[1] // max(1, k.shape[1])
+    features = [replace(m, prepare=None)(x.to(dtype)) for m, x in ((settings.q_map, q), (settings.k_map, k))]
+    fq, fk, values = features[0], features[1], v.to(dtype)
+    spread = [t.repeat_interleave(repeat, 1) for t in (fk, values)]
+    scores = fq @ spread[0].transpose(-1, -2)
+    if settings.causal:
+        scores = scores.tril()
+    num, den = scores @ spread[1], scores.sum(-1, keepdim=True)
+    if states:
+        num = num + fq @ states[0].to(dtype).repeat_interleave(repeat, 1)
+    if states[1:]:
+        den = den + fq @ states[1].to(dtype).repeat_interleave(repeat, 1)[..., None]
+    out = num if settings.eps is None else num / (den + settings.eps)
+    found = [out.to(v.dtype)]
+    if settings.final:
+        new = [fk.transpose(-1, -2) @ values, *([] if settings.eps is None else [fk.sum(2)])]
+        found += [
+            (n if not states else n + s.to(dtype)).to(wide) for n, s in zip(new, states or new, strict=True)
+        ]
+    return tuple(found)
