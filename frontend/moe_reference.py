@@ -113,11 +113,12 @@ def reference_light(base: Any, x: Any, ids: Any, weights: Any, first: int, light
     wide, weights, copies = x.double(), weights.double(), first + light.zeros
     copied = (ids >= copies) & (ids < copies + light.copies)
     out = base.double() + torch.where(copied, weights, 0).sum(1, keepdim=True) * wide
-    for c in range(0 if light.vectors is None else light.vectors.shape[0]):
+    vectors: Any = () if light.vectors is None else light.vectors.double()
+    for c, vector in enumerate(vectors):
         weight = torch.where(ids == copies + light.copies + c, weights, 0).sum(1, keepdim=True)
         a = torch.zeros_like(weight)
         if light.gates is not None:
             apart: Any = light.gates[c].double()
             a = (wide @ apart.T).softmax(-1)[:, :1]
-        out = out + weight * (a * wide + (1 - a) * light.vectors[c].double())
+        out = out + weight * (a * wide + (1 - a) * vector)
     return out.to(x.dtype)
