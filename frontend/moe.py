@@ -59,6 +59,7 @@ def experts(
     constant_gates: torch.Tensor | None = None,
     transposed: bool | None = None,
     interleaved: bool = False,
+    trainable: torch.Tensor | None = None,
     recompute: bool = False,
     validate: bool = False,
     backend: str = "auto",
@@ -87,6 +88,8 @@ def experts(
             softmax(gates x).
         transposed: which layout, where shapes fit both (I == H without a gate); default: the first.
         interleaved: gate and up take turns (gpt-oss) instead of following each other.
+        trainable: (E,) bool, which experts learn (Lifelong-MoE): gradients of the others' matrices, biases
+            and adapters are zeros, for which no products are computed.
         recompute: compute the first product anew for gradients, instead of keeping it: 2 I numbers a row.
         validate: also check ids, which waits for a GPU: -1 to E.
         backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (float64, slow).
@@ -116,6 +119,8 @@ def experts(
         tensors["gate_up_bias"] = gate_up_bias
     if down_bias is not None:
         tensors["down_bias"] = down_bias
+    if trainable is not None:
+        tensors["trains"] = trainable
     for name, pair in (("gate_up", gate_up_lora), ("down", down_lora)):
         if pair is not None:
             tensors[f"{name}_a"], tensors[f"{name}_b"] = pair
@@ -268,6 +273,7 @@ def launch(
     facts = (asked, wanted, layer.halves, layer.transposed, layer.units, layer.quantized)
     facts += (
         layer.lora_scale,
+        layer.trains is not None,
         precision_of(x.device, _dtype(x)),
     )
     key = (what, facts, tuple((name, _signature(t)) for name, t in values.items()))
@@ -325,6 +331,7 @@ def _plan(
         "keeps": keeps,
         "ranks": layer.ranks,
         "lora_scale": layer.lora_scale,
+        "masked": layer.trains is not None,
         "quantized": layer.quantized,
         "aligned": is_layer_aligned(x, layer),
         "precision": precision_of(x.device, _dtype(x)),
