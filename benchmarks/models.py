@@ -2,11 +2,11 @@
 
     python benchmarks/models.py                                 # minutes on a CPU
     python benchmarks/models.py --models longformer --layers 2 --no-compile
-    python benchmarks/models.py --device cuda --dtype bf16 --rounds 20 --json benchmarks/results/models_gpu_mine.json
+    python benchmarks/models.py --device cuda --dtype bf16 --rounds 20 --json benchmarks/results/mine.json
 
 Models have the sizes of the published ones and random weights; times are those of a forward pass of one
-sequence; differences are those to eager mode. `capture`: what a first call on the CPU takes, of a decoder of 12
-layers, with no kernel in the cache, and in another process with all of them there.
+sequence; differences are those to eager mode. `capture`: what a first call on the CPU takes, of a decoder of
+12 layers, with no kernel in the cache, and in another process with all of them there.
 """
 
 from __future__ import annotations
