@@ -26,7 +26,7 @@ class Layer:
 
     transposed: [E, H, 2 I] and [E, I, H] in place of [E, 2 I, H] and [E, H, I]; gated: the first product has
     two halves, interleaved or one after the other. units: which dimension of each has stride 1, None: none.
-    lora: the matrices of low-rank adapters by name, of `ranks`, 0: none."""
+    lora: the matrices of low-rank adapters by name, of `ranks`, 0: none. trains: which experts learn (E,)."""
 
     gate_up: Any
     down: Any
@@ -42,6 +42,7 @@ class Layer:
     lora: dict[str, Any] = field(default_factory=dict)
     ranks: tuple[int, int] = (0, 0)
     lora_scale: float = 1.0
+    trains: Any = None
 
     @property
     def halves(self) -> str | None:
@@ -140,6 +141,15 @@ def layer_by_name(tensors: dict[str, Any], transposed: Any, interleaved: Any, lo
     biases = tensors.get("gate_up_bias"), tensors.get("down_bias")
     layer = layer_of(tensors["x"], tensors["gate_up"], tensors["down"], *biases, transposed, interleaved)
     lora = {name: tensors[name] for name in LORA if name in tensors}
+    trains = tensors.get("trains")
+    if trains is not None:
+        check_tensor("experts.trainable", trains, 1, "(experts,)")
+        if trains.dtype != torch.bool or tuple(trains.shape) != (layer.experts,):
+            got = f"{trains.dtype} of shape {tuple(trains.shape)}"
+            raise InputError("experts.trainable", f"torch.bool of shape ({layer.experts},)", got)
+        if trains.device != tensors["x"].device:
+            raise InputError("experts.trainable", "a tensor where x is", trains.device)
+        layer = replace(layer, trains=trains)
     return layer.adapted(tensors["x"], lora, lora_scale) if lora else layer
 
 

@@ -16,6 +16,7 @@ from ..runtime.driver import driver, get_or_compile
 from .activation import activation_term
 from .device import precision_of, target_of
 from .layers import Layer, check_routing, is_layer_aligned, layer_by_name
+from .light_step import Light, with_light
 from .moe_form import MoeForm
 from .moe_operator import call, learns
 from .operators import is_traced
@@ -52,8 +53,13 @@ def experts(
     gate_up_lora: tuple[torch.Tensor, torch.Tensor] | None = None,
     down_lora: tuple[torch.Tensor, torch.Tensor] | None = None,
     lora_scale: float = 1.0,
+    zero_experts: int = 0,
+    copy_experts: int = 0,
+    constant_experts: torch.Tensor | None = None,
+    constant_gates: torch.Tensor | None = None,
     transposed: bool | None = None,
     interleaved: bool = False,
+    trainable: torch.Tensor | None = None,
     recompute: bool = False,
     validate: bool = False,
     backend: str = "auto",
@@ -76,8 +82,14 @@ def experts(
         gate_up_bias, down_bias: (E, 2 I) and (E, H).
         gate_up_lora, down_lora, lora_scale: low-rank adapters, a (E, r, H) and b (E, 2 I, r), a (E, r, I) and
             b (E, H, r), in either layout: lora_scale * b @ a is added to each expert's matrix.
+        zero_experts, copy_experts, constant_experts, constant_gates: experts that multiply nothing (MoE++),
+            whose ids follow those of the matrices, in this order: so many give zeros; so many give x; the
+            others a vector v of (C, H), or, with gates (C, 2, H), a x + (1 - a) v, a the first of
+            softmax(gates x).
         transposed: which layout, where shapes fit both (I == H without a gate); default: the first.
         interleaved: gate and up take turns (gpt-oss) instead of following each other.
+        trainable: (E,) bool, which experts learn (Lifelong-MoE): gradients of the others' matrices, biases
+            and adapters are zeros, for which no products are computed.
         recompute: compute the first product anew for gradients, instead of keeping it: 2 I numbers a row.
         validate: also check ids, which waits for a GPU: -1 to E.
         backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (float64, slow).
@@ -86,7 +98,8 @@ def experts(
         (T, H) in x's dtype. Products accumulate in float32 (float64 for float64); what an expert gives is
         rounded to x's dtype, weighted and added in float32, in the order of k, whatever the device does.
 
-        Gradients flow to x, topk_weights, the matrices, biases and adapters; what needs none costs nothing.
+        Gradients flow to x, topk_weights, the matrices, biases, adapters and constants; what needs none costs
+        nothing.
 
     Raises:
         InputError: a shape, dtype, device or value is wrong. UnsupportedError: something that is not built
@@ -95,16 +108,46 @@ def experts(
     if isinstance(topk_ids, Routing) != (topk_weights is None):
         expected = "None beside a Routing, a tensor beside ids"
         raise InputError("experts.topk_weights", expected, type(topk_weights).__name__)
+    light, first = Light(zero_experts, copy_experts, constant_experts, constant_gates), gate_up_proj.shape[0]
+    if light.count:
+        light.check(x)
+        topk_ids, topk_weights = _by_token(topk_ids, topk_weights, x, first + light.count, validate=validate)
+        validate = False
     settings = (activation, transposed, interleaved, recompute, validate, backend)
     tensors = {"x": x, "gate_up": gate_up_proj, "down": down_proj}
     if gate_up_bias is not None:
         tensors["gate_up_bias"] = gate_up_bias
     if down_bias is not None:
         tensors["down_bias"] = down_bias
+    if trainable is not None:
+        tensors["trains"] = trainable
     for name, pair in (("gate_up", gate_up_lora), ("down", down_lora)):
         if pair is not None:
             tensors[f"{name}_a"], tensors[f"{name}_b"] = pair
-    return run(tensors, topk_ids, topk_weights, lora_scale, *settings)
+    found = run(tensors, topk_ids, topk_weights, lora_scale, *settings)
+    if not light.count:
+        return found
+    assert isinstance(topk_ids, torch.Tensor) and topk_weights is not None
+    if backend == "reference":
+        from .moe_reference import reference_light
+
+        return reference_light(found, x, topk_ids, topk_weights, first, light)
+    return with_light(found, x, topk_ids, topk_weights, first, light)
+
+
+def _by_token(ids: Any, weights: Any, x: Any, experts: int, *, validate: bool) -> tuple[Any, Any]:
+    """ids and weights [T, k] for so many experts. Raises InputError, UnsupportedError."""
+    if isinstance(ids, Routing):
+        if ids.topk_ids is None:
+            raise UnsupportedError(
+                "experts.topk_ids: a Routing by rows beside zero, copy or constant experts is not built yet. "
+                "Pass one by token, or ids and weights"
+            )
+        ids.check(x.shape[0], experts, x.device, validate=False)
+        ids, weights = ids.topk_ids, ids.topk_weights
+    names = ("experts.topk_ids", "experts.topk_weights")
+    check_routing(names, ids, weights, x.shape[0], experts, validate=validate)
+    return ids, weights
 
 
 def run(
@@ -230,6 +273,7 @@ def launch(
     facts = (asked, wanted, layer.halves, layer.transposed, layer.units, layer.quantized)
     facts += (
         layer.lora_scale,
+        layer.trains is not None,
         precision_of(x.device, _dtype(x)),
     )
     key = (what, facts, tuple((name, _signature(t)) for name, t in values.items()))
@@ -287,6 +331,7 @@ def _plan(
         "keeps": keeps,
         "ranks": layer.ranks,
         "lora_scale": layer.lora_scale,
+        "masked": layer.trains is not None,
         "quantized": layer.quantized,
         "aligned": is_layer_aligned(x, layer),
         "precision": precision_of(x.device, _dtype(x)),
@@ -339,7 +384,9 @@ def moe(
     """
     known = {name: options.pop(name) for name in ROUTING if name in options}
     if isinstance(router_logits, torch.Tensor) and router_logits.dim() == 2:
-        for where, wanted in ((0, x.shape[0]), (1, gate_up_proj.shape[0])):
+        light = Light(*(options.get(name, default) for name, default in LIGHT))
+        given = [(0, x.shape[0]), (1, gate_up_proj.shape[0] + light.count)]
+        for where, wanted in given[: 1 if known.keys() & {"expert_vectors", "remap"} else 2]:
             if router_logits.shape[where] != wanted:
                 what = f"{wanted} {'tokens, as x has' if where == 0 else 'experts, as gate_up_proj has'}"
                 raise InputError("moe.router_logits", what, router_logits.shape[where])
@@ -347,4 +394,5 @@ def moe(
     return experts(x, chosen, None, gate_up_proj, down_proj, activation=activation, **options)
 
 
+LIGHT = (("zero_experts", 0), ("copy_experts", 0), ("constant_experts", None), ("constant_gates", None))
 ROUTING = frozenset(inspect.signature(route).parameters) - {"router_logits", "top_k", "router"}

@@ -97,6 +97,8 @@ def gradients(
         values["ones_of_rows"] = torch.ones((rows, 1), dtype=wide, device=device)
     if "down_bias" in wanted:
         values["weights_of_rows"] = by_row.reshape(rows, 1)
+    if layer.trains is not None:
+        values["trains"] = layer.trains.to(torch.int32)
     biased = layer.down_bias is not None
     if "weights" in wanted and biased:
         values["down_bias_matrix"] = layer.down_bias.detach().unsqueeze(1)

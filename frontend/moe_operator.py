@@ -73,6 +73,7 @@ STEPS = {
     "expert_choice": "expert_choice_step",
     "groups": "group_step",
     "experts": "experts_step",
+    "light": "light_step",
 }
 
 

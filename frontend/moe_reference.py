@@ -101,5 +101,24 @@ def _rows(given: dict[str, Any], experts: int) -> list[tuple[Any, Any]]:
     if "ids" in given:
         found = [torch.where(given["ids"] == e) for e in range(experts)]
         return [(tokens, given["weights"][tokens, place]) for tokens, place in found]
-    pairs = pairwise(given["bounds"].tolist())
-    return [(given["tokens"][a:b].long(), given["weights"][a:b]) for a, b in pairs]
+    spans = [slice(*pair) for pair in pairwise(given["bounds"].tolist())]
+    tokens, weights = [given["tokens"][span].long() for span in spans], given["weights"]
+    if weights.dim() == 2:  # experts have chosen: (T, E)
+        return [(rows, weights[rows, e]) for e, rows in enumerate(tokens)]
+    return [(rows, weights[span]) for rows, span in zip(tokens, spans, strict=True)]
+
+
+def reference_light(base: Any, x: Any, ids: Any, weights: Any, first: int, light: Any) -> torch.Tensor:
+    """What experts that multiply nothing add, in float64, rounded once more; differentiable."""
+    wide, weights, copies = x.double(), weights.double(), first + light.zeros
+    copied = (ids >= copies) & (ids < copies + light.copies)
+    out = base.double() + torch.where(copied, weights, 0).sum(1, keepdim=True) * wide
+    vectors: Any = () if light.vectors is None else light.vectors.double()
+    for c, vector in enumerate(vectors):
+        weight = torch.where(ids == copies + light.copies + c, weights, 0).sum(1, keepdim=True)
+        a = torch.zeros_like(weight)
+        if light.gates is not None:
+            apart: Any = light.gates[c].double()
+            a = (wide @ apart.T).softmax(-1)[:, :1]
+        out = out + weight * (a * wide + (1 - a) * vector)
+    return out.to(x.dtype)

@@ -18,7 +18,7 @@ def pure(function: Function) -> Function:
 
 
 def uncompiled(function: Function) -> Function:
-    """Mark a function that launches kernels by itself: torch.compile's graphs end before it, and go on behind."""
+    """Mark a function that launches kernels by itself: graphs of torch.compile end before it."""
     import torch
 
     return torch.compiler.disable(function)  # type: ignore[return-value]

@@ -21,7 +21,8 @@ The operations of the graph IR over them; none holds anything of size T x E.
 
     grouped_outer   a [rows, M], b [rows, N], bounds (, tokens) -> [E, M, N]: for each group the sum over its
     rows
-                    of a's row times b's. `gathers`: 'a' or 'b', of which tokens names the rows, or None
+                    of a's row times b's. `gathers`: 'a' or 'b', of which tokens names the rows, or None.
+                    `masked`: last comes trains [E] of ones and zeros; where it is zero, so is the result
     map_grad_rows   g [rows, C], dh [rows, N], weights [rows], bounds -> dg [rows, C], hw [rows, N], dw
     [rows]: of
                     h = `expr` of the `halves` of g, as in grouped_gemm, where rows are weighted behind it:

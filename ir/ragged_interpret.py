@@ -109,12 +109,13 @@ def _halves(value: Array, halves: str | None) -> tuple[Array, ...]:
 
 def _grouped_outer(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
     a, b, bounds, *tokens = x
+    trains = tokens.pop() if op.attr("masked") else np.ones(len(bounds) - 1, np.int32)
     if op.attr("gathers") == "a":
         (a,) = _gather(op, [a, *tokens], floats)
     if op.attr("gathers") == "b":
         (b,) = _gather(op, [b, *tokens], floats)
     pairs = [(a[i:j].astype(floats), b[i:j].astype(floats)) for i, j in pairwise(bounds)]
-    return (np.stack([one.T @ other for one, other in pairs]),)
+    return (np.stack([one.T @ other * bool(on) for (one, other), on in zip(pairs, trains, strict=True)]),)
 
 
 def _map_grad_rows(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:

@@ -174,9 +174,10 @@ def _grouped_gemm(c: Checker) -> tuple[Shape, ...]:
 
 def _grouped_outer(c: Checker) -> tuple[Shape, ...]:
     gathers = c.attr("gathers", str, needed=False)
-    _count(c, 4 if gathers else 3)
-    a, b, bounds, *tokens = c.shapes(len(c.operands), (2, 2, 1, 1))
-    _integers(c, 2, *([3] if gathers else []))
+    masked = bool(c.attr("masked", bool, needed=False))
+    _count(c, 3 + bool(gathers) + masked)
+    a, b, bounds, *tokens = c.shapes(len(c.operands), (2, 2, 1, 1, 1))
+    _integers(c, *range(2, len(c.operands)))
     if not gathers:
         c.same("number of rows", a[0], b[0])
     elif gathers not in ("a", "b"):

@@ -37,7 +37,10 @@ def build_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Graph:
 
     Its inputs are those that it reads: x, do [T, H], tokens, bounds, place [T, top_k] (with top_k = 0 a list
     by token with starts), row weights [rows], ones, and g [rows, C] where spec.keeps."""
-    wanted = frozenset(wanted)
+    absent = {
+        name for name, rank in zip(LORA, (r for r in spec.ranks for _ in "ab"), strict=True) if not rank
+    }
+    wanted = frozenset(wanted) - absent
     wide, e, h, i, c = spec.accumulator, spec.experts, spec.hidden, spec.inner, spec.up_columns
     rows = "rows"
 
@@ -65,6 +68,7 @@ def build_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Graph:
         Value("ones_of_rows", wide, (rows, 1)),
         Value("weights_of_rows", wide, (rows, 1)),
         *lora_values(spec),
+        Value("trains", "i32", (e,)),
     ]
     ops: list[Op] = [op for _, made in stored for op in made]
 
@@ -75,9 +79,9 @@ def build_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Graph:
         ops.append(Op("grouped_gemm", (a, w, "bounds", *more), (out,), _attrs(facts)))
 
     def outer(out: str, shape: tuple[int, ...], a: str, b: str, gathers: str | None) -> None:
-        operands = (a, b, "bounds", *(["tokens"] if gathers else []))
+        operands = (a, b, "bounds", *(["tokens"] if gathers else []), *(["trains"] if spec.masked else []))
         made = (Value(out, spec.dtype, shape),)
-        ops.append(Op("grouped_outer", operands, made, _attrs({"gathers": gathers})))
+        ops.append(Op("grouped_outer", operands, made, _attrs({"gathers": gathers, "masked": spec.masked})))
 
     def low(out: str, a: str, name: str, *, of: str, gathers: bool) -> None:
         """Rows by one of an adapter's matrices, times the scale."""

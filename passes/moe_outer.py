@@ -68,9 +68,12 @@ def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
         Load("B", operand, ("r", "n"), b.name, (place("b"), col_at), all_of([here, in_n]), NONE),
         Dot("acc", acc, ("m", "n"), "A", "B", "r", True, False, spec.precision),
     )
+    end = _bounded(bounds.name, integer("e") + 1)
+    if op.attr("masked"):  # no rows where nothing is learnt
+        end = integer("first") + (end - integer("first")) * read(integer("trains"), integer("e"))
     body: tuple[Stmt, ...] = (
         Let("first", _bounded(bounds.name, integer("e"))),
-        Let("last", _bounded(bounds.name, integer("e") + 1)),
+        Let("last", end),
         Compute("acc", acc, ("m", "n"), NONE),
         For("u", (Span(ZERO, ceildiv(LAST - FIRST, step)),), step_body),
         Store(out.name, (integer("e"), row_at, col_at), real("acc"), ("m", "n"), all_of([in_m, in_n])),
@@ -82,6 +85,7 @@ def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
         Tensor(b.name, b.dtype, (lengths["b"], int(b.shape[1])), unit=1, align=_align(b.shape[1], spec)),
         Tensor(bounds.name, "i32", (experts + 1,), unit=0),
         *tokens,
+        *([Tensor("trains", "i32", (experts,), unit=0)] if op.attr("masked") else []),
         Tensor(out.name, out.dtype, (experts, rows, cols), "out", unit=2, align=_align(cols, spec)),
     ]
     grid = (

@@ -13,6 +13,7 @@ import gossamer  # noqa: E402
 from gossamer import testing  # noqa: E402
 from gossamer.frontend.activation import clamped_swiglu  # noqa: E402
 from gossamer.ir import graph_interpret, kernel_interpret  # noqa: E402
+from gossamer.ir.errors import InputError  # noqa: E402
 from gossamer.ir.expr import real, sigmoid  # noqa: E402
 from gossamer.passes.moe_gradient import WANTED, build_gradients  # noqa: E402
 from gossamer.passes.moe_pipeline import compile_gradients  # noqa: E402
@@ -98,6 +99,27 @@ def _share_of_allowed(case, recompute):
     return max(shares)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_that_do_not_learn_cost_no_products(transposed):
+    case = Case(tokens=30, biased=True, transposed=transposed)
+    ids, weights = case.routing()
+    trains = torch.tensor([False, True, True, False])
+    names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+
+    def slopes(**more):
+        layer, x = case.layer(), case.x().requires_grad_()
+        given = [x, *(layer[name].requires_grad_() for name in names)]
+        out = gossamer.experts(x, ids, weights, **layer, **more)
+        return torch.autograd.grad(out.square().sum(), given)
+
+    found, all_of_them = slopes(trainable=trains), slopes()
+    assert torch.equal(found[0], all_of_them[0])
+    for mine, theirs in zip(found[1:], all_of_them[1:], strict=True):
+        assert torch.equal(mine[trains], theirs[trains]) and not mine[~trains].any()
+    with pytest.raises(InputError, match=r"trainable: expected torch.bool of shape \(4,\)"):
+        slopes(trainable=trains[:2])
+
+
 def test_what_needs_no_gradient_is_not_computed():
     case = Case(tokens=20)
     layer, (ids, weights) = case.layer(), case.routing()
@@ -158,8 +180,9 @@ def test_router_logits_have_gradients(router, renormalize):
 def test_every_level_computes_the_same(target, keeps, halves):
     activation = SWIGLU if halves else real("x0") * sigmoid(real("x0"))
     spec = ExpertsSpec(
-        3, 2, 8, 6, activation, halves, keeps=keeps, biased=True, load="few", target=target, transposed=keeps
-    )
+        3, 2, 8, 6, activation, halves, keeps=keeps, biased=True, load="few", target=target, transposed=keeps,
+        masked=keeps,
+    )  # fmt: skip
     graph = build_gradients(spec, WANTED)
     testing.verify(graph)
     assert testing.parse(testing.to_text(graph)) == graph
@@ -178,7 +201,7 @@ def test_every_level_computes_the_same(target, keeps, halves):
         "tokens": np.pad(order // 2, (0, 18 - len(order))),
         "bounds": np.concatenate([[0], np.cumsum(np.bincount(ids[kept], minlength=3))]),
         "place": place.reshape(9, 2),
-    }
+    } | ({"trains": np.array([1, 0, 1])} if keeps else {})
     expected = graph_interpret.interpret(graph, given)
     flat = given | {name: given[name].reshape(-1) for name in ("place", "ones")}
     flat |= {name: np.zeros_like(value) for name, value in expected.items()}

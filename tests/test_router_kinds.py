@@ -111,6 +111,8 @@ def test_layers_of_experts_that_choose():
 
     given = (2 * random(40, 6, seed=3), x, up, down)
     close(mine(*given), theirs(*given))
+    exact = gossamer.moe(x, given[0], up, down, top_k=2, router="expert_choice", backend="reference")
+    close(exact, theirs(*given))
     slopes_agree(mine, theirs, *given)
     chosen = gossamer.route(given[0], 2, router="expert_choice")
     halved = chosen.replace(weights=chosen.weights / 2)
