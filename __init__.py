@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
     from .frontend.linear import linear_attention as linear_attention
+    from .frontend.linear_layers import combiner_attention as combiner_attention
+    from .frontend.linear_layers import mossformer_attention as mossformer_attention
+    from .frontend.linear_layers import relative_linear_attention as relative_linear_attention
     from .frontend.low_rank import flurka as flurka
     from .frontend.low_rank import flurka_orders as flurka_orders
     from .frontend.mask import Mask as Mask
@@ -57,6 +60,7 @@ _NAMES: dict[str, str] = {
     "Schedule": "ir.plan",
     "ScoreMod": "frontend.score",
     "attention": "frontend.attention",
+    "combiner_attention": "frontend.linear_layers",
     "compile": "frontend.kernel",
     "entropy_loss": "frontend.router_losses",
     "experts": "frontend.moe",
@@ -69,10 +73,12 @@ _NAMES: dict[str, str] = {
     "load": "frontend.kernel",
     "load_balance_loss": "frontend.router_losses",
     "moe": "frontend.moe",
+    "mossformer_attention": "frontend.linear_layers",
     "quantize": "frontend.quantize",
     "quantize_experts": "frontend.quantize",
     "ragged_dot": "frontend.grouped",
     "register_transformers": "frontend.huggingface",
+    "relative_linear_attention": "frontend.linear_layers",
     "route": "frontend.routers",
     "sddmm": "frontend.splat",
     "sparse_softmax": "frontend.splat",

@@ -101,12 +101,12 @@ def flurka(batch: int, length: int, heads: int, size: int, rank: int, variant: s
             given = given or feature_maps.random_fourier(features.to(x.device, x.dtype))
             return gossamer.flurka(x, *rest, heads=heads, feature_map=given, eps=EPS)
 
-        return Case(tensors, ours, lambda *t: layer(*t, fourier, heads))
+        return Case(tensors, ours, lambda *t: layer(*t, phi=fourier, heads=heads))
     name, phi = maps[variant]
     return Case(
         tensors,
         lambda *t: gossamer.flurka(*t, heads=heads, feature_map=name, eps=EPS),
-        lambda *t: layer(*t, phi, heads),
+        lambda *t: layer(*t, phi=phi, heads=heads),
     )
 
 
@@ -115,7 +115,7 @@ def linear(batch: int, heads: int, length: int, size: int, causal: bool) -> Case
     return Case(
         lambda device, dtype: drawn([(batch, heads, length, size)] * 3, device, dtype),
         lambda *t: gossamer.linear_attention(*t, "elu", causal=causal, eps=EPS),
-        lambda *t: plain(*t, elu),
+        lambda *t: plain(*t, phi=elu),
     )
 
 

@@ -4,18 +4,23 @@ one run.
     python benchmarks/moe_gpu.py                                     # every model, 1 to 8192 tokens, both
     routings python benchmarks/moe_gpu.py --models olmoe,qwen3-30b --tokens 16,1024 --peers none
     python benchmarks/moe_gpu.py --sweep --models olmoe --tokens 8192    # tile sizes of the two products
+    python benchmarks/moe_gpu.py --models mixtral --weights bf16,int4,int8,fp8,mxfp4 --tokens 1,16,8192
 
 All start from ids and weights. Every result is held against float64 (over some tokens) before its time
 counts. Bound: 6 T K H I operations at the measured rate of a matrix product, or the bytes of the matrices in
 use, of x and of the result at that of a copy, whichever takes longer. Times are medians of many replays
-(triton's do_bench, the L2 cache overwritten in between); `call_us` is a call without a graph. Results go to
+(triton's do_bench, the L2 cache overwritten in between); `call_us` is a call without a graph. Quantised
+matrices are judged by the numbers that their codes stand for, their bound counts their own bytes, and
+`over_bf16` says how many times faster they are than bf16 in the same run, if that was measured. Results go to
 one JSON a device, and an invocation replaces only what it measured; nothing is started when the budget is
 spent.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Annotated, Any
@@ -30,6 +35,7 @@ import gossamer
 
 SAMPLE = 48  # tokens whose results are computed in float64
 PEERS = ("grouped_mm", "compiled")
+CODES = ("int8", "int4", "int2", "fp8", "mxfp4")
 
 
 def main(
@@ -37,6 +43,7 @@ def main(
     tokens: Annotated[str, typer.Option(help="numbers of tokens")] = "1,16,128,1024,8192",
     peers: Annotated[str, typer.Option(help=f"of {', '.join(PEERS)}; or 'none'")] = "grouped_mm",
     routing: Annotated[str, typer.Option(help="uniform, zipf or both")] = "both",
+    weights: Annotated[str, typer.Option(help=f"bf16 or formats of codes: {', '.join(CODES)}")] = "bf16",
     sweep: Annotated[bool, typer.Option(help="also time other tiles of the two products")] = False,
     budget: Annotated[float, typer.Option(help="seconds; nothing is started after them")] = 480.0,
     out: Annotated[
@@ -54,20 +61,25 @@ def main(
     names = list(MODELS) if models == "all" else models.split(",")
     others = () if peers == "none" else tuple(peers.split(","))
     kinds = {"uniform": (False,), "zipf": (True,), "both": (False, True)}[routing]
-    failed = []
+    failed: list[Any] = []
     for name in names:
-        layer = Layer(MODELS[name])
-        for count in map(int, tokens.split(",")):
-            for skewed in kinds:
+        dense = Layer(MODELS[name])
+        for kind in weights.split(","):
+            layer = dense if kind == "bf16" else CodedLayer(dense, kind)
+            for count, skewed in product(map(int, tokens.split(",")), kinds):
                 if monotonic() > deadline:
-                    print(f"the budget is spent before {name} T={count}")
+                    print(f"the budget is spent before {name} T={count} {kind}")
                     continue
-                row = layer.measure(count, skewed, others, rates, sweep)
+                row = layer.measure(count, skewed, others if kind == "bf16" else (), rates, sweep)
+                if "ms" in row and dense.times.get((count, skewed)):
+                    row["over_bf16"] = dense.times[count, skewed] / row["ms"]
+                    print(f"  {row['over_bf16']:.2f} times as fast as bf16")
                 rows[tuple(row["case"])] = row
                 failed += [row["case"]] if "failed" in row else []
                 results["rows"] = list(rows.values())
                 save(path, results)
-        del layer
+            del layer
+        del dense
         torch.cuda.empty_cache()
     print(f"wrote {path}")
     if failed:
@@ -77,8 +89,11 @@ def main(
 class Layer:
     """The matrices of one model on the device."""
 
+    kind = "bf16"
+    times: dict[tuple[int, bool], float]  # milliseconds by tokens and skew
+
     def __init__(self, model: Model) -> None:
-        self.model = model
+        self.model, self.times = model, {}
         torch.manual_seed(0)
 
         def made(*shape: int) -> torch.Tensor:
@@ -88,6 +103,14 @@ class Layer:
         self.up = made(model.experts, 2 * model.inner, model.hidden)
         self.down = made(model.experts, model.hidden, model.inner)
 
+    def bytes_each(self) -> float:
+        """Bytes a number of the matrices."""
+        return 2.0
+
+    def matrices(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the two matrices of an expert hold."""
+        return self.up[expert], self.down[expert]
+
     def measure(
         self, tokens: int, skewed: bool, peers: tuple[str, ...], rates: tuple[float, float], sweep: bool
     ) -> dict[str, Any]:
@@ -96,7 +119,8 @@ class Layer:
         x = torch.randn(tokens, model.hidden, device=device, dtype=torch.bfloat16)
         ids, weights = routed(model, tokens, skewed, device)
         row: dict[str, Any] = {"case": [model.name, tokens, "zipf1.2" if skewed else "uniform"]}
-        row["bound_ms"] = bound_ms(model, tokens, ids, *rates)
+        row["case"] += [] if self.kind == "bf16" else [self.kind]
+        row["bound_ms"] = bound_ms(model, tokens, ids, *rates, self.bytes_each())
         with torch.inference_mode():
             try:
                 began = perf_counter()
@@ -106,6 +130,7 @@ class Layer:
                 row |= self._judged(found, x, ids, weights)
                 call = lambda: gossamer.experts(x, ids, weights, self.up, self.down)  # noqa: E731
                 row["ms"], row["call_us"] = replayed(call), eager_us(call)
+                self.times[tokens, skewed] = row["ms"]
                 row["of_bound"] = row["bound_ms"] / row["ms"]
                 for peer in peers:
                     row[peer] = self._beside(peer, x, ids, weights, found)
@@ -128,10 +153,10 @@ class Layer:
         exact, plain = torch.zeros(x.shape, dtype=torch.float64, device=x.device), torch.zeros_like(x)
         for e in ids.unique().tolist():
             token, place = torch.where(ids == e)
+            first, second = self.matrices(e)
             for out, dtype in ((exact, torch.float64), (plain, x.dtype)):
-                h = x[token].to(dtype) @ self.up[e].to(dtype).T
-                gate, up = h.chunk(2, -1)
-                y = (torch.nn.functional.silu(gate) * up) @ self.down[e].to(dtype).T
+                gate, up = (x[token].to(dtype) @ first.to(dtype).T).chunk(2, -1)
+                y = (torch.nn.functional.silu(gate) * up) @ second.to(dtype).T
                 out.index_add_(0, token, (y * weights[token, place, None].to(dtype)).to(out.dtype))
         error, theirs = ((o.double() - exact).abs().max().item() for o in (found[picked], plain))
         allowed = 2 * theirs + exact.abs().max().item() * 2.0**-8
@@ -152,11 +177,26 @@ class Layer:
 
     def _sweep(self, x: Any, ids: Any, weights: Any) -> list[dict[str, Any]]:
         """Times of other tiles, the same for both products but for the columns."""
-        from moe_sweep import candidates, timed
+        from moe_sweep import candidates, coded_candidates, timed
 
-        return timed(
-            candidates(len(ids) * ids.shape[1] / self.model.experts), x, ids, weights, self.up, self.down
-        )
+        mean = len(ids) * ids.shape[1] / self.model.experts
+        pairs = candidates(mean) if self.kind == "bf16" else coded_candidates(mean, self.up.group_size)
+        return timed(pairs, x, ids, weights, self.up, self.down)
+
+
+class CodedLayer(Layer):
+    """A layer's matrices, quantised."""
+
+    def __init__(self, dense: Layer, kind: str) -> None:
+        self.model, self.times, self.kind = dense.model, {}, kind
+        self.up, self.down = gossamer.quantize(dense.up, kind), gossamer.quantize(dense.down, kind)
+
+    def bytes_each(self) -> float:
+        numbers = sum(math.prod(w.shape) for w in (self.up, self.down))
+        return (self.up.nbytes + self.down.nbytes) / numbers
+
+    def matrices(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.up.expert(expert).dequantize()[0], self.down.expert(expert).dequantize()[0]
 
 
 def grouped_mm(x: Any, ids: Any, weights: Any, up: Any, down: Any) -> torch.Tensor:

@@ -61,9 +61,10 @@ def exact_experts(
 
 
 def bound_ms(
-    model: Model, tokens: int, ids: torch.Tensor, flops: float, bandwidth: float, size: int = 2
+    model: Model, tokens: int, ids: torch.Tensor, flops: float, bandwidth: float, size: float = 2
 ) -> float:
-    """Milliseconds that the products take at `flops`, or the tensors' bytes at `bandwidth`."""
+    """Milliseconds that the products take at `flops`, or the tensors' bytes at `bandwidth`: `size` bytes a
+    number of the matrices, 2 of x and of the result."""
     products = 6 * tokens * model.top_k * model.hidden * model.inner
     active = torch.unique(ids).numel() * 3 * model.hidden * model.inner
-    return 1e3 * max(products / flops, (active + 2 * tokens * model.hidden) * size / bandwidth)
+    return 1e3 * max(products / flops, (active * size + 4 * tokens * model.hidden) / bandwidth)

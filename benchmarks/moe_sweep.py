@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -42,6 +43,28 @@ def candidates(mean: float) -> list[tuple[Any, Any]]:
     return few if mean <= 16 else some if mean <= 64 else many
 
 
+def coded_candidates(mean: float, group: int) -> list[tuple[Any, Any]]:
+    """The same for quantised matrices whose scales belong to so many columns."""
+    from gossamer.ir.ragged import Tiling
+
+    rows, widths, modes = (
+        (16, (64, 128, 256), ("products", "codes")) if mean <= 16 else (64, (128,), ("codes",))
+    )
+    if mean > 64:
+        rows, widths, modes = 128, (128, 256), ("sums", "codes")
+    found = []
+    for cols, step, scales in product(widths, (32, 64, 128), modes):
+        for warps, stages in ((4, 3), (4, 5), (8, 3), (8, 4)):
+            meta = (("stages", stages), ("warps", warps))
+            more = {"scales": scales, "turned": True, "unroll": max(1, 64 // step)}
+            pair = [
+                Tiling(rows, c, min(step, group), wide=8 if mean > 64 else 1 << 20, meta=meta, **more)
+                for c in (cols // 2, cols)
+            ]
+            found.append((pair[0], pair[1]))
+    return found
+
+
 def timed(
     pairs: list[tuple[Any, Any]], x: Any, ids: Any, weights: Any, up: Any, down: Any
 ) -> list[dict[str, Any]]:
@@ -65,7 +88,7 @@ def _rows(pairs: Any, x: Any, ids: Any, weights: Any, up: Any, down: Any) -> Ite
         target = target_of(x.device)
         spec = ExpertsSpec(
             experts, ids.shape[1], hidden, inner, swiglu, dtype="bf16", target=target, tiling=pair,
-            single=ids.numel() <= 512,
+            single=ids.numel() <= 512, quantized=tuple(getattr(w, "_q", None) for w in (up, down)),
         )  # fmt: skip
         row: dict[str, Any] = {"tilings": [str(t) for t in pair]}
         try:
@@ -74,10 +97,10 @@ def _rows(pairs: Any, x: Any, ids: Any, weights: Any, up: Any, down: Any) -> Ite
                 "x": x,
                 "ids": ids.reshape(-1),
                 "weights": weights.reshape(-1),
-                "gate_up": up,
-                "down": down,
                 "o": out,
             }
+            for name, matrix in (("gate_up", up), ("down", down)):
+                values |= matrix.tensors(name) if hasattr(matrix, "tensors") else {name: matrix}
             executable = driver().compile(compile_experts(spec), target)
             bound = executable.bind(values, allocate=partial(allocate, device=x.device))
             bound(values)

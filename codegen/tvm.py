@@ -12,6 +12,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import lru_cache
 
+from ..ir.errors import UnsupportedError
 from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Scalar, Scan, Stmt, Store, Tensor
 from .tvm_context import Context
 from .tvm_layout import BYTES, LINE, TENSOR_DTYPES, Tile
@@ -72,6 +73,9 @@ def _bind_tensors(out: Lines, kernel: Kernel) -> None:
                 out.line(f"{safe(size)} = T.int64()")
         out_strides = _strides(out, tensor)
         shape = ", ".join(safe(s) if isinstance(s, str) else f"T.int64({s})" for s in tensor.shape)
+        if tensor.dtype not in TENSOR_DTYPES:
+            kinds = ", ".join(TENSOR_DTYPES)
+            raise UnsupportedError(f"tensor {tensor.name}: no dtype {tensor.dtype!r} on CPUs; use {kinds}")
         dtype = TENSOR_DTYPES[tensor.dtype]
         # No alignment beyond an element's own: callers pass views.
         layout = f"strides=[{out_strides}], offset_factor=1, align={BYTES.get(dtype, 1)}"

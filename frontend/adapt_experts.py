@@ -43,6 +43,9 @@ def why_not(module: torch.nn.Module) -> str | None:
         return "a norm behind each expert"
     if not all(type(p) is torch.nn.Parameter and p.dtype in FLOATS for p in module.parameters(recurse=False)):
         return "its parameters are no floats, or tensors of another class"
+    theirs = getattr(getattr(module, "config", None), "_experts_implementation", None) == "grouped_mm"
+    if theirs and any(p.device.type == "cpu" and p.element_size() == 2 for p in module.parameters()):
+        return "torch's grouped_mm in 16 bits, which is faster on a CPU"
     try:
         gate_of(module)
     except GossamerError as error:

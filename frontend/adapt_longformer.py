@@ -65,13 +65,35 @@ def compute(module: Any, hidden: torch.Tensor, kinds: torch.Tensor) -> torch.Ten
     if padded:
         out = out.masked_fill(padding[..., None], 0.0)
     chosen = hidden.gather(1, places[..., None].expand(-1, -1, size))
-    rows = attention(
-        heads(module.query_global(chosen)),
-        heads(module.key_global(hidden)),
-        heads(module.value_global(hidden)),
-        mask=known(~padding) if padded else None,
-    )
+    rows = rows_of_all(module, heads(module.query_global(chosen)), hidden, padding if padded else None)
     return out.masked_scatter(everywhere[..., None], joined(rows)[valid])
+
+
+def rows_of_all(
+    module: Any, query: torch.Tensor, hidden: torch.Tensor, padding: torch.Tensor | None
+) -> torch.Tensor:
+    """What global tokens see: query (B, H, G, D), hidden (B, S, E) -> (B, H, G, D).
+
+    Projections of all tokens serve a few rows only. Where these are few, queries are taken back through the
+    projection of keys, and results through that of values: E * H * G operations a token in place of E * E."""
+    _, count, most, dim = query.shape
+    size = hidden.shape[2]
+    projections = (module.key_global, module.value_global)
+    if 2 * count * most > size:
+        key, value = (f(hidden).unflatten(-1, (count, dim)).transpose(1, 2) for f in projections)
+        found: Any = attention(query, key, value, mask=None if padding is None else known(~padding))
+        return found
+    (key, key_bias), (value, value_bias) = (
+        (f.weight.view(count, dim, size), f.bias.view(count, dim)) for f in projections
+    )
+    back = torch.einsum("bhgd,hde->bhge", query, key).flatten(1, 2)
+    scores = torch.matmul(back, hidden.mT).unflatten(1, (count, most))
+    scores = (scores + torch.einsum("bhgd,hd->bhg", query, key_bias)[..., None]) * dim**-0.5
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None, None, :], torch.finfo(scores.dtype).min)
+    probs = scores.softmax(-1, dtype=torch.float32).to(hidden.dtype)
+    seen = torch.matmul(probs.flatten(1, 2), hidden).unflatten(1, (count, most))
+    return torch.einsum("bhge,hde->bhgd", seen, value) + value_bias[:, None]
 
 
 def known(seen: torch.Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +59,10 @@ def explain(
 ) -> None:
     """Show what the compiler makes of a mask: its terms, tiles, schedule, IR, and predicted time.
 
+    Of a whole model or function: which parts gossamer.jit compiles, and which are left to
+    PyTorch and why. FILE.py:NAME is then a function without parameters, which gives the model
+    and its arguments: (model, inputs) or (model, inputs, keywords). It is run once.
+
     \b
     Prints, in this order
       mask      as captured: integers p0, p1, ..., tensors c0, c1, ...
@@ -67,7 +72,7 @@ def explain(
       source    the generated kernels, with --source
       time      predicted by a roofline model, and the floor of any kernel
 
-    Nothing is compiled or run.
+    Of a mask nothing is compiled or run.
 
     \b
     Examples:
@@ -76,6 +81,7 @@ def explain(
       gossamer explain "longformer(128, 16)" --target cuda:sm_90 --source
       gossamer explain causal --target cuda:sm_80 --dtype bf16 --no-ir
       gossamer explain causal --sinks --dropout --column-sums
+      gossamer explain my_model.py:example
     """
     from ..passes.cost import Size
     from ..passes.pipeline import compile_spec
@@ -83,8 +89,12 @@ def explain(
     from ..runtime.target import Target as ParsedTarget
     from . import cli_output as show
     from .kernel import AttentionSpec as AskedSpec
-    from .pattern_text import parse_mask
+    from .pattern_text import parse_mask, parse_program
 
+    program_of = parse_program(mask)
+    if program_of is not None:
+        show.text(str(report_of(program_of)))
+        return
     dtype = dtype_of(dtype)
     ParsedTarget.parse(target)
     if kv_heads is not None and heads % kv_heads:
@@ -147,6 +157,27 @@ def explain(
     _print_time(machine, size, plans, nnz, target)
     if column_sums:
         show.text("attention alone; column sums come on top")
+
+
+def report_of(function: Callable[[], Any]) -> Any:
+    """The report of a model or function that another one gives, with its arguments.
+
+    Raises InputError where it gives something else."""
+    import torch
+
+    from .jit import jit
+
+    given = function()
+    target, args, kwargs = (
+        (*given, {})[:3] if isinstance(given, tuple) and len(given) in (2, 3) else (None,) * 3
+    )
+    if not callable(target) or not isinstance(args, (tuple, list)) or not isinstance(kwargs, dict):
+        expected = "(a model or function, a tuple of its arguments), and a dict of those by name if need be"
+        raise InputError(f"{function.__name__}()", expected, type(given).__name__)
+    compiled = jit(target)
+    with torch.no_grad():
+        compiled(*args, **kwargs)
+    return compiled.report()
 
 
 # ---- what is needed ----

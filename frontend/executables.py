@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.driver import get_or_compile
 from .captured import is_monotone
-from .device import precision_of, target_of
+from .device import makes_descriptors, precision_of, target_of
 from .kernel import quick_key
 from .placement import PLAIN as EVEN
 from .placement import Placement
@@ -51,7 +51,7 @@ def executable_for(
         precision_of(problem.device, problem.dtype),
         positive,
     )
-    sums = "column_sums" in extra
+    sums, described = "column_sums" in extra, makes_descriptors(problem.device)
     ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
 
     def make() -> Program:
@@ -62,13 +62,12 @@ def executable_for(
         more = (
             softmax.spec_fields
             | placed.spec_fields
-            | {"monotone": frozenset(ids), "return_column_sums": sums}
+            | {"monotone": frozenset(ids), "return_column_sums": sums, "descriptors": described}
         )
         return compile_spec(AttentionSpec(mask.ir, maps, *sizes, target=target, **more), schedule)
 
-    return get_or_compile(
-        quick_key(mask, score, (*sizes, sums), ids, schedule, softmax, placed.key), make, target
-    )
+    key = quick_key(mask, score, (*sizes, sums), ids, schedule, softmax, placed.key)
+    return get_or_compile(key if described else ("no descriptors", key), make, target)
 
 
 def gradient_executable(
@@ -85,7 +84,7 @@ def gradient_executable(
     """The compiled kernels of gradients by name, from what is given of 'o' and 'lse'.
 
     exact_sums: as `AttentionSpec` has it."""
-    target = target_of(problem.device)
+    target, described = target_of(problem.device), makes_descriptors(problem.device)
     facts = (problem.aligned, precision_of(problem.device, problem.dtype), positive)
     sizes = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, True, False, *facts)
     ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
@@ -95,9 +94,10 @@ def gradient_executable(
         from ..passes.spec import AttentionSpec, Gradient
 
         more: dict[str, Any] = softmax.spec_fields | placed.spec_fields
-        more |= {"monotone": frozenset(ids), "exact_sums": exact_sums}
+        more |= {"monotone": frozenset(ids), "exact_sums": exact_sums, "descriptors": described}
         spec = AttentionSpec(mask.ir, None if score is None else score.ir, *sizes, target=target, **more)
         return compile_spec(spec, gradient=Gradient(names, given))
 
     structure = quick_key(mask, score, sizes, ids, None, softmax, placed.key)
-    return get_or_compile(("gradient", names, given, exact_sums, structure), make, target)
+    key = ("gradient", names, given, exact_sums, structure)
+    return get_or_compile(key if described else ("no descriptors", key), make, target)

@@ -71,7 +71,8 @@ class Experts:
 
 def layer_from(call: Arguments) -> Layer:
     """The layer of a call, checked."""
-    given, facts = dict(call.tensors), call.facts
+    given: dict[str, Any] = dict(call.tensors)
+    facts = call.facts
     for name, key in zip(("gate_up", "down"), facts["quantized"], strict=True):
         if key is not None:
             given[name] = QuantizedWeight.joined(key, name, given)

@@ -32,7 +32,9 @@ NAME = "gossamer"
 
 
 class PassMask(blocks.BlockMask):
-    """A block mask as transformers carries it: `generate` asks masks to be contiguous."""
+    """A block mask as transformers carries it: `generate` asks masks to be contiguous, GPT-2 for `ndim`."""
+
+    ndim = 4
 
     def contiguous(self) -> PassMask:
         return self

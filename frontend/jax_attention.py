@@ -46,9 +46,9 @@ def attention(
 ) -> Any:
     """Softmax attention over the pairs of a mask: softmax(scale * q k^T, where mask) v.
 
-    In any JAX program for the CPU: as it is, or under jit, vmap (which becomes the kernel's batch), grad and
-    shard_map. Lengths, batch and heads are arguments of the kernel: another shape makes XLA compile again,
-    and no new kernel.
+    In any JAX program for a CPU or an NVIDIA GPU: as it is, or under jit, vmap (which becomes the kernel's
+    batch), grad and shard_map. Lengths, batch and heads are arguments of the kernel: another shape makes XLA
+    compile again, and no new kernel.
 
     Args:
         query: (B, T, N, H), as `jax.nn.dot_product_attention` has it: float16, bfloat16, float32 or float64.
@@ -73,10 +73,10 @@ def attention(
         "BNTH", float32 (float64 for float64). Rows without any pair are zeros with an LSE of -inf.
 
     Raises:
-        InputError: a shape, dtype or value is wrong. UnsupportedError: a platform other than the CPU, a
+        InputError: a shape, dtype or value is wrong. UnsupportedError: a platform other than these, a
         forward-mode gradient or a gradient of a gradient, a function without a derivative rule.
         TraceError: a function cannot be captured. What only contents tell (an index out of a captured
-        array) is raised by JAX when the program runs, as jax.errors.JaxRuntimeError.
+        array) is raised by JAX when the program runs on a CPU, as jax.errors.JaxRuntimeError.
     """
     if layout not in LAYOUTS:
         raise InputError("attention.layout", " or ".join(LAYOUTS), repr(layout))

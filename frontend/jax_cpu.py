@@ -15,7 +15,8 @@ import numpy as np
 
 from ..ir.errors import MissingDependencyError
 from ..runtime.strided import Strided
-from .executables import executable_for, gradient_executable
+from .device import target_of
+from .executables import executable_for, gradient_executable, is_positive
 from .jax_call import Call, GradientCall
 from .jax_problem import Bound, heads_first
 from .trace_tensor import dtype_name
@@ -32,7 +33,7 @@ class Target:
     may have no address yet), a program and its values by name, or None where only contents tell which."""
 
     def __init__(self, name: str, prepare: Prepare) -> None:
-        self.name, self._prepare = name, prepare
+        self.name, self.prepare = name, prepare
         self._registering = threading.Lock()
         self._registered = False
 
@@ -55,7 +56,7 @@ class Target:
 
         Raises what a call would: InputError, UnsupportedError, BackendError."""
         memory = [Strided(0, x.shape, str(dtype_name(x.dtype))) for x in (*operands, *results)]
-        prepared = self._prepare(text, memory)
+        prepared = self.prepare(text, memory)
         if prepared is not None:
             prepared[0].bind(prepared[1], allocate=Strided.empty)
 
@@ -64,7 +65,7 @@ class Target:
         _stay()
         text, *memory = (Strided(t.data_ptr(), t.shape, str(dtype_name(t.dtype))) for t in tensors)
         del tensors
-        prepared = self._prepare(np.asarray(text).tobytes().decode(), memory)
+        prepared = self.prepare(np.asarray(text).tobytes().decode(), memory)
         assert prepared is not None
         values = {name: _shared(value) for name, value in prepared[1].items()}
         prepared[0](values, allocate=Strided.empty)
@@ -105,14 +106,16 @@ def _attention(text: str, memory: Sequence[Strided]) -> Prepared | None:
     call = Call.parse(text)
     count = len(call.operands)
     bound = Bound(call, dict(zip(call.operands, memory, strict=False)))
-    if not bound.known and bound.mask.segments:
+    if bound.waits:
         return None
     if bound.known:
         bound.check()
     results: dict[str, Strided] = dict(zip(("o", "lse"), memory[count:], strict=False))
+    values = bound.values(_by_heads(call, results))
     given = (bound.problem, bound.mask, bound.score, bound.extra)
-    executable = executable_for(*given, softmax=bound.softmax, placed=bound.placed)
-    return executable, bound.values(_by_heads(call, results))
+    positive = is_positive(values["scale"], target_of(bound.problem.device))
+    executable = executable_for(*given, positive=positive, softmax=bound.softmax, placed=bound.placed)
+    return executable, values
 
 
 def _gradient(text: str, memory: Sequence[Strided]) -> Prepared | None:
@@ -120,7 +123,7 @@ def _gradient(text: str, memory: Sequence[Strided]) -> Prepared | None:
     call, count = asked.call, len(asked.operands)
     operands = dict(zip(asked.operands, memory, strict=False))
     bound = Bound(call, {name: operands[name] for name in call.operands})
-    if not bound.known and bound.mask.segments:
+    if bound.waits:
         return None
     results = dict(zip((f"d{name}" for name in asked.wanted), memory[count:], strict=True))
     if bound.known:
@@ -130,12 +133,15 @@ def _gradient(text: str, memory: Sequence[Strided]) -> Prepared | None:
                 np.asarray(result)[...] = 0  # programs add to it
     given = {name: operands[name] for name in asked.operands[len(call.operands) :]}
     outputs = ("o", "lse") if asked.lse else ("o",)
+    values, device = bound.values({}), bound.problem.device
     settings = (bound.problem, bound.mask, bound.score, bound.softmax, bound.placed)
-    executable = gradient_executable(*settings, True, asked.wanted, outputs)
+    positive = is_positive(values["scale"], target_of(device))
+    executable = gradient_executable(*settings, positive, asked.wanted, outputs)
     for name, shape in bound.gradient_shapes.items():
         if name in executable.inputs and name not in results:
-            results[name] = Strided.empty(shape, bound.problem.dtype)
-    return executable, bound.values(_by_heads(call, given | results))
+            empty = Strided.empty(shape, bound.problem.dtype) if bound.known else None
+            results[name] = empty or Strided(0, shape, bound.problem.dtype, device=device)
+    return executable, values | _by_heads(call, given | results)
 
 
 def _by_heads(call: Call, tensors: dict[str, Strided]) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""`gossamer.jax.jit`: JAX programs with the attention inside them compiled.
+"""`gossamer.jax.jit`: JAX programs with the attention and the experts inside them compiled.
 
-A program is traced to a jaxpr, once for each kind of arguments; attention in it is found by what it computes
-(frontend/jax_match.py) and replaced by a kernel; all else runs as it is. What cannot be proven equal is left
-alone, and the report says why.
+A program is traced to a jaxpr, once for each kind of arguments; attention and experts in it are found by what
+they compute (frontend/jax_match.py, jax_match_experts.py) and replaced by kernels; all else runs as it is.
+What cannot be proven equal is left alone, and the report says why.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,7 +17,9 @@ import jax.core
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from ..ir.errors import GossamerError, InputError
-from .jax_match import Attention, find, where_of
+from . import jax_match_experts
+from .jax_expert_site import ExpertSite
+from .jax_match import find, where_of
 from .jax_program import BODIES, Op, Program, Replacement, Value, flatten, needed, run
 from .jax_site import Site
 from .jax_terms import LeftAlone, Reader
@@ -29,11 +32,12 @@ def jit(
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Sequence[str] | None = None,
 ) -> Any:
-    """`jax.jit` of a function, with the attention inside it computed by gossamer's kernels.
+    """`jax.jit` of a function, with the attention and experts inside it computed by gossamer's kernels.
 
     function: any that `jax.jit` takes; without it, the result is a decorator. static_argnums,
     static_argnames: as for `jax.jit`. Found are `jax.nn.dot_product_attention` and the softmax between two
-    products that programs write themselves, in the bodies of scans, loops and branches too. A mask that is
+    products that programs write themselves, and layers of experts by `jax.lax.ragged_dot`, by one_hot and
+    by GShard's slots, in the bodies of scans, loops and branches too. A mask that is
     computed from indices becomes one in closed form; arrays that masks and biases read stay operands.
     Where a mask of large negative numbers leaves a row without pairs, the row is what the original gives.
     Gradients come from kernels too; forward-mode ones are refused. On platforms without kernels nothing is
@@ -148,52 +152,59 @@ def _is_program(value: Any) -> bool:
     return isinstance(value, (ClosedJaxpr, Jaxpr))
 
 
-def _sites(program: Program, note: Note) -> dict[Value, Site]:
-    """The attention that kernels compute, by the value that each gives."""
+def _sites(program: Program, note: Note) -> dict[Value, Any]:
+    """The attention and the experts that kernels compute, by the value that each gives."""
     reader = Reader()
-    sites: dict[Value, Site] = {}
-    left: list[tuple[Op, str]] = []
+    sites: dict[Value, Any] = {}
+    left: list[tuple[str, Op, str]] = []
     for op, found in find(reader, program):
-        reason = found if isinstance(found, str) else _add(program, reader, found, sites)
+        site = found if isinstance(found, str) else Site(program, reader, found)
+        reason = site if isinstance(site, str) else _add(site, sites)
+        left += [("attention", op, reason)] if reason is not None else []
+    for dot, found in jax_match_experts.find(reader, program):
+        site = ExpertSite(program, reader, dot, found)
+        reason = found if isinstance(found, str) and found != "ragged_dot" else _add(site, sites)
+        if reason is not None and dot.groups is not None and found != "ragged_dot":
+            site = replace(site, found="ragged_dot")
+            reason = _add(site, sites)
         if reason is not None:
-            left.append((op, reason))
+            left.append((site.kind if site.found == "ragged_dot" else "experts", dot.op, reason))
     left += _without_shared(program, sites)
-    for value in sites:
+    for value, site in sites.items():
         assert value.op is not None
-        note(Compiled("attention", where_of(value.op)))
-    for op, reason in left:
-        note(Left("attention", where_of(op), reason))
+        note(Compiled(site.kind, where_of(value.op)))
+    for kind, op, reason in left:
+        note(Left(kind, where_of(op), reason))
     return sites
 
 
-def _add(program: Program, reader: Reader, found: Attention, sites: dict[Value, Site]) -> str | None:
-    """Why an attention is left alone, else its site is added."""
-    if jax.default_backend() != "cpu":
+def _add(site: Any, sites: dict[Value, Any]) -> str | None:
+    """Why a part is left alone, else its site is added."""
+    if jax.default_backend() not in ("cpu", "gpu", "cuda"):
         return f"kernels for {jax.default_backend()} are not reachable from JAX yet"
-    site = Site(program, reader, found)
     try:
         site.check()
-        sites[found.op.outputs[0]] = site
+        sites[site.op.outputs[0]] = site
     except (LeftAlone, GossamerError) as reason:
         return str(reason)
     return None
 
 
-def _without_shared(program: Program, sites: dict[Value, Site]) -> list[tuple[Op, str]]:
-    """Takes out attention whose probabilities or scores something else needs: nothing is computed twice."""
+def _without_shared(program: Program, sites: dict[Value, Any]) -> list[tuple[str, Op, str]]:
+    """Takes out sites whose inner results something else needs: nothing is computed twice. Those that nothing
+    needs any more, because they are inside of others, go too."""
     left = []
     while True:
         sources: Mapping[Value, Sequence[Value]] = {value: site.inputs for value, site in sites.items()}
         acting = [value for op in program.ops if op.eqn.effects for value in op.inputs]
         live = needed([*program.outputs, *acting], sources)
         for value, site in sites.items():
-            for what, shared in (("probabilities", site.found.softmax), ("scores", site.found.scores)):
-                if shared in live:
-                    left.append((site.found.op, f"its {what} are used elsewhere too"))
-                    del sites[value]
-                    break
-            else:
-                continue
-            break
+            shared = next((what for what, inner in site.hidden.items() if inner in live), None)
+            if shared is not None:
+                left.append((site.kind, site.op, f"its {shared} are used elsewhere too"))
+                del sites[value]
+                break
         else:
+            for value in [value for value in sites if value not in live]:
+                del sites[value]
             return left

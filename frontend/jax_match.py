@@ -109,7 +109,9 @@ def _reads_product(reader: Reader, softmax: Softmax) -> bool:
     except LeftAlone:
         return False
     leaves = (reader.leaves[read[1]].op for read in reads_in(term))
-    return any(op is not None and product_of(op) is not None for op in leaves)
+    products = (product_of(op) for op in leaves if op is not None)
+    # One without a batch, whose result nothing weighs, is that of a router or a classifier.
+    return any(product is not None and "b0" in product.out for product in products)
 
 
 # softmax --------------------------------------------------------------------------------------------

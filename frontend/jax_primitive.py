@@ -16,7 +16,7 @@ try:
 except ImportError:
     raise MissingDependencyError("jax", "jax", "gossamer.jax") from None
 
-from . import jax_cpu
+from . import jax_cpu, jax_gpu
 from .jax_call import Call
 from .jax_cpu import Target
 
@@ -57,7 +57,8 @@ def types_like(avals: Sequence[Any], shapes: Shapes) -> Sequence[Any]:
 def define(primitive: Primitive, shapes: Callable[[str, Sequence[Any]], list[Any]], target: Target) -> None:
     """Types, eager calls and lowerings of a primitive whose parameter `call` is a text.
 
-    shapes: of the results, from the text and the operands. target: what runs it on a CPU."""
+    shapes: of the results, from the text and the operands. target: what finds its kernels, and runs them on a
+    CPU."""
 
     def compiled(*operands: Any, call: str) -> Any:
         return primitive.bind(*operands, call=call)
@@ -66,6 +67,9 @@ def define(primitive: Primitive, shapes: Callable[[str, Sequence[Any]], list[Any
         results = shapes(call, operands)
         target.compile_early(call, operands, results)
         return jax.ffi.ffi_call(target.register(), results)(jax_cpu.encoded(call), *operands)
+
+    def on_gpu(*operands: Any, call: str) -> Any:
+        return jax_gpu.run(target.prepare, call, operands, shapes(call, operands))
 
     def refused(*operands: Any, **options: Any) -> Any:
         raise UnsupportedError(
@@ -77,6 +81,7 @@ def define(primitive: Primitive, shapes: Callable[[str, Sequence[Any]], list[Any
     primitive.def_impl(jax.jit(compiled, static_argnames="call"))
     primitive.def_abstract_eval(lambda *avals, call: types_like(avals, partial(shapes, call)))
     mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=True), platform="cpu")
+    mlir.register_lowering(primitive, mlir.lower_fun(on_gpu, multiple_results=True), platform="cuda")
     mlir.register_lowering(primitive, _elsewhere)
     ad.primitive_jvps[primitive] = refused
 
@@ -84,8 +89,7 @@ def define(primitive: Primitive, shapes: Callable[[str, Sequence[Any]], list[Any
 def _elsewhere(ctx: Any, *operands: Any, call: str) -> Any:
     platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
     raise UnsupportedError(
-        f"gossamer.jax.attention on {platforms} is not built yet. Compile the program for the CPU, or pass "
-        "the arrays to gossamer.attention as torch tensors, through DLPack"
+        f"gossamer.jax on {platforms} is not built. Compile the program for the CPU or for CUDA"
     )
 
 

@@ -69,6 +69,12 @@ class Bound:
         return bool(self.problem.query.address) or any(a.address for a in self.arrays.values())
 
     @property
+    def waits(self) -> bool:
+        """Whether only contents that are not known yet tell which kernel it is: on a CPU, of ids that may be
+        sorted."""
+        return bool(self.mask.segments) and not self.known and self.problem.device.type == "cpu"
+
+    @property
     def gradient_shapes(self) -> dict[str, tuple[int, ...]]:
         """What kernels of gradients store for query, key and value, as they lie in memory."""
         problem = self.problem

@@ -18,7 +18,7 @@ from .graph_score import LOW, Bound, bind
 from .jax_attention import call_of
 from .jax_gradient import attend
 from .jax_match import Attention, Operand
-from .jax_program import Program, Value, needed, run
+from .jax_program import Op, Program, Value, needed, run
 from .jax_terms import LeftAlone, Reader
 from .mask import Mask
 from .score import ProbMod, ScoreMod
@@ -33,6 +33,18 @@ class Site:
     program: Program
     reader: Reader
     found: Attention
+
+    kind = "attention"
+
+    @property
+    def op(self) -> Op:
+        """The product whose result it gives."""
+        return self.found.op
+
+    @property
+    def hidden(self) -> dict[str, Value]:
+        """What must not be used elsewhere."""
+        return {"probabilities": self.found.softmax, "scores": self.found.scores}
 
     @cached_property
     def bound(self) -> Bound:

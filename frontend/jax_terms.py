@@ -96,7 +96,9 @@ class Reader:
     def _read(self, value: Value) -> Array:
         found = None
         try:
-            if value.op is not None and value is value.op.outputs[0]:
+            if value.op is not None and value.op.name == "split":
+                found = self._split(value, value.op)
+            elif value.op is not None and value is value.op.outputs[0]:
                 found = self._operate(value, value.op)
             elif value.const is not None:
                 found = _constant(np.asarray(value.const))
@@ -121,6 +123,14 @@ class Reader:
             return self._converted(op.inputs[0], value)
         rule = POINTWISE.get(op.name)
         return None if rule is None else rule(self, op)
+
+    def _split(self, value: Value, op: Op) -> Term:
+        axis, sizes = op.params["axis"], op.params["sizes"]
+        first = sum(int(n) for n in sizes[: op.outputs.index(value)])
+        array = self.of(op.inputs[0])
+        at: list[Term] = [f"i{d}" for d in range(len(array.shape))]
+        at[axis] = ("add", f"i{axis}", first)
+        return array.at(at)
 
     def _converted(self, given: Value, value: Value) -> Term | None:
         """Roundings of floats are left out: kernels compute in float32 or wider, and round at the end."""
@@ -314,6 +324,12 @@ def _power(reader: Reader, op: Op) -> Term | None:
     return found.term if isinstance(found, Stand) else None
 
 
+def _complement(reader: Reader, op: Op) -> Term | None:
+    """erfc(x) = 1 - erf(x)."""
+    found = FUNCTIONS["erf"](reader.stand(op.inputs[0]))
+    return operate("sub", 1.0, found).term if isinstance(found, Stand) else None
+
+
 _NAMES = {
     **{
         name: name for name in ("add", "sub", "mul", "neg", "abs", "exp", "exp2", "log", "tanh", "sin", "cos")
@@ -333,4 +349,5 @@ POINTWISE: dict[str, Rule] = {
     "select_n": _select,
     "clamp": _clamp,
     "integer_pow": _power,
+    "erfc": _complement,
 }

@@ -87,6 +87,7 @@ class _Settings:
 
 def backend(graph: torch.fx.GraphModule, example_inputs: Any, **options: Any) -> Callable[..., Any]:
     """`torch.compile(backend="gossamer")`."""
+    vars(backend)["findings"] = Findings()
     return backend_of(Findings())(graph, example_inputs, **options)
 
 

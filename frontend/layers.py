@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError
@@ -47,7 +48,7 @@ class Layer:
     def halves(self) -> str | None:
         return ("interleaved" if self.interleaved else "split") if self.gated else None
 
-    @property
+    @cached_property
     def matrices(self) -> dict[str, Any]:
         """The tensors that the matrices lie in, by the names that kernels give them."""
         found: dict[str, Any] = {}
@@ -55,7 +56,7 @@ class Layer:
             found |= {name: matrix} if isinstance(matrix, torch.Tensor) else matrix.tensors(name)
         return found
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, Any]:
         """The tensors that there are, by the names that kernels give them."""
         biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}

@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..ir.errors import InputError, MissingDependencyError
+from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
 from . import feature_maps
 from .layers import check_tensor
 from .linear_launch import Settings, attend
+from .operators import is_traced
 from .problem import _fill_names
+from .pure import uncompiled
 
 try:
     import torch
@@ -23,6 +25,7 @@ BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "refe
 WIDEST = 1024
 
 
+@uncompiled
 def linear_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -113,6 +116,11 @@ def _check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool, backend: A
             )
         if tensor.device != q.device:
             raise InputError(f"{where}.{name}", f"a tensor on {q.device}, as the query is", tensor.device)
+    if is_traced((q, k, v)):
+        raise UnsupportedError(
+            f"{where}: inside torch.export, make_fx, torch.func.vmap, grad, jvp or another class of tensor, "
+            "which are not built. Use torch.autograd, and call it outside of transforms"
+        )
     if v.shape[:3] != k.shape[:3]:
         raise InputError(f"{where}.value", f"{tuple(k.shape[:3])} + (Dv,), as key has", tuple(v.shape))
     if not v.shape[3] <= WIDEST:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..ir.kernel import Program
     from ..runtime.executable import Bound
 
-ROWS = {"cpu": 32, "cuda": 64}  # of a chunk, as passes/linear_schedule.py has them
+CPU_ROWS, GPU_ROWS = 32, (128, 64)  # of a chunk, else and if causal, as passes/linear_schedule.py has them
 PROGRAMS = 528  # that fill a GPU: four for each of its multiprocessors
 LEAST = 4  # chunks of a segment at least
 
@@ -171,7 +171,8 @@ def _plan(
 
     q, k, v = (values[name] for name in ("q", "k", "v"))
     target, dtype = target_of(q.device), _fill_names()[q.dtype]
-    span = _span(q, k)
+    # What sums run over: keys, and of gradients queries too.
+    span = _span(k, max(k.shape[2], q.shape[2] if wanted else 0), settings.causal)
     facts = {
         "dtype": dtype,
         "qk_size": q.shape[3],
@@ -208,10 +209,10 @@ def _plan(
     return LinearPlan(bound, outputs, q.device)
 
 
-def _span(q: Any, k: Any) -> int:
+def _span(k: Any, length: int, causal: bool) -> int:
     """Chunks of a segment; 0 where heads alone keep the device busy, or sequences are short."""
-    cpu = q.device.type == "cpu"
-    chunks = -(-max(q.shape[2], k.shape[2]) // ROWS[q.device.type])
+    cpu = k.device.type == "cpu"
+    chunks = -(-length // (CPU_ROWS if cpu else GPU_ROWS[causal]))
     programs = (NUM_THREADS.get() or os.cpu_count() or 1) if cpu else PROGRAMS
     heads = k.shape[0] * k.shape[1]
     if 2 * heads >= programs or chunks < 2 * LEAST:

@@ -12,11 +12,13 @@ from ..ir.graph import Graph, Op, Value
 from .layers import check_tensor
 from .linear import linear_attention
 from .problem import _fill_names
+from .pure import uncompiled
 
 Weights = dict[str, torch.Tensor]
 Step = tuple[str, str, str]  # left, right, made
 
 
+@uncompiled
 def flurka(
     x: torch.Tensor,
     w_q: torch.Tensor,

@@ -19,11 +19,12 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import GossamerError, InputError
@@ -187,9 +188,26 @@ def _load_array(path: str) -> Any:
         raise InputError("mask", "a NumPy file", f"{path!r} ({error})") from None
 
 
+def parse_program(text: str) -> Any:
+    """The function without parameters that a text "file.py:name" names; None for the text of a mask.
+
+    Raises InputError where the file has no such name."""
+    function = _FUNCTION.fullmatch(text.strip())
+    if function is None:
+        return None
+    value = _named(Path(function["path"]), function["name"])
+    plain = isinstance(value, FunctionType) and not inspect.signature(value).parameters
+    return value if plain else None
+
+
 def _from_file(path: Path, name: str) -> Mask:
     from .mask import Mask
 
+    return Mask.of(_named(path, name))
+
+
+def _named(path: Path, name: str) -> Any:
+    """What a Python file has under a name."""
     value: Any = _run_file(path)
     for part in name.split("."):
         if not hasattr(value, part):
@@ -198,7 +216,7 @@ def _from_file(path: Path, name: str) -> Mask:
                 "mask", f"one of {', '.join(functions) or 'its functions'} of {path}", repr(part)
             )
         value = getattr(value, part)
-    return Mask.of(value)
+    return value
 
 
 def _run_file(path: Path) -> ModuleType:

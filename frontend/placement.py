@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..ir.errors import InputError, UnsupportedError
+from ..runtime.strided import Device
 from .problem import Problem, as_integer
 from .trace_value import is_symbolic
 
@@ -366,6 +367,8 @@ def _slots(device: Any) -> int:
 
 @lru_cache(maxsize=64)
 def _multiprocessors(device: Any) -> int:
+    if isinstance(device, Device):
+        return device.multiprocessors
     import torch
 
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -17,6 +17,13 @@ def pure(function: Function) -> Function:
     return function
 
 
+def uncompiled(function: Function) -> Function:
+    """Mark a function that launches kernels by itself: graphs of torch.compile end before it."""
+    import torch
+
+    return torch.compiler.disable(function)  # type: ignore[return-value]
+
+
 def is_compiled() -> bool:
     """Whether torch.compile traces the caller."""
     torch = sys.modules.get("torch")

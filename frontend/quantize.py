@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..ir.errors import InputError
-from .quantized import E2M1, QuantizedWeight, checked_format
+from ..ir.quantized import E2M1
+from .quantized import QuantizedWeight, checked_format
 
 GROUPS: dict[str, int | str] = {"int8": "row", "int4": 128, "int2": 64, "fp8": "row", "mxfp4": 32}
 SHARED = ("row", "expert", "tensor")
@@ -68,7 +69,7 @@ def _one(
     w: torch.Tensor, element: str, planes: tuple[int, ...], size: int, group: int | str, largest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (N, K) and scales (N or 1, groups) of one matrix."""
-    rows, columns = w.shape
+    columns = w.shape[1]
     padded = torch.nn.functional.pad(w, (0, -columns % size)).unflatten(-1, (-1, size))
     if largest is None:
         largest = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
-from ..ir.quantized import NESTED, PER_EXPERT, Quantized
+from ..ir.quantized import E2M1, NESTED, PER_EXPERT, Quantized
 
 try:
     import torch
@@ -17,7 +17,6 @@ except ImportError:
 FORMATS = {"int8": ("int", (8,)), "int4": ("int", (4,)), "int2": ("int", (2,)), "fp8": ("e4m3", (8,))}
 FORMATS["mxfp4"] = ("e2m1", (4,))
 SCALES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.uint8: "e8m0"}
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 class QuantizedWeight(torch.nn.Module):
@@ -33,6 +32,7 @@ class QuantizedWeight(torch.nn.Module):
     layout of `ir/quantized.py`; nbytes, of all that is stored."""
 
     scales: torch.Tensor
+    widths: torch.Tensor | None
 
     def __init__(
         self, q: Quantized, shape: Sequence[int], codes: Sequence[torch.Tensor], scales: torch.Tensor,
@@ -122,6 +122,13 @@ class QuantizedWeight(torch.nn.Module):
             value = torch.where(code < 8, value, -value)
         return (value * self._steps(wide)).to(dtype)
 
+    def expert(self, number: int) -> QuantizedWeight:
+        """One expert's matrix, (1, N, K), in the same memory."""
+        one = slice(number, number + 1)
+        scales = self.scales[one] if self.scales.shape[0] > 1 else self.scales
+        widths = None if self.widths is None else self.widths[one]
+        return QuantizedWeight(self._q, (1, *self.shape[1:]), [c[one] for c in self.codes], scales, widths)
+
     def _steps(self, wide: torch.dtype) -> torch.Tensor:
         """Scales of columns, as numbers."""
         steps = self.scales
@@ -135,7 +142,7 @@ class QuantizedWeight(torch.nn.Module):
         q, total = self._q, torch.zeros((), dtype=torch.int32, device=self.device)
         for number, plane in enumerate(self.codes[: len(q.read)]):
             wide, each = plane.to(torch.int32), q.plane_bits[number]
-            parts = [wide] if q.is_signed else [wide >> s & (1 << each) - 1 for s in range(0, 8, each)]
+            parts = [wide >> s & (1 << each) - 1 for s in range(0, 8, each)]
             total = total + (torch.cat(parts, -1)[..., : q.columns] << q.planes[-1] - q.planes[number])
         return total
 
@@ -213,12 +220,14 @@ class QuantizedWeight(torch.nn.Module):
         scales = scales if isinstance(scales, torch.Tensor) else torch.tensor(float(scales))
         scales, group = _shaped_scales(scales.to(codes.device), tuple(codes.shape), group_size, row_block)
         q = dataclasses.replace(q, columns=codes.shape[2], group=group, scale=SCALES[scales.dtype])
+        # A column of scales lies together in memory: kernels read those of many rows and one group at once.
+        scales = scales.transpose(1, 2).contiguous().transpose(1, 2)
         return QuantizedWeight(q, codes.shape, _packed(q, codes), scales)
 
     @staticmethod
     def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
-        """What gpt-oss' checkpoints hold: blocks (E, N, K / 32, 16) of two codes a byte, the lower bits first,
-        and scales (E, N, K / 32), exponents of two with 127 added; both uint8. Raises InputError."""
+        """What gpt-oss' checkpoints hold: blocks (E, N, K / 32, 16) of two codes a byte, the lower bits
+        first, and scales (E, N, K / 32), exponents of two with 127 added; both uint8. Raises InputError."""
         where = "QuantizedWeight.from_mxfp4"
         for name, tensor, rank in (("blocks", blocks, 4), ("scales", scales, 3)):
             if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.uint8 or tensor.dim() != rank:
@@ -278,7 +287,7 @@ def _checked(format: str, codes: Any, nested: Any) -> tuple[Quantized, torch.Ten
     least, most = (int(v) for v in codes.aminmax())
     if least < low or most > high:
         raise InputError(f"{where}: codes", f"{low} to {high} for {format}", least if least < low else most)
-    return q, codes.to(torch.int8) if q.is_signed else (codes.to(torch.int16) + q.bias).to(torch.uint8)
+    return q, (codes.to(torch.int16) + q.bias).to(torch.uint8)
 
 
 def _shaped_scales(
@@ -308,12 +317,12 @@ def _shaped_scales(
     if tuple(scales.shape) != (experts, rows, groups):
         more = "" if group_size is not None else "Pass group_size= for scales of groups"
         raise InputError(f"{where}: scales", expected, tuple(scales.shape), more)
-    return scales.contiguous(), group
+    return scales, group
 
 
 def _packed(q: Quantized, codes: torch.Tensor) -> list[torch.Tensor]:
     """Codes (E, N, K), one a byte, as planes."""
-    if q.is_signed or q.planes == (8,):
+    if q.planes == (8,):
         return [codes.contiguous()]
     padded = torch.nn.functional.pad(codes, (0, q.stretch * q.slices - q.columns))
     planes, before = [], 0

@@ -7,10 +7,10 @@ columns j, j + K/c, j + 2 K/c ... from its lowest bits up (K rounded up to a mul
 zero bits). A tile of consecutive bytes is then c tiles of consecutive columns, one a *slice* of the row: to
 unpack them is a shift and a mask, and nothing moves between lanes.
 
-Integers of B bits are stored with 2**(B - 1) added, but for int8 alone, which is stored as it is. Codes may
-be *nested*: `planes` (2, 4, 8) has the two upper bits of each code in one tensor, the next two in another and
-the lower four in a third, packed as above. Who reads the first planes only reads codes of fewer bits, and
-fewer bytes; what the lower bits might have been is then taken in the middle (`midpoint`).
+Integers of B bits are stored with 2**(B - 1) added. Codes may be *nested*: `planes` (2, 4, 8) has the two
+upper bits of each code in one tensor, the next two in another and the lower four in a third, packed as above.
+Who reads the first planes only reads codes of fewer bits, and fewer bytes; what the lower bits might have
+been is then taken in the middle (`midpoint`).
 
 Nested codes of one copy: D2MoE (Wang et al., 2025). Weights of experts in 2, 4 or 8 bits: MoQE (Kim et al.,
 2023). e2m1 with e8m0 scales of 32: OCP Microscaling Formats, 1.0.
@@ -26,6 +26,7 @@ import numpy as np
 
 ELEMENTS = ("int", "e4m3", "e2m1")
 SCALES = ("f32", "f16", "bf16", "e8m0")
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # sizes, by the lower three bits of a code
 NESTED = ((4, 8), (2, 4), (2, 4, 8))
 PER_EXPERT = 0  # in `bits`: an operand [E] says how many bits of each expert's codes are read
 
@@ -48,11 +49,6 @@ class Quantized:
     def __post_init__(self) -> None:
         if self.bits == PER_EXPERT and len(self.planes) == 1:
             object.__setattr__(self, "bits", self.planes[0])
-
-    @property
-    def is_signed(self) -> bool:
-        """Whether codes are stored as they are, in int8."""
-        return self.element == "int" and self.planes == (8,)
 
     @property
     def read(self) -> tuple[int, ...]:
@@ -102,7 +98,7 @@ class Quantized:
     @property
     def bias(self) -> int:
         """What was added to codes before they were stored."""
-        return 0 if self.is_signed or self.element != "int" else 1 << (self.planes[-1] - 1)
+        return 1 << (self.planes[-1] - 1) if self.element == "int" else 0
 
     def midpoint(self, bits: Any) -> Any:
         """What is added to codes of which the upper `bits` are read.
@@ -113,7 +109,7 @@ class Quantized:
 
 
 def e4m3(code: np.ndarray) -> np.ndarray:
-    """The numbers of e4m3fn codes (uint8): a sign, four bits of exponent, three of fraction; no infinities."""
+    """The numbers of e4m3fn codes (uint8): sign, four bits of exponent, three of fraction; no infinities."""
     size = code & 127
     exponent, fraction = (size >> 3).astype(np.int32), (size & 7).astype(np.float64)
     value = np.where(exponent > 0, (8 + fraction) * 2.0 ** (exponent - 10), fraction * 2.0**-9)
@@ -122,7 +118,7 @@ def e4m3(code: np.ndarray) -> np.ndarray:
 
 def e2m1(code: np.ndarray) -> np.ndarray:
     """The numbers of e2m1 codes (0 .. 15): 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives."""
-    value = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[code & 7]
+    value = np.array(E2M1)[code & 7]
     return np.where(code & 8, -value, value)
 
 
@@ -135,10 +131,7 @@ def codes_of(q: Quantized, planes: list[np.ndarray]) -> np.ndarray:
     """The codes [E, N, K] as planes hold them, the bits of planes that are missing zero."""
     found: Any = 0
     for number, plane in enumerate(planes):
-        wide = plane.astype(np.uint8).astype(np.int64) if not q.is_signed else plane.astype(np.int64)
-        if q.is_signed:
-            return wide[..., : q.columns]
-        parts = []
+        wide, parts = plane.astype(np.int64), []
         for part in range(q.slices):
             block, shift = q.place(number, part)
             stretch = wide[..., block * q.stretch : (block + 1) * q.stretch]

@@ -25,6 +25,7 @@ from .spec import AttentionSpec
 FACTS = (
     "aligned",
     "contiguous",
+    "descriptors",
     "exact_sums",
     "few",
     "group",
@@ -70,6 +71,7 @@ def build(spec: AttentionSpec) -> Graph:
         for name, value, plain in (
             ("few", spec.few, 0),
             ("group", spec.group, 1),
+            ("descriptors", spec.descriptors, True),
             ("exact_sums", spec.exact_sums, False),
         )
         if value != plain
@@ -129,6 +131,7 @@ def spec_of(graph: Graph, op: Op) -> AttentionSpec:
         aligned=op.attr("aligned"),
         few=op.attr("few", 0),
         group=op.attr("group", 1),
+        descriptors=op.attr("descriptors", True),
         exact_sums=op.attr("exact_sums", False),
     )
 

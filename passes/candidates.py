@@ -71,7 +71,7 @@ def tiled(spec: AttentionSpec, group: Group, tile: Tile) -> Schedule:
 def hints(spec: AttentionSpec, warps: int, stages: int) -> tuple[tuple[str, int], ...]:
     """The hints of a GPU schedule, tensor descriptors among them where target and tensors allow for them."""
     engine = spec.target_kind == "cuda" and int(re.sub(r"\D", "", spec.target)) >= 90
-    described = engine and spec.aligned and BYTES[spec.dtype] == 2
+    described = engine and spec.descriptors and spec.aligned and BYTES[spec.dtype] == 2
     return ((("descriptors", 1),) if described else ()) + (("stages", stages), ("warps", warps))
 
 

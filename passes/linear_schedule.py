@@ -24,10 +24,8 @@ from .linear_spec import BYTES, LinearSpec
 CPU_ROWS = 32
 CPU_WIDTH = 256
 TILES = 96 * 1024  # bytes of rows that the shared memory of a program holds
-REGISTERS = {
-    4: 200,
-    8: 140,
-}  # by warps: what the tiles of a thread may take by `_registers`, so that none spill
+# By warps: what the tiles of a thread may take by `_registers`, so that few of them spill.
+REGISTERS = {4: 200, 8: 140}
 SCALAR = 48  # the same where products run on no tensor core, which reads whole operands into registers
 LEAST = 16
 
@@ -84,7 +82,8 @@ class _Tile:
         while widths[-1] > LEAST and (self.values or not self.whole):
             widths.append(widths[-1] // 2)
         for width in widths:
-            yield from ((warps, rows, width) for rows in (64, 32) for warps in (4, 8))
+            longest = () if self.within else (128,)  # where a program reads a state for one chunk
+            yield from ((warps, rows, width) for rows in (*longest, 64, 32) for warps in (4, 8))
         yield from ((warps, LEAST, widths[-1]) for warps in (4, 8))
 
     def fits(self, warps: int, rows: int, width: int) -> bool:
@@ -96,7 +95,7 @@ class _Tile:
 
     def _registers(self, warps: int, rows: int, features: int, values: int) -> float:
         word = self.bytes / 4
-        state = features * values * (1.5 if self.narrow else 1)
+        state = features * values * ((1.5 if self.narrow else 1) if self.within else 0.75)
         sides = rows * (features + values) * word * (2 if self.within else 1)
         pairs = rows * rows * (1.5 if self.narrow else 1) if self.within else 0
         got = rows * (values if self.values else features)

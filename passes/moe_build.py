@@ -86,8 +86,7 @@ def stored_as(matrix: Value, q: Quantized | None) -> tuple[list[Value], list[Op]
     e, n, _ = matrix.shape
     names = codes_names(matrix.name, q)
     planes = [
-        Value(name, "i8" if q.is_signed else "u8", (e, n, q.row_bytes(number)))
-        for number, name in enumerate(names[: len(q.read)])
+        Value(name, "u8", (e, n, q.row_bytes(number))) for number, name in enumerate(names[: len(q.read)])
     ]
     scale = "u8" if q.scale == "e8m0" else q.scale
     found = [*planes, Value(f"{matrix.name}_scales", scale, (e, n, q.groups))]

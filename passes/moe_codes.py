@@ -5,8 +5,8 @@ After::   C: u8[n, d] = load codes[expert, row, byte]
           W0: bf16[n, d] = (bits of C) ; W1: bf16[n, d] = (other bits of C)        a tile for each slice
 
 See ir/quantized.py for what lies where. Numbers are made of bits without conversions of integers, of which
-GPUs do few at a time: 2**23 + code is the float whose bits are 0x4B000000 | code. All of them are exact in
-bf16 and f16; scales join where the Tiling says.
+GPUs do few at a time: 2**23 + code is the float whose bits are MAGIC | code. All of them are exact in bf16
+and f16; scales join where the Tiling says.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from .moe_spec import ExpertsSpec
 
 NONE, ZERO = sympy.Float(0.0), sympy.Integer(0)
 F32 = sympy.Symbol("f32")
+MAGIC = 0x4B000000  # 2**23, whose last bit is worth 1
 EXPERT = integer("expert")
 NATIVE = ("cuda:sm_89", "cuda:sm_90", "cuda:sm_100", "cuda:sm_103", "cuda:sm_120", "cuda:sm_121")
 
@@ -61,13 +62,12 @@ class Codes:
     @property
     def is_plain(self) -> bool:
         """Whether a load alone gives the numbers: codes are numbers of a dtype that the target has."""
-        native = self.target.removesuffix("a") in NATIVE
-        return self.q.is_signed or (self.q.element == "e4m3" and native)
+        return self.q.element == "e4m3" and self.target.removesuffix("a") in NATIVE
 
     @property
     def dtype(self) -> str:
         """The dtype of codes in memory."""
-        return "i8" if self.q.is_signed else "f8e4m3" if self.is_plain else "u8"
+        return "f8e4m3" if self.is_plain else "u8"
 
     @property
     def scales(self) -> str:
@@ -97,7 +97,8 @@ class Codes:
         most = self.q.planes[-1]
         chosen = read(integer(self.names[-1]), EXPERT)
         lost = most - integer("bits")
-        middle = (cast(F32, shl(sympy.Integer(1), lost)) - 1) * sympy.Float(0.5)
+        ways: Expr = cast(F32, shl(sympy.Integer(1), lost))
+        middle = (ways - 1) * sympy.Float(0.5)
         return [
             Let("bits", minimum(maximum(chosen, sympy.Integer(self.q.planes[0])), sympy.Integer(most))),
             Compute("middle", "f32", (), middle),
@@ -133,25 +134,41 @@ class Codes:
         return [Compute(name, dtype, axes, value, declares=not self.is_plain)]
 
     def _value(self, stem: str, part: int) -> Expr:
+        """The number that a code stands for, before scales."""
         if self.q.element == "e4m3":
             return _e4m3(integer(f"{stem}c00"))
-        whole: Expr = ZERO
-        for plane, width in enumerate(self.q.read):
-            block, shift = self.q.place(plane, part)
-            bits = bitand(
-                _right(integer(f"{stem}c{plane}{block}"), shift), (1 << self.q.plane_bits[plane]) - 1
-            )
-            whole = _or(whole, _left(bits, self.q.planes[-1] - width))
+        planes = [self.q.place(plane, part) for plane in range(len(self.q.read))]
+        tiles = [integer(f"{stem}c{plane}{block}") for plane, (block, _) in enumerate(planes)]
         if self.q.element == "e2m1":
-            return _e2m1(whole)
-        middle = real("middle") if self.by_expert else sympy.Float(self.q.midpoint(self.q.bits))
+            return (_e2m1_cpu if self.is_cpu else _e2m1)(tiles[0], planes[0][1])
+        if len(planes) == 1 and not self.is_cpu:
+            return self._one_plane(tiles[0], planes[0][1])
+        whole: Expr = ZERO
+        for tile, (_, shift), width, bits in zip(tiles, planes, self.q.read, self.q.plane_bits, strict=False):
+            field = bitand(_right(tile, shift), (1 << bits) - 1)
+            whole = _or(whole, _left(field, self.q.planes[-1] - width))
+        middle = real("middle") if self.by_expert else self.q.midpoint(self.q.bits)
         if self.is_cpu:
             return cast(F32, whole) + (middle - self.q.bias)
-        if middle == 0:
-            return float_of_bits(bitor(whole, sympy.Integer(0x4B000000))) - sympy.Float(2**23 + self.q.bias)
-        # A half needs one more bit behind the point: 2**22 + code.
-        number = float_of_bits(bitor(_left(whole, 1), sympy.Integer(0x4A800000)))
-        return number - (2**22 + self.q.bias - middle)
+        # 2**22 + code, for a middle of halves needs a bit behind the point.
+        return (
+            float_of_bits(bitor(_left(whole, 1), sympy.Integer(0x4A800000))) + middle - (2**22 + self.q.bias)
+        )
+
+    def _one_plane(self, tile: Expr, shift: int) -> Expr:
+        """Codes of one plane. A byte joins the upper bits of 2**23 before others of its bits are masked, and
+        what it is shifted by joins the product: two instructions a code on integers, and one on floats."""
+        bits, lost = self.q.plane_bits[0], self.q.planes[-1] - self.q.read[0]
+        middle = self.q.midpoint(self.q.bits)
+        # Where the middle is a half, codes move up until the last bit is worth no more than that.
+        up = max(0, lost - shift + 1) if middle else 0
+        magic = sympy.Integer(MAGIC - (up << 23))
+        number = bitor(_left(tile, up), magic)
+        if bits < 8:
+            number = bitand(number, magic + ((((1 << bits) - 1) << shift) << up))
+        value, unit = float_of_bits(number), lost - shift
+        offset = sympy.Float(2.0 ** (23 - up + unit) + self.q.bias - middle)
+        return (value * sympy.Float(2.0**unit) if unit else value) - offset
 
     def scale(
         self, name: str, acc: str, axes: tuple[str, ...], at: tuple[Expr, Expr], guard: Expr
@@ -216,17 +233,26 @@ def _or(a: Expr, b: Expr) -> Expr:
 
 def _e4m3(code: Expr) -> Expr:
     """Bits of the code where those of an f32 are give the number times 2**-120; 127 is NaN."""
-    size, sign = bitand(code, 127), bitand(code, 128)
+    size: Expr = bitand(code, 127)
+    sign = bitand(code, 128)
     bits = bitor(shl(size, sympy.Integer(20)), shl(sign, sympy.Integer(24)))
     value = float_of_bits(bits) * sympy.Float(2.0**120)
     return where(size < 127, value, sympy.nan)
 
 
-def _e2m1(code: Expr) -> Expr:
-    """Twice the number is whole: sizes below 4 themselves, then (2 + lowest bit) << (upper bits - 1)."""
-    size = bitand(code, 7)
-    # exponent e and fraction f of a size: f32 bits (e + 126, f), and 0 and 0.5 for e = 0
+def _e2m1(byte: Expr, shift: int) -> Expr:
+    """Bits of the code, spread to where those of an f32 give the number times 2**-126: the sign by a shift
+    that copies it."""
+    upper = cast(sympy.Symbol("i32"), shl(byte, sympy.Integer(28 - shift)))
+    bits = bitand(shr(upper, sympy.Integer(6)), sympy.Integer(0x81C00000 - 2**32))
+    # A value of its own: 2**126 times a scale could be too large.
+    return cast(F32, float_of_bits(bits) * sympy.Float(2.0**126))
+
+
+def _e2m1_cpu(byte: Expr, shift: int) -> Expr:
+    """The same without numbers below the least normal one, for which CPUs take long."""
+    code: Expr = bitand(_right(byte, shift), 15)
+    size: Expr = bitand(code, 7)
     large = float_of_bits(shl(size + 252, sympy.Integer(22)))
-    small = cast(F32, size) * sympy.Float(0.5)
-    value = where(size < 2, small, large)
+    value: Expr = where(size < 2, cast(F32, size) * sympy.Float(0.5), large)
     return where(code < 8, value, -value)

@@ -89,7 +89,7 @@ class _Builder:
         wide = STEP * 2 // BYTES[spec.dtype]
         self.step = self.inner if self.cpu else min(wide, max(16, 1 << (self.inner - 1).bit_length()))
         if self.codes is not None:
-            self.step, self.unroll = steps_of(self.codes.q, 128, cpu=self.cpu)
+            self.step, self.unroll = steps_of(self.codes.q, 64 if self.slices > 2 else 128, cpu=self.cpu)
             self.cols = self.cols if self.cpu else min(32, 1 << (self.columns - 1).bit_length())
         match op.attr("halves"):
             case None:

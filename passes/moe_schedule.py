@@ -16,7 +16,7 @@ from ..ir.graph import Graph, Op
 from ..ir.quantized import Quantized
 from ..ir.ragged import Tiling
 from .devices import device_of
-from .moe_codes import steps_of
+from .moe_codes import is_uniform, steps_of
 from .moe_spec import BYTES, ExpertsSpec
 
 CPU_ROWS = {"one": 16, "few": 16, "some": 32, "many": 32}
@@ -30,12 +30,12 @@ GPU = {
     "many": (128, 128, 64, 8, 3),
 }
 CPU_STEPS = 16  # of a slice, each of which is spelled out
-# Of quantised matrices: (rows, columns of all halves, columns of a slice a turn, warps, stages) by load
+# Of quantised matrices: (rows, columns of all halves, columns of all slices a turn, warps, stages) by load
 GPU_CODES = {
-    "one": (16, 128, 128, 4, 4),
-    "few": (16, 128, 128, 4, 4),
-    "some": (64, 128, 64, 4, 4),
-    "many": (128, 256, 64, 8, 3),
+    "one": (16, 128, 128, 4, 5),
+    "few": (16, 128, 128, 4, 5),
+    "some": (64, 128, 128, 4, 4),
+    "many": (128, 256, 64, 8, 4),
 }
 SHARED = 64 * 1024  # bytes that a program has at least, on GPUs that are not described
 GPU_PLAIN = {  # products without halves have half the columns to hold
@@ -73,8 +73,7 @@ def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
     size = {"f64": 4, "f32": 2}.get(spec.dtype, 1)
     cols = min(max(16, cols // size), max(16, 1 << (columns - 1).bit_length()))
     step = max(32, step // size)
-    chip = getattr(device_of(spec.target), "chip", None)
-    room = chip.shared_program if chip else SHARED
+    room = _room(spec)
     while True:
         held = (rows + cols * (2 if op.attr("halves") else 1)) * step * BYTES[spec.dtype]
         if held * stages <= room or stages == 2 == cols // 8:
@@ -99,15 +98,30 @@ def _of_codes(op: Op, q: Quantized, spec: ExpertsSpec, inner: int, columns: int)
         return Tiling(CPU_ROWS[spec.load], cols, step, True, blocked=True, meta=(("in_place", 1),))
     parts = (2 if op.attr("halves") else 1) if by_rows else q.slices
     rows, cols, most, warps, stages = GPU_CODES[spec.load]
-    size = {"f64": 4, "f32": 2}.get(spec.dtype, 1)
-    cols, most = max(16, cols // parts), max(32, most // size)
-    step, unroll = steps_of(q, most, cpu=False) if by_rows else (max(32, most // 2), 1)
+    size = BYTES[spec.dtype]
+    cols, most = max(16, cols // parts), max(32, 2 * most // size // q.slices)
+    crowded = len(q.read) > 1 if by_rows else not is_uniform(q, cols)
+    if rows > 16 and crowded:  # registers
+        cols = max(16, cols // 2)
+    step, unroll = steps_of(q, most, cpu=False) if by_rows else (32, 1)
+    bytes_of_codes = sum(q.blocks(n) for n in range(len(q.read))) * (parts if by_rows else 1)
+    room, slices = _room(spec), q.slices if by_rows else 1
+    while stages > 2 or cols > 16:
+        if (rows * slices * size + cols * bytes_of_codes) * step * unroll * stages <= room:
+            break
+        stages, cols = (stages - 1, cols) if stages > 2 else (stages, cols // 2)
     tiles = -(-(columns if by_rows else q.stretch) // cols)
     wide = min(8, tiles) if spec.load == "many" else tiles
-    scales = "sums" if q.groups == 1 else "codes" if spec.load == "many" else "products"
+    # To scale products takes as many registers again as sums: few where rows are few.
+    scales = "sums" if q.groups == 1 else "products" if rows <= 16 else "codes"
     meta = (("stages", stages), ("warps", warps))
-    more = {"unroll": unroll, "scales": scales, "turned": by_rows}
-    return Tiling(rows, cols, step, wide=wide, meta=meta, **more)
+    return Tiling(rows, cols, step, wide=wide, meta=meta, unroll=unroll, scales=scales, turned=by_rows)
+
+
+def _room(spec: ExpertsSpec) -> int:
+    """Bytes of shared memory that a program may use."""
+    chip = getattr(device_of(spec.target), "chip", None)
+    return chip.shared_program if chip else SHARED
 
 
 def _part(extent: int, least: int) -> int:

@@ -29,13 +29,12 @@ class ExpertsSpec:
     halves: None, 'split' or 'interleaved'. transposed: matrices are [E, in, out] in place of [E, out, in].
     units: the dimensions of stride 1 of the two matrices (None: neither). biased: both products have a bias.
     routing: the dtypes of ids and of weights. load: one of LOADS. single: few enough entries to be sorted by
-    one program. routed: rows
-    are sorted already; tokens, bounds and place are given. keeps: what the activation is taken of is a result
-    too, for gradients. ranks: of what low-rank adapters add to the two matrices, lora_scale times b a; 0:
-    none. masked: an input says which experts learn; the gradients of others are zeros. aligned: on a GPU,
-    whether x and the matrices start, and their rows too, on multiples of 16 bytes.
-    quantized: how the two matrices are stored, None: as they are. tiling: of the two products, in place of
-    the default. Raises InputError."""
+    one program. routed: rows are sorted already; tokens, bounds and place are given. keeps: what the
+    activation is taken of is a result too, for gradients. ranks: of what low-rank adapters add to the two
+    matrices, lora_scale times b a; 0: none. masked: an input says which experts learn; the gradients of
+    others are zeros. aligned: on a GPU, whether x and the matrices start, and their rows too, on multiples of
+    16 bytes. quantized: how the two matrices are stored, None: as they are. tiling: of the two products, in
+    place of the default. Raises InputError."""
 
     experts: int
     top_k: int

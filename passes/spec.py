@@ -50,8 +50,9 @@ class AttentionSpec:
     rows lie in memory. few: a power of two that the rows of a key head (queries times query heads of a
     key head) do not exceed, where they are few; else 0. group: how many query heads read a key head,
     where row tiles hold them all; 1 where tiles hold rows of one head. exact_sums: the gradients of captured
-    tensors add up as integers (`exact_sums`), whose order shows in no bit. Raises InputError on an unknown
-    dtype or a size outside 1..1024, UnsupportedError for column sums of sequences of different lengths."""
+    tensors add up as integers (`exact_sums`), whose order shows in no bit. descriptors: whether what launches
+    kernels makes tensor descriptors, where the hardware has them. Raises InputError on an unknown dtype or
+    a size outside 1..1024, UnsupportedError for column sums of sequences of different lengths."""
 
     mask: Mask
     score_map: ScoreMap | None = None
@@ -72,6 +73,7 @@ class AttentionSpec:
     sequences: Sequences = PLAIN
     few: int = 0
     group: int = 1
+    descriptors: bool = True
     exact_sums: bool = False
 
     def __post_init__(self) -> None:

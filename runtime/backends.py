@@ -25,13 +25,16 @@ Runner = Callable[[Sequence[Any], int | None], None]
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled kernel: entry is its symbol; workspace is bytes of scratch memory a worker."""
+    """One compiled kernel: entry is its symbol; workspace is bytes of scratch memory a worker.
+
+    assembly: the text that the binary was made from, for those who launch that."""
 
     source: str
     binary: bytes
     entry: str
     workspace: int = 0
     details: Mapping[str, Any] = field(default_factory=dict)
+    assembly: str = ""
 
 
 class Loaded(Protocol):
@@ -116,7 +119,8 @@ class TritonBackend:
             "spans": module.spans,
             "boxes": built.boxes,
         }
-        return Compiled(module.source, built.code, built.name, 0, details)
+        assembly = built.assembly if target.kind == "cuda" else ""
+        return Compiled(module.source, built.code, built.name, 0, details, assembly)
 
     def requirements(self, target: Target) -> Requirements:
         return Requirements()

@@ -15,7 +15,7 @@ from .backends import BACKENDS, Backend, Compiled
 from .cache import digest_of
 from .counting import COMPILATIONS
 from .knobs import LOG_SOURCE, LOG_TIMINGS, log
-from .manifest import FORMAT, Argument, Check, Intermediate, Launch, Manifest
+from .manifest import FORMAT, Argument, Check, Intermediate, Launch, Manifest, assembly_part
 from .target import Target
 from .versions import versions
 
@@ -52,6 +52,8 @@ def compile_kernels(
             launch.source: built.source.encode(),
             launch.binary: built.binary,
         }
+        if built.assembly:
+            parts[assembly_part(launch)] = built.assembly.encode()
         launches.append(launch)
     manifest = Manifest(
         format=FORMAT,

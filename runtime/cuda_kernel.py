@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _WARP = 32
 _STRUCT = {"i1": "?", "i8": "b", "u8": "B", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
+_NAMES = {format: name for name, format in _STRUCT.items()}
 _BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "bool": 1}
 _BYTES |= dict.fromkeys(("i8", "u8", "f8e4m3"), 1)
 _SOURCE = re.compile(r"(\w+)(?:\.(stride)\((\d+)\)|\.(shape)\[(\d+)\])?")
@@ -39,8 +40,9 @@ class CudaKernel:
         details = launch.details
         boxes = iter(details["boxes"])
         parameters = [p for kind, source in details["parameters"] for p in _parsed(kind, source, boxes)]
+        self._parameters = parameters
         self._constants = [p for p in parameters if p[0] not in "*M"]
-        self._boxes = [(name, what) for _, name, what, _ in parameters if isinstance(what, _Box)]
+        self._boxes = [(name, what) for _, name, what, _ in parameters if isinstance(what, Box)]
         self._scratch: int = details["scratch"]
         # Triton's own parameters come last: scratch memory of the kernel, and of a profiler.
         own = ["*" if self._scratch else "Q", "Q"]
@@ -58,15 +60,7 @@ class CudaKernel:
         sizes: dimensions and integer arguments by name. Raises InputError for what the kernel cannot
         address, BackendError where it does not fit the device."""
         device = next(value.device.index for value in values.values() if hasattr(value, "device"))
-        for argument in self._tensors:
-            _check_alignment(self._launch.kernel, argument, values[argument.source])
-        self._check_spans(values)
-        grid = math.prod(extent(sizes) for extent in self._grid)
-        if grid >= _LIMIT:
-            shape = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-            raise InputError(
-                self._launch.kernel, "fewer than 2**31 tiles", f"{grid} for {shape}", "Split the batch"
-            )
+        grid = self._checked_grid(values, sizes)
         constants = self._layout.constants(*self._read(values), *self._own)
         maps = [
             TensorMap(
@@ -82,6 +76,32 @@ class CudaKernel:
         ]
         numbered = list(zip(self._layout.maps, maps, strict=True))
         return _runner(self._function(device), device, grid, self._scratch, numbered, constants)
+
+    def describe(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Description:
+        """The launch that `bind` would make, for who launches it himself. Raises InputError."""
+        grid, numbers = self._checked_grid(values, sizes), iter(self._read(values))
+        parameters = [
+            Parameter("address", name)
+            if kind == "*"
+            else Parameter("descriptor", name, what)
+            if kind == "M"
+            else Parameter(_NAMES[kind], name, next(numbers))
+            for kind, name, what, _ in self._parameters
+        ]
+        return Description(self._launch.entry, grid, self._threads // _WARP, self._shared, tuple(parameters))
+
+    def _checked_grid(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+        """How many programs there are."""
+        for argument in self._tensors:
+            _check_alignment(self._launch.kernel, argument, values[argument.source])
+        self._check_spans(values)
+        grid = math.prod(extent(sizes) for extent in self._grid)
+        if grid >= _LIMIT:
+            shape = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            raise InputError(
+                self._launch.kernel, "fewer than 2**31 tiles", f"{grid} for {shape}", "Split the batch"
+            )
+        return grid
 
     def _read(self, values: Mapping[str, Any]) -> list[Any]:
         """Everything but addresses and what is made of them, in the order of the parameters."""
@@ -155,7 +175,29 @@ def _runner(
 
 
 @dataclass(frozen=True)
-class _Box:
+class Parameter:
+    """One parameter of a kernel. kind: 'address' or 'descriptor' of a tensor, or the type of a number ('i32',
+    'fp32', ...). value: the number, or the box that a descriptor fetches."""
+
+    kind: str
+    name: str
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """One launch: the kernel's symbol, how many programs of so many warps and bytes of shared memory, and its
+    parameters in order, without Triton's own."""
+
+    entry: str
+    grid: int
+    warps: int
+    shared: int
+    parameters: tuple[Parameter, ...]
+
+
+@dataclass(frozen=True)
+class Box:
     """What a tensor descriptor fetches: elements of a dtype, in a swizzled box."""
 
     dtype: str
@@ -163,10 +205,10 @@ class _Box:
     extents: tuple[int, ...]
 
 
-_Parameter = tuple[str, str, str | _Box, int]
+_Parsed = tuple[str, str, str | Box, int]
 
 
-def _parsed(kind: str, source: str, boxes: Iterator[Any]) -> list[_Parameter]:
+def _parsed(kind: str, source: str, boxes: Iterator[Any]) -> list[_Parsed]:
     """What Triton makes of an argument, as (format, '*' or 'M'; name; what; dimension).
 
     what: 'stride', 'shape', a box or ''. A descriptor is a map, then its tensor's shape and strides."""
@@ -175,7 +217,7 @@ def _parsed(kind: str, source: str, boxes: Iterator[Any]) -> list[_Parameter]:
         swizzle, extents = next(boxes)
         dimensions = range(len(extents))
         return [
-            ("M", source, _Box(_DTYPES[described[1]], swizzle, tuple(extents)), 0),
+            ("M", source, Box(_DTYPES[described[1]], swizzle, tuple(extents)), 0),
             *(("i", source, "shape", d) for d in dimensions),
             *(("q", source, "stride", d) for d in dimensions),
         ]

@@ -24,7 +24,7 @@ from .manifest import Argument
 from .target import Target
 
 Allocate = Callable[[tuple[int, ...], str], Any]  # (shape, dtype) -> a contiguous tensor of the caller's
-
+Made = tuple[str, tuple[int, ...], str]  # name, shape, dtype
 
 Pick = Callable[[Mapping[str, Any]], Sequence[Any]]
 
@@ -34,7 +34,7 @@ class Bound:
     """A program whose sizes, strides and scalars are settled: only memory differs from call to call."""
 
     steps: tuple[tuple[Runner, Pick], ...]
-    intermediates: tuple[tuple[str, tuple[int, ...], str], ...]
+    intermediates: tuple[Made, ...]
     allocate: Allocate | None
 
     def __call__(self, tensors: Mapping[str, Any], threads: int | None = None) -> None:
@@ -98,12 +98,22 @@ class Executable:
 
         Arguments and errors are those of a call; nothing runs. Outputs may be given as `Contiguous`."""
         kernels = self._kernels or self._load()
-        sizes = self._sizes(values)
-        self._check(sizes)
-        intermediates = self._intermediates(sizes, allocate)
+        sizes, intermediates = self.settle(values)
+        if intermediates and allocate is None:
+            names = ", ".join(self._shapes)
+            raise InputError("allocate", f"a function (shape, dtype) -> tensor for {names}", None)
         values = {**values, **{name: Contiguous(shape) for name, shape, _ in intermediates}}
         steps = tuple((kernel.bind(values, sizes), pick) for kernel, pick in kernels)
         return Bound(steps, intermediates, allocate)
+
+    def settle(self, values: Mapping[str, Any]) -> tuple[dict[str, int], tuple[Made, ...]]:
+        """The integers of a call by name, and the intermediates it takes: name, shape, dtype of each.
+
+        Raises InputError when a value is missing or a check of the program fails."""
+        sizes = self._sizes(values)
+        self._check(sizes)
+        made = self._shapes.items()
+        return sizes, tuple((n, tuple(size(sizes) for size in shape), dtype) for n, (dtype, shape) in made)
 
     @property
     def ir(self) -> str:
@@ -146,17 +156,6 @@ class Executable:
                 named = [name for name in sizes if re.search(rf"\b{name}\b", expected)]
                 got = ", ".join(f"{name} = {sizes[name]}" for name in named)
                 raise InputError(where, _extents(expected), _extents(got))
-
-    def _intermediates(
-        self, sizes: Mapping[str, int], allocate: Allocate | None
-    ) -> tuple[tuple[str, tuple[int, ...], str], ...]:
-        if self._shapes and allocate is None:
-            names = ", ".join(self._shapes)
-            raise InputError("allocate", f"a function (shape, dtype) -> tensor for {names}", None)
-        return tuple(
-            (name, tuple(size(sizes) for size in shape), dtype)
-            for name, (dtype, shape) in self._shapes.items()
-        )
 
     def _sizes(self, values: Mapping[str, Any]) -> dict[str, int]:
         """The integers of a call: scalars by name, and dimensions by the names the tensors give them."""

@@ -59,6 +59,11 @@ class Launch:
         _freeze_fields(self, "details")
 
 
+def assembly_part(launch: Launch) -> str:
+    """The part that holds a GPU kernel's assembly text, where it was kept."""
+    return f"{launch.source.removesuffix('.py')}.ptx"
+
+
 @dataclass(frozen=True)
 class Intermediate:
     """A tensor that one kernel leaves for a later one. shape: an expression per dimension, as text."""

@@ -26,10 +26,17 @@ _CPU = 1  # kDLCPU
 
 @dataclass(frozen=True)
 class Device:
-    """Where memory is: type 'cpu'."""
+    """Where memory is, and what kernels have to know of that: type 'cpu' or 'cuda'.
+
+    target: of kernels for it. precision: of products of f32, 'ieee' or 'tf32'. multiprocessors: of a GPU.
+    descriptors: whether what launches kernels there makes tensor descriptors."""
 
     type: str = "cpu"
     index: int = 0
+    target: str = "cpu"
+    precision: str = "ieee"
+    multiprocessors: int = 0
+    descriptors: bool = True
 
     def __str__(self) -> str:
         return self.type if self.type == "cpu" else f"{self.type}:{self.index}"
@@ -39,9 +46,10 @@ CPU = Device()
 
 
 class Strided:
-    """Memory of a CPU as a tensor: address (0: not known yet), shape, strides in elements, dtype by name.
+    """Memory as a tensor: address (0: not known yet), shape, strides in elements, dtype by name.
 
-    owner: what has to live as long as this does. Strides default to those of a contiguous tensor."""
+    owner: what has to live as long as this does, or says whose memory it is. Strides default to those of a
+    contiguous tensor."""
 
     __slots__ = ("_strides", "address", "device", "dtype", "owner", "shape")
 
@@ -52,11 +60,12 @@ class Strided:
         dtype: str,
         strides: Sequence[int] | None = None,
         owner: Any = None,
+        device: Device = CPU,
     ) -> None:
         self.address, self.shape, self.dtype, self.owner = address, tuple(shape), dtype, owner
         contiguous = (math.prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
         self._strides = tuple(contiguous if strides is None else strides)
-        self.device = CPU
+        self.device = device
 
     @staticmethod
     def empty(shape: Sequence[int], dtype: str) -> Strided:
@@ -82,18 +91,18 @@ class Strided:
     def permute(self, *order: int) -> Strided:
         """The same memory with its dimensions in another order."""
         shape, strides = ([of[d] for d in order] for of in (self.shape, self._strides))
-        return Strided(self.address, shape, self.dtype, strides, self.owner)
+        return Strided(self.address, shape, self.dtype, strides, self.owner, self.device)
 
     def expand(self, *sizes: int) -> Strided:
         """The same memory with dimensions of size 1 repeated; -1 keeps a size."""
         pairs = list(zip(self.shape, self._strides, sizes, strict=True))
         shape = [old if new == -1 else new for old, _, new in pairs]
         strides = [stride if new in (-1, old) else 0 for old, stride, new in pairs]
-        return Strided(self.address, shape, self.dtype, strides, self.owner)
+        return Strided(self.address, shape, self.dtype, strides, self.owner, self.device)
 
     def view(self, dtype: str) -> Strided:
         """The same memory as another dtype of the same size."""
-        return Strided(self.address, self.shape, dtype, self._strides, self.owner)
+        return Strided(self.address, self.shape, dtype, self._strides, self.owner, self.device)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The memory itself as NumPy has it; bfloat16, which NumPy lacks, widened to float32."""

@@ -12,7 +12,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import IO, Any
 
@@ -27,11 +27,25 @@ def run_interpreted(source: str, arguments: Mapping[str, Any]) -> None:
     Triton's interpreter is silently wrong, and BackendError where the interpreter fails."""
     if "torch.bfloat16" in {str(getattr(v, "dtype", "")) for v in arguments.values()}:
         raise UnsupportedError("triton's interpreter computes bf16 wrongly; test in f32 and f16")
-    outcome = _child().ask((source, dict(arguments)))
+    for name, tensor in _asked((source, dict(arguments), None)).items():
+        arguments[name].copy_(tensor)
+
+
+def launch_interpreted(source: str, grid: int, parameters: Sequence[Any]) -> None:
+    """Run emitted text as something else than `bind` launches it, on parameters in the kernel's order.
+
+    parameters: numbers; torch CPU tensors, of which the kernel gets the address; for a descriptor a tensor
+    and the extents of its box. Outputs are written in place. Raises as `run_interpreted` does."""
+    numbered = dict(enumerate(parameters))
+    for n, tensor in _asked((source, numbered, grid)).items():
+        parameters[n].copy_(tensor)
+
+
+def _asked(request: tuple[str, dict[Any, Any], int | None]) -> dict[Any, Any]:
+    outcome = _child().ask(request)
     if isinstance(outcome, str):
         raise BackendError(f"triton's interpreter failed:\n{outcome}")
-    for name, tensor in outcome.items():
-        arguments[name].copy_(tensor)
+    return outcome
 
 
 class _Child:
@@ -86,18 +100,29 @@ def serve() -> None:
     os.dup2(2, 1)  # what kernels print must not get between the answers
     while True:
         try:
-            source, arguments = pickle.load(requests)
+            source, arguments, grid = pickle.load(requests)
         except EOFError:
             return
         try:
             with np.errstate(all="ignore"):
-                _run(source, arguments)
+                _run(source, arguments, grid)
             _send(answers, {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)})
         except Exception:
             _send(answers, traceback.format_exc())
 
 
-def _run(source: str, arguments: dict[str, Any]) -> None:
+def _run(source: str, arguments: dict[Any, Any], grid: int | None) -> None:
     module = load(source)
+    if grid is not None:
+        module.kernel[(grid,)](*map(_described, arguments.values()))
+        return
     values = module.bind(**arguments)
     module.kernel[module.grid(**dict(zip(module.kernel.arg_names, values, strict=True)))](*values)
+
+
+def _described(parameter: Any) -> Any:
+    if not isinstance(parameter, tuple):
+        return parameter
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(*parameter)

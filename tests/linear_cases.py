@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 import gossamer
 from gossamer import feature_maps
-from gossamer.frontend.checking import ErrorTooLarge, assert_close
+from gossamer.frontend.checking import Judge, judged
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,10 @@ def call(case: Case, q: Any, k: Any, v: Any, states: tuple[Any, ...] = (), **mor
     return (found[0], *(found[1] if case.normalize else (found[1],)))
 
 
-def check(case: Case, *, gradients: bool = False, draws: int = 4, **more: Any) -> None:
-    """The error rule for out and states, or for the gradients of everything. A narrow miss is judged again on
-    other numbers: largest errors of a few numbers scatter."""
-    for seed in itertools.count():
-        try:
-            return (_gradients if gradients else _forward)(case, seed, **more)
-        except ErrorTooLarge as miss:
-            if seed + 1 == draws or miss.error > 2 * miss.allowed:
-                raise
+def check(case: Case, *, gradients: bool = False, **more: Any) -> None:
+    """The error rule for out and states, or for the gradients of everything."""
+    see = _gradients if gradients else _forward
+    judged(lambda judge, draw: see(judge, case, draw, **more))
 
 
 def _drawn(case: Case, seed: int) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
@@ -113,24 +107,26 @@ def _drawn(case: Case, seed: int) -> tuple[list[torch.Tensor], tuple[torch.Tenso
     return tensors, case.states(seed, features) if case.initial else ()
 
 
-def _forward(case: Case, seed: int, **more: Any) -> None:
+def _forward(judge: Judge, case: Case, seed: int, **more: Any) -> None:
     tensors, states = _drawn(case, seed)
     found = call(case, *tensors, states, **more)
     exact = dense(case, *(t.double() for t in tensors), tuple(s.double() for s in states))
     peer = dense(case, *tensors, states)
     for name, ours, wanted, theirs in zip(("out", "state", "sums"), found, exact, peer, strict=False):
-        _judge(case, name, ours, wanted, theirs)
+        _see(judge, case, name, ours, wanted, theirs)
 
 
-def _judge(case: Case, name: str, ours: Any, wanted: Any, theirs: Any, least: float | None = None) -> None:
+def _see(
+    judge: Judge, case: Case, name: str, ours: Any, wanted: Any, theirs: Any, least: float | None = None
+) -> None:
     if case.dtype == torch.float64:  # the reference is as exact
         scale = max(float(wanted.abs().max()), least or 0.0)
         assert float((ours - wanted).abs().max()) <= 1e-12 * scale, name
         return
-    assert_close(name, ours.detach(), wanted.detach().numpy(), theirs.detach(), least)
+    judge.see(name, ours.detach(), wanted.detach().numpy(), theirs.detach(), least)
 
 
-def _gradients(case: Case, seed: int, **more: Any) -> None:
+def _gradients(judge: Judge, case: Case, seed: int, **more: Any) -> None:
     tensors, states = _drawn(case, seed)
     g = torch.Generator().manual_seed(seed + 2)
     weights: list[torch.Tensor] = []
@@ -151,7 +147,7 @@ def _gradients(case: Case, seed: int, **more: Any) -> None:
     names = ("dq", "dk", "dv", "dstate", "dsums")
     sizes = _parts(case, tensors, weights[0])
     for name, found, wanted, theirs in zip(names, ours, exact, peer, strict=False):
-        _judge(case, name, found, wanted, theirs, sizes.get(name))
+        _see(judge, case, name, found, wanted, theirs, sizes.get(name))
 
 
 def _parts(case: Case, tensors: list[torch.Tensor], do: torch.Tensor) -> dict[str, float]:

@@ -40,6 +40,33 @@ def run(*arguments, code=0):
     return result.output
 
 
+# ---- programs ----
+
+PROGRAM = """
+import torch
+import torch.nn.functional as F
+
+def program(q, k, v, causal):
+    local = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return local, (q @ k.mT).softmax(-2) @ v
+
+def example():
+    return program, torch.randn(3, 1, 2, 9, 8).unbind(), {"causal": True}
+
+def nothing():
+    return program
+"""
+
+
+def test_explain_of_a_program_says_what_is_compiled_and_what_is_left(tmp_path):
+    file = tmp_path / "my_model.py"
+    file.write_text(PROGRAM)
+    text = run("explain", f"{file}:example").replace("\n", "")
+    assert "compiled attention at " in text and "my_model.py:6" in text
+    assert "left attention at " in text and "not summed over the keys" in text
+    assert "(a model or function, a tuple of its arguments)" in run("explain", f"{file}:nothing", code=2)
+
+
 # ---- help ----
 
 

@@ -20,6 +20,12 @@ DECODERS = {
     "Llama": GROUPED,
     "Mistral": WINDOW,
     "Gemma2": WINDOW | dict(query_pre_attn_scalar=8),
+    "Gemma3": WINDOW | dict(query_pre_attn_scalar=8, sliding_window_pattern=2),
+    "Mixtral": WINDOW | dict(num_local_experts=4, num_experts_per_tok=2),
+    "Qwen3Moe": GROUPED | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+    "GPT2": dict(
+        vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, eos_token_id=None
+    ),
     "GptOss": WINDOW | dict(num_local_experts=4),
 }
 IDS = torch.arange(3, 27).view(2, 12) * 7 % 96 + 3
@@ -37,7 +43,10 @@ def registered():
 
 def both(family, options, head="Model"):
     """A model with eager attention, and the same one with ours."""
-    config = getattr(transformers, f"{family}Config")(**options)
+    text = "Text" if family == "Gemma3" else ""
+    config = getattr(transformers, f"{family}{text}Config")(**options)
+    family += text if head == "Model" else ""
+    head = "LMHeadModel" if (family, head) == ("GPT2", "ForCausalLM") else head
     plain = getattr(transformers, f"{family}{head}")._from_config(config, attn_implementation="eager").eval()
     ours = (
         getattr(transformers, f"{family}{head}")._from_config(config, attn_implementation="gossamer").eval()

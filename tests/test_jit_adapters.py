@@ -8,7 +8,7 @@ import torch
 import torch._dynamo
 
 import gossamer
-from gossamer.frontend import adapters
+from gossamer.frontend import adapt_experts, adapters
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -98,7 +98,11 @@ def test_every_layer_is_compiled_and_equal(name):
         )
 
 
-@pytest.mark.parametrize("given", [{}, dict(attention_mask=PADDED), dict(global_attention_mask=EVERYWHERE)])
+MANY = torch.zeros_like(IDS).index_fill(1, torch.arange(0, 36, 5), 1)
+OTHERS = [{}, dict(attention_mask=PADDED), dict(attention_mask=PADDED, global_attention_mask=MANY)]
+
+
+@pytest.mark.parametrize("given", OTHERS)
 def test_longformer_with_other_masks(given):
     model, *_ = build("longformer")
     kept = given.get("attention_mask", torch.ones_like(IDS)).bool()
@@ -148,9 +152,18 @@ def test_experts_that_cannot_be_captured_are_left_alone():
     assert "left experts at" in str(report) and "activation" in str(report)
 
 
+def test_faster_experts_of_torch_are_left_alone():
+    model, *_ = build("mixtral")
+    experts = model.layers[0].mlp.experts
+    for how, dtype, left in (("eager", torch.bfloat16, False), ("grouped_mm", torch.bfloat16, True)):
+        model.set_experts_implementation(how)
+        assert (adapt_experts.why_not(experts.to(dtype)) is not None) == left
+    assert adapt_experts.why_not(experts.float()) is None
+
+
 def test_other_backends_and_eager_mode_see_the_class_itself(monkeypatch):
     called = []
-    monkeypatch.setattr(adapters, "ADAPTERS", {k: None for k in adapters.ADAPTERS})
+    monkeypatch.setattr(adapters, "run", None)
     model, inputs, *_ = build("mixtral")
     with torch.no_grad():
         model(**inputs)

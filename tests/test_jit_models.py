@@ -47,6 +47,12 @@ MODELS = {
     "llama_padded": ("Llama", GROUPED, CAUSAL | dict(attention_mask=PADDING), 2),
     "mistral": ("Mistral", GROUPED | dict(sliding_window=8), CAUSAL, 2),
     "gemma2": ("Gemma2", GROUPED | dict(sliding_window=8, query_pre_attn_scalar=8), CAUSAL, 2),
+    "gemma3": (
+        "Gemma3Text",
+        GROUPED | dict(sliding_window=8, query_pre_attn_scalar=8, sliding_window_pattern=2),
+        CAUSAL,
+        2,
+    ),
     "gpt2": ("GPT2", SMALL, CAUSAL, 2),
     "gpt_oss": ("GptOss", GROUPED | dict(sliding_window=8, num_local_experts=4), CAUSAL, 4),  # and experts
     "bloom": ("Bloom", dict(vocab_size=99, hidden_size=32, n_layer=2, n_head=4), CAUSAL, 2),

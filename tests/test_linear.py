@@ -35,8 +35,12 @@ def test_gradients_in_bfloat16():
     check(Case(dtype=torch.bfloat16, heads=4, v_size=24), gradients=True)
 
 
-@pytest.mark.parametrize("feature_map", ["relu", "identity", torch.sigmoid, both], ids=str)
-def test_feature_maps(feature_map):
+FUNCTIONS = {"sigmoid": torch.sigmoid, "both": both}
+
+
+@pytest.mark.parametrize("name", ["relu", "identity", *FUNCTIONS])
+def test_feature_maps(name):
+    feature_map = FUNCTIONS.get(name, name)
     check(Case(feature_map=feature_map, normalize=feature_map != "identity", dtype=torch.float64))
 
 
@@ -95,7 +99,7 @@ MAPS = {
 @pytest.mark.parametrize("name", MAPS)
 def test_prepared_maps(name):
     made = MAPS[name](feature_maps.orthogonal_projection(8, 5, heads=2, dtype=torch.float64))
-    check(Case(size=8, feature_map=made, dtype=torch.float64, eps=1.0, causal=False))
+    check(Case(size=8, feature_map=made, dtype=torch.float64, eps=1.0))
 
 
 def test_weights_of_a_map_get_gradients():
@@ -110,15 +114,14 @@ def test_weights_of_a_map_get_gradients():
 
 def test_gradcheck_of_everything():
     q, k, v = (
-        torch.randn(1, n, 9, s, dtype=torch.float64, requires_grad=True) for n, s in ((4, 3), (2, 3), (2, 5))
+        torch.randn(1, n, 7, s, dtype=torch.float64, requires_grad=True) for n, s in ((4, 5), (2, 5), (2, 3))
     )
-    state = torch.rand(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
-    sums = torch.rand(1, 2, 6, dtype=torch.float64, requires_grad=True)
-    features = feature_maps.trace(both)
+    state = torch.rand(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+    sums = torch.rand(1, 2, 5, dtype=torch.float64, requires_grad=True)
 
     def run(q, k, v, *states):
         out, new = gossamer.linear_attention(
-            q, k, v, features, causal=True, initial_state=states, return_state=True, enable_gqa=True
+            q, k, v, causal=True, eps=1e-3, initial_state=states, return_state=True, enable_gqa=True
         )
         return out, *new
 
@@ -126,7 +129,7 @@ def test_gradcheck_of_everything():
 
 
 def test_separate_maps():
-    check(Case(feature_map="relu", key_map=torch.exp, dtype=torch.float64), gradients=True)
+    check(Case(feature_map="relu", key_map=torch.exp, dtype=torch.float64))
 
 
 def test_hash_codes_count_planes():
@@ -210,7 +213,6 @@ ZEROS = {name: torch.zeros(1, 2, 6, 4) for name in ("query", "key", "value")}
             r"\(1, 2, 4, 4\) of torch.float32",
         ),
     ],
-    ids=str,
 )
 def test_bad_input(changed, message):
     if message is None:
@@ -226,6 +228,25 @@ def test_what_cannot_be_captured():
     table = torch.ones(4)
     with pytest.raises(UnsupportedError, match="reads tensors"):
         gossamer.linear_attention(*ZEROS.values(), lambda x: x * table[0])
+
+
+def test_torch_compile_goes_on_around_it():
+    q, k, v = Case().tensors(0).values()
+
+    def model(q, k, v):
+        return gossamer.linear_attention(q * 2, k, v, causal=True) + 1
+
+    found = torch.compile(model, backend="eager")(q, k, v)
+    torch.testing.assert_close(found, model(q, k, v))
+
+
+def test_transforms_are_refused():
+    q, k, v = Case().tensors(0).values()
+    run = torch.func.vmap(lambda *t: gossamer.linear_attention(*t))
+    with pytest.raises(UnsupportedError, match="which are not built"):
+        run(*(t[None] for t in (q, k, v)))
+    with pytest.raises(UnsupportedError, match="which are not built"):
+        torch.func.grad(lambda x: gossamer.linear_attention(x, k, v).sum())(q)
 
 
 def test_a_projection_is_a_tensor():

@@ -170,7 +170,6 @@ def test_results_lie_as_projections_do():
         ({"heads": 0}, "at least 1"),
         ({"causal": True}, "options eps, normalize"),
     ],
-    ids=str,
 )
 def test_bad_input(changed, message):
     weights = dict(zip(("w_q", "w_k", "w_v"), torch.zeros(3, 12, 12), strict=True))

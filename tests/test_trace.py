@@ -148,6 +148,7 @@ SCORE_MODS = {
     "roots": lambda s, b, h, q, k: torch.sqrt(abs(s)) + torch.rsqrt(q + 1.0) + (k + 1) ** 0.5,
     "powers": lambda s, b, h, q, k: s**2 - torch.pow(s, 3) + (abs(s) + 1) ** -0.7 + (k + 1.0) ** -1,
     "sigmoid": lambda s, b, h, q, k: torch.sigmoid(s) * s.sigmoid() + torch.special.expit(s),
+    "elu, softplus": lambda s, b, h, q, k: torch.nn.functional.elu(s, 0.5) + torch.nn.functional.softplus(s),
     "relu, silu": lambda s, b, h, q, k: torch.relu(s) ** 2 + torch.nn.functional.silu(s),
     "rounding": lambda s, b, h, q, k: torch.floor(s) + torch.ceil(s) - torch.trunc(s * 3) + torch.sign(s),
     "floor of floats": lambda s, b, h, q, k: s // 0.5 + s % 0.75,

@@ -1,13 +1,12 @@
-"""Whole models on the CPU: gossamer.jit, eager mode and torch.compile in one run, interleaved.
+"""Whole models: gossamer.jit, eager mode and torch.compile in one run, interleaved.
 
-    python benchmarks/models_cpu.py                                 # minutes; 12 layers take 12 GB
-    python benchmarks/models_cpu.py --models longformer --layers 2 --no-compile
-    python benchmarks/models_cpu.py --json benchmarks/results/models_cpu_mine.json
+    python benchmarks/models.py                                 # minutes on a CPU
+    python benchmarks/models.py --models longformer --layers 2 --no-compile
+    python benchmarks/models.py --device cuda --dtype bf16 --rounds 20 --json benchmarks/results/mine.json
 
 Models have the sizes of the published ones and random weights; times are those of a forward pass of one
-sequence. `capture`: what a first call takes, of a decoder of 12 layers, with no kernel in the cache, and in
-another process with all of them there. Each part runs on all threads; errors are against float64 where the
-original runs in it, else against eager mode.
+sequence; differences are those to eager mode. `capture`: what a first call on the CPU takes, of a decoder of
+12 layers, with no kernel in the cache, and in another process with all of them there.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "longformer": ("Longformer", BASE | dict(attention_window=512, sep_token_id=2)),
     "bigbird": ("BigBird", BASE | dict(attention_type="block_sparse", block_size=64, num_random_blocks=3)),
 }
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -48,15 +48,22 @@ def main(
     layers: Annotated[int, typer.Option(help="of each model")] = 12,
     seq: Annotated[int, typer.Option(help="tokens")] = 4096,
     rounds: int = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help=f"one of {', '.join(DTYPES)}")] = "f32",
     compile: Annotated[bool, typer.Option(help="also torch.compile")] = True,
     capture: Annotated[bool, typer.Option(help="also what a first call takes")] = True,
     json: Annotated[Path | None, typer.Option(help="write the results here")] = None,
 ) -> None:
-    """Time whole models on this machine's CPU."""
-    threads = torch.get_num_threads()
-    results: dict[str, Any] = provenance(threads) | {"layers": layers, "seq": seq, "load": os.getloadavg()[0]}
-    with torch.inference_mode(False), torch.no_grad():
-        results["models"] = [one(name, layers, seq, rounds, compile) for name in models.split(",")]
+    """Time whole models on this machine."""
+    results: dict[str, Any] = provenance(torch.get_num_threads()) | {"device": device, "dtype": dtype}
+    results["load"] = os.getloadavg()[0]  # of everything on this machine, before we start
+    if device == "cuda":
+        results["gpu"] = torch.cuda.get_device_name()
+    with torch.no_grad():
+        results["models"] = [
+            one(*build(name, layers, seq, device, DTYPES[dtype]), name, rounds, compile)
+            for name in models.split(",")
+        ]
     if capture:
         results["capture"] = captures()
         console.print(results["capture"])
@@ -64,24 +71,19 @@ def main(
         save(json, results)
 
 
-def one(name: str, layers: int, seq: int, rounds: int, compile: bool) -> dict[str, Any]:
-    """Times and errors of one model."""
-    model, inputs = build(name, layers, seq)
+def one(model: Any, inputs: dict[str, Any], name: str, rounds: int, compile: bool) -> dict[str, Any]:
+    """Times of one model, and differences."""
+    layers, seq = model.config.num_hidden_layers, inputs["input_ids"].shape[1]
     ours = gossamer.jit(model)
-    contestants: dict[str, Callable[[], Any]] = {
-        "gossamer": lambda: ours(**inputs),
-        "eager": lambda: model(**inputs),
-    }
-    if compile:
-        compiled: Any = torch.compile(model)
-        contestants["torch.compile"] = lambda: compiled(**inputs)
+    calls = {"gossamer": ours, "eager": model} | ({"torch.compile": torch.compile(model)} if compile else {})
+    contestants = {by: finished(call, inputs) for by, call in calls.items()}
     found: dict[str, Any] = {"name": name, "layers": layers, "seq": seq}
     plain = contestants["eager"]().last_hidden_state
     for contestant, run in contestants.items():
         start = perf_counter()
         out = run().last_hidden_state
         found[f"{contestant} first call s"] = perf_counter() - start
-        found[f"{contestant} error against eager"] = (out - plain).abs().max().item()
+        found[f"{contestant} against eager"] = (out.float() - plain.float()).abs().max().item()
     found["sites"] = len(ours.report().compiled)
     title = f"{name}, {layers} layers, {seq} tokens"
     table = Table("model", "by", "s a call", "best", "against eager", title=title)
@@ -95,7 +97,19 @@ def one(name: str, layers: int, seq: int, rounds: int, compile: bool) -> dict[st
     return found
 
 
-def build(name: str, layers: int, seq: int) -> tuple[Any, dict[str, torch.Tensor]]:
+def finished(call: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], Any]:
+    """A call that returns when the device has done it."""
+
+    def run() -> Any:
+        out = call(**inputs)
+        if out.last_hidden_state.is_cuda:
+            torch.cuda.synchronize()
+        return out
+
+    return run
+
+
+def build(name: str, layers: int, seq: int, device: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """A model of a published one's size, and a sequence; the first token of a Longformer is global."""
     family, options = MODELS[name]
     torch.manual_seed(0)
@@ -105,7 +119,7 @@ def build(name: str, layers: int, seq: int) -> tuple[Any, dict[str, torch.Tensor
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if name == "longformer":
         inputs["global_attention_mask"] = torch.zeros_like(ids).index_fill(1, torch.tensor([0]), 1)
-    return model, inputs
+    return model.to(device, dtype), {key: value.to(device) for key, value in inputs.items()}
 
 
 # ---- first calls ----

@@ -1,0 +1,207 @@
+"""The compiled kernels of layers of experts and of their routers, whatever library the tensors are from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..ir.errors import InputError
+from ..runtime.driver import get_or_compile
+from .activation import activation_term
+from .device import precision_of, target_of
+from .layer import Layer, is_layer_aligned
+from .problem import as_integer, is_aligned
+from .term import Term
+from .trace_tensor import dtype_name
+
+if TYPE_CHECKING:
+    from ..ir.kernel import Program
+    from ..runtime.driver import Executable
+
+SINGLE = 512  # entries that one program sorts
+ROUTERS = {"softmax": "softmax", "sigmoid": "sigmoid", "softmax_of_topk": "logits", "random": "random"}
+
+
+def dtype_of(tensor: Any) -> str:
+    """The dtype of a tensor of any library, or of a `Strided`, by its name in the IR."""
+    return tensor.dtype if isinstance(tensor.dtype, str) else str(dtype_name(tensor.dtype))
+
+
+def load_of(mean: float, device: Any) -> str:
+    """What `ExpertsSpec.load` says of so many rows an expert."""
+    return "few" if mean <= 16 else "some" if mean <= 64 and device.type != "cpu" else "many"
+
+
+# layers ---------------------------------------------------------------------------------------------
+
+
+def layer_executable(
+    what: str,
+    values: Mapping[str, Any],
+    layer: Layer,
+    asked: tuple[int, Term, bool, bool],
+    wanted: tuple[str, ...] = (),
+) -> Executable:
+    """The kernels of a layer, "experts", or of its "gradients", those of `wanted` inputs.
+
+    values: the tensors by the kernels' names. asked: top_k, the activation's term, and whether rows are
+    sorted and products kept already."""
+    x, (top_k, term, routed, keeps) = values["x"], asked
+    rows = values["tokens"] if routed else values["ids"]
+    target, entries = target_of(x.device), rows.shape[0]
+    alone = what == "experts" and not routed and (x.shape[0] == 1 or 2 * entries <= layer.experts)
+    facts = {
+        "experts": layer.experts,
+        "top_k": top_k,
+        "hidden": layer.hidden,
+        "inner": layer.inner,
+        "halves": layer.halves,
+        "dtype": dtype_of(x),
+        "transposed": layer.transposed,
+        "units": layer.units,
+        "biased": layer.gate_up_bias is not None,
+        "routing": ("i32" if routed else dtype_of(rows), dtype_of(values.get("weights", x))),
+        "load": "one" if alone else load_of(entries / layer.experts, x.device),
+        "single": entries <= SINGLE and not routed,
+        "routed": routed and top_k > 0,
+        "keeps": keeps,
+        "aligned": is_layer_aligned(x, layer),
+        "precision": precision_of(x.device, dtype_of(x)),
+    }
+
+    def make() -> Program:
+        from ..passes.moe_pipeline import compile_experts, compile_gradients
+        from ..passes.moe_spec import ExpertsSpec
+        from .term_expr import to_expr
+
+        expr = to_expr(term, frozenset(("x0", "x1")))
+        spec = ExpertsSpec(activation=expr, target=target, **facts)
+        return compile_gradients(spec, wanted) if what == "gradients" else compile_experts(spec)
+
+    return get_or_compile((what, term, wanted, tuple(facts.items())), make, target)
+
+
+def groups_executable(experts: int, top_k: int, ids: Any) -> Executable:
+    """What sorts ids (entries,) by expert: ids -> tokens, bounds, place."""
+    target = target_of(ids.device)
+    facts = (experts, top_k, dtype_of(ids), ids.shape[0] <= SINGLE)
+
+    def make() -> Program:
+        from ..ir.expr import real
+        from ..passes.moe_pipeline import compile_groups
+        from ..passes.moe_spec import ExpertsSpec
+
+        spec = ExpertsSpec(
+            *facts[:2], 1, 1, real("x0"), None, routing=(facts[2], "f32"), single=facts[3], target=target
+        )
+        return compile_groups(spec)
+
+    return get_or_compile(("groups", facts), make, target)
+
+
+def product_executable(
+    a: Any,
+    sizes: tuple[int, int, int],
+    unit: int | None,
+    load: str,
+    *,
+    biased: bool,
+    outer: bool,
+    aligned: bool,
+) -> Executable:
+    """One product by groups: a, w, bounds (, bias) -> o, or, if `outer`, a, b, bounds -> o.
+
+    sizes: groups and the extents of their matrices. unit: which dimension of w has stride 1."""
+    dtype, target = dtype_of(a), target_of(a.device)
+    precision = precision_of(a.device, dtype)
+    facts = (unit, load, biased, outer, aligned)
+
+    def make() -> Program:
+        from ..ir.expr import real
+        from ..passes.moe_pipeline import compile_product
+        from ..passes.moe_spec import ExpertsSpec
+
+        groups, hidden, inner = sizes
+        spec = ExpertsSpec(
+            groups, 1, hidden, inner, real("x0"), None, dtype=dtype, units=(unit, unit), load=load,
+            aligned=aligned, precision=precision, target=target,
+        )  # fmt: skip
+        return compile_product(spec, outer=outer, biased=biased)
+
+    return get_or_compile(("product", sizes, facts, dtype, precision), make, target)
+
+
+def are_rows_aligned(tensor: Any) -> bool:
+    """Whether GPU kernels may read rows of a tensor in pieces of 16 bytes; those of CPUs do not ask."""
+    return tensor.device.type == "cpu" or (
+        is_aligned(tensor) and tensor.shape[-1] * tensor.element_size() % 16 == 0
+    )
+
+
+# routers --------------------------------------------------------------------------------------------
+
+
+def router_facts(
+    experts: int,
+    top_k: Any,
+    router: str | Callable[..., Any],
+    renormalize: Any,
+    corrected: str | None,
+    groups: int,
+    top_groups: int | None,
+    cut: str | None,
+) -> tuple[Any, ...]:
+    """What a router's kernel depends on beside dtype, device and hashing: (experts, top_k, scoring, whether
+    weights add up to 1, dtype of a correction, groups, top_groups). Raises InputError."""
+    if not callable(router) and router not in ROUTERS:
+        raise InputError("route.router", f"a function, or one of {', '.join(ROUTERS)}", repr(router))
+    if cut is not None and router == "softmax_of_topk":
+        expected = "scores that are compared before their softmax is known"
+        raise InputError(f"route.{cut}", expected, repr(router), 'Pass router="softmax"')
+    count = as_integer(top_k)
+    if count is None or not 1 <= count <= experts:
+        raise InputError("route.top_k", f"1 to {experts}, the number of experts", top_k)
+    top_groups = groups if top_groups is None else top_groups
+    size = experts // groups if groups and experts % groups == 0 else 0
+    if not size or not 1 <= top_groups <= groups or top_groups * size < count:
+        expected = f"groups that divide {experts} experts, and enough of them open for {count}"
+        raise InputError("route.groups, top_groups", expected, (groups, top_groups))
+    if groups == top_groups:
+        groups = top_groups = 1
+    scoring = "map" if callable(router) else ROUTERS[router]
+    return experts, count, scoring, bool(renormalize), corrected, groups, top_groups
+
+
+def cut_of(top_p: Any, threshold: Any, capacity: Any) -> str | None:
+    """What leaves out experts: 'top_p', 'threshold' or nothing. Raises InputError."""
+    if top_p is not None and threshold is not None:
+        raise InputError("route.top_p, threshold", "one of them at most", (top_p, threshold))
+    if capacity is not None and (as_integer(capacity) is None or capacity < 0):
+        raise InputError("route.capacity", "a number of tokens, 0 or more", capacity)
+    return "top_p" if top_p is not None else None if threshold is None else "threshold"
+
+
+def router_term(router: Any) -> Term | None:
+    """The score of a logit, x0, where the router is a function. Raises TraceError."""
+    return activation_term(router, gated=False) if callable(router) else None
+
+
+def router_executable(
+    facts: tuple[Any, ...], logits: Any, cut: str | None, hashed: bool, limited: bool, term: Any
+) -> Executable:
+    """logits (, bias, token_ids), numbers -> ids, weights; with `limited` also chosen, ids before the limit.
+
+    facts: see `router_facts`."""
+    target, dtype = target_of(logits.device), dtype_of(logits)
+
+    def make() -> Program:
+        from ..passes.moe_router import compile_router
+        from ..passes.moe_router_spec import RouterSpec
+        from .term_expr import to_expr
+
+        expr = None if term is None else to_expr(term, frozenset(("x0",)))
+        more: dict[str, Any] = dict(logits=dtype, target=target, cut=cut, hashed=hashed, keeps=limited)
+        limit = "token" if limited else None
+        return compile_router(RouterSpec(*facts, expr=expr, limited=limit, **more))  # pyright: ignore[reportCallIssue]
+
+    return get_or_compile(("router by arrays", facts, dtype, cut, hashed, limited, term), make, target)

@@ -1,0 +1,147 @@
+"""Layers of experts on a GPU: the error rule, gradients, quantised matrices, routers, graphs.
+
+pytest -m gpu -n 12 tests/test_gpu_moe.py
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import gossamer  # noqa: E402
+from gossamer.frontend.activation import clamped_swiglu  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+_SPEC = importlib.util.spec_from_file_location(
+    "gossamer_tests_moe_cases", Path(__file__).with_name("moe_cases.py")
+)
+CASES = importlib.util.module_from_spec(_SPEC)
+sys.modules[_SPEC.name] = CASES
+_SPEC.loader.exec_module(CASES)
+Case, plain, ULP = CASES.Case, CASES.plain, CASES.ULP
+HALF = {"dtype": torch.bfloat16, "hidden": 128, "inner": 96}
+GPT_OSS = {"transposed": True, "interleaved": True, "biased": True, "activation": clamped_swiglu()}
+LAYERS = [
+    Case(tokens=1, **HALF),
+    Case(tokens=7, experts=16, top_k=4, **HALF),
+    Case(tokens=300, experts=5, **HALF),
+    Case(tokens=1500, experts=24, top_k=3, **HALF),
+    Case(tokens=200, experts=6, **HALF | GPT_OSS),
+    Case(tokens=90, gated=False, activation="relu2", **HALF),
+    Case(tokens=90, hidden=72, inner=40, dtype=torch.float16),
+    Case(tokens=90, hidden=64, inner=48, biased=True),
+]
+
+
+def cuda(layer):
+    return {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in layer.items()}
+
+
+def close(found, exact, theirs, dtype, name=""):
+    """At most twice plain torch's error, and an ulp of the scale; errors of few numbers scatter: thrice."""
+    found, theirs, exact = (t.detach().double().cpu() for t in (found, theirs, exact))
+    allowed = 3 * (theirs - exact).abs().max() + 2 * ULP[dtype] * exact.abs().max()
+    error = (found - exact).abs().max()
+    assert error <= allowed, f"{name}: {float(error):.3g} > {float(allowed):.3g}"
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=repr)
+def test_forward(case):
+    layer, x = case.layer(), case.x()
+    ids, weights = case.routing(0, -1, case.experts + 1)
+    found = gossamer.experts(x.cuda(), ids.cuda(), weights.cuda(), **cuda(layer))
+    exact, theirs = (plain(case, x, ids, weights, layer, kind) for kind in (torch.float64, case.dtype))
+    close(found, exact, theirs, case.dtype)
+    again = gossamer.experts(x.cuda(), ids.cuda(), weights.cuda(), **cuda(layer))
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=repr)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients(case, recompute):
+    layer, ids = case.layer(), case.routing(0, -1, case.experts + 1)[0]
+    weights = case.routing(0)[1]
+    names = [n for n in layer if n.endswith(("proj", "bias"))]
+    slope = torch.randn(case.tokens, case.hidden, dtype=torch.float64)
+
+    def run(kind, device):
+        leaves = [t.to(device, kind).requires_grad_() for t in (case.x(), *(layer[n] for n in names))]
+        scores = weights.to(device, torch.float64 if kind == torch.float64 else None).requires_grad_()
+        own = layer | dict(zip(names, leaves[1:], strict=True))
+        if device == "cpu":
+            out = plain(case, leaves[0], ids, scores, own, kind)
+        else:
+            out = gossamer.experts(leaves[0], ids.cuda(), scores, **own, recompute=recompute)
+        leaves.append(scores)
+        return torch.autograd.grad(out, leaves, slope.to(device, out.dtype))
+
+    found, exact, theirs = run(case.dtype, "cuda"), run(torch.float64, "cpu"), run(case.dtype, "cpu")
+    for name, *each in zip(["x", *names, "weights"], found, exact, theirs, strict=True):
+        close(*each, case.dtype, name)
+    assert all(map(torch.equal, found, run(case.dtype, "cuda")))
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 300])
+@pytest.mark.parametrize(
+    "format, options",
+    [
+        ("int8", {}),
+        ("int8", {"group_size": 32}),
+        ("int4", {"group_size": 32}),
+        ("int2", {}),
+        ("fp8", {"group_size": "expert"}),
+        ("mxfp4", {}),
+    ],
+    ids=str,
+)
+def test_quantised(tokens, format, options):
+    case = Case(tokens=tokens, experts=6, dtype=torch.bfloat16, hidden=256, inner=128)
+    layer, x = case.layer(), case.x()
+    for name in ("gate_up_proj", "down_proj"):
+        layer[name] = gossamer.quantize(layer[name].cuda(), format, **options)
+    ids, weights = case.routing(0, -1, case.experts + 1)
+    found = gossamer.experts(x.cuda(), ids.cuda(), weights.cuda(), **cuda(layer))
+    wide = layer | {n: layer[n].dequantize(torch.float64).cpu() for n in ("gate_up_proj", "down_proj")}
+    exact, theirs = (plain(case, x, ids, weights, wide, kind) for kind in (torch.float64, case.dtype))
+    close(found, exact, theirs, case.dtype)
+
+
+ROUTERS = {
+    "softmax": {},
+    "sigmoid groups": {"router": "sigmoid", "groups": 4, "top_groups": 2},
+    "capacity": {"capacity": 9},
+    "top_p": {"top_p": 0.6},
+    "expert choice": {"router": "expert_choice", "capacity": 7},
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers(name):
+    logits = torch.randn(61, 16)
+    on_cpu, on_gpu = (gossamer.route(x, 4, **ROUTERS[name]) for x in (logits, logits.cuda()))
+    assert torch.equal(on_cpu.counts, on_gpu.counts.cpu())
+    assert torch.equal(on_cpu.token_ids, on_gpu.token_ids.cpu())
+    torch.testing.assert_close(on_gpu.weights.cpu(), on_cpu.weights, rtol=1e-5, atol=1e-6)
+
+
+def test_a_graph_takes_new_routings():
+    case = Case(tokens=64, experts=8, **HALF)
+    layer, x = cuda(case.layer()), case.x().cuda()
+    logits = torch.randn(64, 8, device="cuda")
+
+    def run():
+        return gossamer.moe(x, logits, layer["gate_up_proj"], layer["down_proj"], top_k=2)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        logits.normal_()
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, run())

@@ -1,0 +1,291 @@
+"""Quantised experts below the frontend: every level computes the same, texts parse, Triton's text runs."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sympy import sympify
+
+from gossamer import testing
+from gossamer.ir import graph_interpret, kernel_interpret
+from gossamer.ir.errors import InputError, VerifyError
+from gossamer.ir.evaluate import evaluate, round_to
+from gossamer.ir.expr import float_of_bits, integer, parse, real, sigmoid, to_text
+from gossamer.ir.graph import Op
+from gossamer.ir.graph_text import op_text
+from gossamer.ir.kernel_text import parse_program
+from gossamer.ir.kernel_text import to_text as kernel_text
+from gossamer.ir.quantized import Quantized, dequantize, e4m3
+from gossamer.ir.ragged import Tiling
+from gossamer.passes.moe_build import build_experts
+from gossamer.passes.moe_fuse import fuse_experts
+from gossamer.passes.moe_gradient import build_gradients
+from gossamer.passes.moe_pipeline import compile_experts, compile_gradients, lower_experts, run_experts
+from gossamer.passes.moe_spec import ExpertsSpec
+
+SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")
+E, I, T, TOP = 3, 16, 9, 2  # noqa: E741
+FORMATS = {
+    "int8": ("int", (8,), "f32"),
+    "int4": ("int", (4,), "bf16"),
+    "int2": ("int", (2,), "f16"),
+    "fp8": ("e4m3", (8,), "f32"),
+    "mxfp4": ("e2m1", (4,), "e8m0"),
+    "nested": ("int", (2, 4, 8), "f32"),
+}
+
+
+def stored(format, columns, group, bits=0):
+    element, planes, scale = FORMATS[format]
+    return Quantized(element, planes, columns, min(group, columns), scale, bits if len(planes) > 1 else 0)
+
+
+def spec_of(format, group=8, hidden=24, inner=I, bits=0, **more):
+    pair = tuple(stored(format, k, group, bits) for k in (hidden, inner))
+    return ExpertsSpec(E, TOP, hidden, inner, SWIGLU, quantized=pair, **({"aligned": False} | more))
+
+
+def arguments(spec, tokens=T, seed=0):
+    """Values of a graph's inputs, codes and all."""
+    rng, sizes = np.random.default_rng(seed), {"T": tokens, "rows": tokens * TOP}
+    found = {}
+    for value in build_experts(spec).inputs:
+        shape = [sizes.get(n, n) for n in value.shape]
+        found[value.name] = rng.standard_normal(shape).astype(np.float32)
+    for name, q in zip(("gate_up", "down"), spec.quantized, strict=True):
+        rows = 2 * spec.inner if name == "gate_up" else spec.hidden
+        for n in range(len(q.read)):
+            code = rng.integers(0, 256, (E, rows, q.row_bytes(n))).astype(np.uint8)
+            whole = q.element == "e4m3"
+            found[f"{name}_codes{n or ''}"] = np.where(whole & (code & 127 == 127), 0, code).astype(np.uint8)
+        if q.scale == "e8m0":
+            found[f"{name}_scales"] = rng.integers(122, 126, (E, rows, q.groups)).astype(np.uint8)
+        else:
+            found[f"{name}_scales"] = round_to(rng.random((E, rows, q.groups)) / 16, q.scale)
+        found[f"{name}_bits"] = rng.choice(q.planes, E).astype(np.int32)
+    found["ids"] = rng.integers(-1, E + 1, (tokens, TOP))
+    found["weights"] = rng.random((tokens, TOP)).astype(np.float32)
+    return {v.name: found[v.name] for v in build_experts(spec).inputs}
+
+
+def for_kernels(given, spec):
+    """The arguments of kernels: entries in a row, an output to fill, codes of dtypes that the target has."""
+    found = given | {name: given[name].reshape(-1) for name in ("ids", "weights")}
+    for name, q in zip(("gate_up", "down"), spec.quantized, strict=True):
+        if q.element == "e4m3" and not spec.is_cpu:
+            found[f"{name}_codes"] = e4m3(given[f"{name}_codes"]).astype(np.float32)
+    return found | {"o": np.full_like(given["x"], np.nan)}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(sorted(FORMATS)),
+    st.sampled_from([0, 2, 4, 8]),
+    st.integers(1, 45),
+    st.integers(1, 40),
+    st.sampled_from([4, 8, 16, 64]),
+    st.sampled_from(["cpu", "cuda:sm_90", "cuda:sm_80"]),
+    st.sampled_from(["one", "few", "many"]),
+)
+def test_every_level_computes_the_same(format, bits, hidden, inner, group, target, load):
+    spec = spec_of(format, group, hidden, inner, bits, target=target, load=load, biased=group == 4)
+    given = arguments(spec)
+    graph = build_experts(spec)
+    expected = graph_interpret.interpret(graph, given)["o"]
+    scheduled = run_experts(graph, spec)
+    testing.verify(scheduled)
+    assert testing.parse(testing.to_text(scheduled)) == scheduled
+    found = graph_interpret.interpret(scheduled, given)["o"]
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * largest)
+    program = lower_experts(scheduled, spec)
+    assert parse_program(kernel_text(program)) == program
+    given = for_kernels(given, spec)
+    if target == "cuda:sm_80" and format == "fp8":
+        given |= {n: v for n, v in arguments(spec).items() if n.endswith("codes")}
+    found = kernel_interpret.interpret(program, given)["o"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_codes_stand_for_numbers_in_the_order_of_columns():
+    q = Quantized("int", (4,), 6, 6)
+    codes = np.array([[[0x91, 0xA2, 0xB3]]], np.uint8)  # columns 0, 1, 2 below, 3, 4, 5 above
+    found = dequantize(q, [codes, np.ones((1, 1, 1))])
+    assert found.tolist() == [[[1 - 8, 2 - 8, 3 - 8, 9 - 8, 10 - 8, 11 - 8]]]
+
+
+# ---- fuse ----
+
+
+def test_products_take_codes_and_decode_them_themselves():
+    fused = testing.run_pass(build_experts(spec_of("int4")), fuse_experts)
+    assert [op.kind for op in fused.ops] == ["group", "grouped_gemm", "grouped_gemm", "combine"]
+    text = op_text(fused.ops[2])
+    assert text.startswith("%y = grouped_gemm %h, %down_codes, %bounds, %down_scales {quantized = Quantized(")
+
+
+def test_gradients_decode_once_a_product():
+    spec = spec_of("int4")
+    fused = fuse_experts(build_gradients(spec, ("x", "weights")))
+    assert sum(op.attr("quantized") is not None for op in fused.ops) == 3  # both of gate_up, one of down
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda:sm_90"])
+@pytest.mark.parametrize("format", ["int2", "mxfp4"])
+def test_gradients_at_every_level(format, target):
+    spec = spec_of(format, 8, 24, 16, target=target)
+    graph, rng = build_gradients(spec, ("x", "weights")), np.random.default_rng(0)
+    layer, entries = arguments(spec), T * TOP
+    sizes = {"T": T, "rows": entries}
+    given = {
+        v.name: layer.get(v.name, rng.standard_normal([sizes.get(n, n) for n in v.shape]).astype(np.float32))
+        for v in graph.inputs
+    }
+    place = rng.permutation(entries)
+    tokens = np.zeros(entries, np.int32)
+    tokens[place] = np.arange(entries) // TOP
+    given |= {"tokens": tokens, "bounds": np.array([0, 7, 7, entries], np.int32)}
+    given["place"] = place.reshape(T, TOP).astype(np.int32)
+    expected = graph_interpret.interpret(graph, given)
+    flat = given | {n: given[n].reshape(-1) for n in ("place", "ones")}
+    flat |= {name: np.full_like(value, np.nan) for name, value in expected.items()}
+    found = kernel_interpret.interpret(compile_gradients(spec, ("x", "weights")), flat)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-5 * np.abs(value).max())
+
+
+# ---- rules ----
+
+
+def change(**fields):
+    def rule(op):
+        if op.kind != "dequantize":
+            return None
+        q = op.attr("format")
+        return op.with_attrs(
+            format=Quantized(**({n: getattr(q, n) for n in q.__dataclass_fields__} | fields))
+        )
+
+    return rule
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (change(planes=(3,), bits=3), "planes of 8, 4 or 2 bits"),
+        (change(element="e5m2"), "expected an element"),
+        (change(group=3), "shape of %gate_up_scales"),
+        (change(columns=25), "shape of %gate_up_codes"),
+        (lambda op: Op(op.kind, op.inputs[:1], op.outputs, op.attrs) if op.kind[0] == "d" else None, "2 of"),
+    ],
+)  # fmt: skip
+def test_rules(rule, message):
+    with pytest.raises(VerifyError, match=message):
+        testing.verify(build_experts(spec_of("int4")).map_ops(rule))
+
+
+def test_transposed_matrices_have_no_codes():
+    with pytest.raises(InputError, match=r"matrices \[E, out, in\]"):
+        spec_of("int4", transposed=True)
+
+
+def test_the_float_of_bits():
+    expr = float_of_bits(integer("n") + 1)
+    assert parse(to_text(expr), {"n": integer("n")}) == expr
+    assert evaluate(expr, {"n": 0x3F800000 - 1}) == 1.0 and float_of_bits(sympify(0x40490FDB)) > 3.14
+
+
+def test_e4m3_rounds_to_nearest():
+    values = e4m3(np.arange(127, dtype=np.uint8))
+    assert np.array_equal(round_to(values, "f8e4m3"), values.astype(np.float32))
+    assert round_to(1.06, "f8e4m3") == 1.0 and round_to(1.07, "f8e4m3") == 1.125
+    assert np.isnan(round_to(500.0, "f8e4m3"))
+
+
+# ---- Triton ----
+
+
+@pytest.mark.parametrize(
+    ("format", "load", "scales"),
+    [
+        ("int4", "one", "codes"),
+        ("int4", "few", "products"),
+        ("nested", "few", "codes"),
+        ("mxfp4", "few", "products"),
+        ("int8", "few", "sums"),
+    ],
+)
+def test_triton_interpreter(format, load, scales):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from gossamer.codegen.triton import emit
+    from gossamer.runtime.triton_interpreter import run_interpreted
+
+    group = 64 if scales == "sums" else 16
+    tiling = Tiling(16, 16, 16, wide=2, unroll=2, scales=scales, turned=True)
+    spec = spec_of(format, group, 64, 32, target="cuda:sm_90", load=load, tiling=(tiling, tiling))
+    given = arguments(spec, 6)
+    expected = graph_interpret.interpret(build_experts(spec), given)["o"]
+    program = compile_experts(spec)
+    values = {k: torch.from_numpy(v.copy()) for k, v in for_kernels(given, spec).items()}
+    sizes = {"entries": 6 * TOP, "T": 6}
+    for t in program.intermediates:
+        shape = [int(evaluate(integer(n) if isinstance(n, str) else sympify(n), sizes)) for n in t.shape]
+        values[t.name] = torch.zeros(shape, dtype=torch.int32 if t.dtype == "i32" else torch.float32)
+    for kernel in program.kernels:
+        run_interpreted(emit(kernel), {a.name: values[a.name] for a in kernel.args})
+    np.testing.assert_allclose(values["o"], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def mixtral(format, load, group):
+    pair = tuple(stored(format, k, group) for k in (4096, 14336))
+    return ExpertsSpec(
+        8, 2, 4096, 14336, SWIGLU, dtype="bf16", load=load, target="cuda:sm_90", quantized=pair
+    )
+
+
+@pytest.mark.parametrize(
+    ("format", "load", "group"),
+    [("int4", "few", 128), ("mxfp4", "few", 32), ("int8", "many", 99999), ("fp8", "many", 99999)],
+)
+def test_products_compile_for_an_h100_without_spills(format, load, group):
+    pytest.importorskip("triton")
+    from gossamer.codegen.triton import emit
+    from gossamer.runtime.gpu import compile_ahead
+
+    for kernel in compile_experts(mixtral(format, load, group)).kernels[2:4]:
+        binary = compile_ahead(emit(kernel), "cuda:sm_90")
+        assert not binary.spills and not binary.lacks
+        # Decoded in registers: what the tensor cores take was never in shared memory.
+        assert "wgmma" in binary.assembly and "cp.async" in binary.assembly
+
+
+def test_a_token_compiles_for_an_h100_without_spills():
+    pytest.importorskip("triton")
+    from gossamer.codegen.triton import emit
+    from gossamer.runtime.gpu import compile_ahead
+
+    for kernel in compile_experts(mixtral("int4", "one", 128)).kernels:
+        binary = compile_ahead(emit(kernel), "cuda:sm_90")
+        assert not binary.spills and "ld.global.v4" in binary.assembly
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_80", "hip:gfx942"])
+def test_every_format_compiles_elsewhere(target):
+    pytest.importorskip("triton")
+    from gossamer.codegen.triton import emit
+    from gossamer.runtime.gpu import compile_ahead
+
+    formats = ("int4", "mxfp4") if target.startswith("hip") else ("fp8", "nested")
+    for format in formats:
+        pair = tuple(stored(format, k, 32) for k in (256, 128))
+        spec = ExpertsSpec(8, 2, 256, 128, SWIGLU, dtype="f16", load="some", target=target, quantized=pair)
+        for kernel in compile_experts(spec).kernels[2:4]:
+            assert not compile_ahead(emit(kernel), target).lacks
+
+
+def test_golden(golden):
+    pytest.importorskip("triton")
+    from gossamer.codegen.triton import emit
+
+    golden("triton/experts_int4.py", emit(compile_experts(mixtral("int4", "few", 128)).kernels[2]))
