@@ -76,7 +76,8 @@ def layer_from(call: Arguments) -> Layer:
     for name, key in zip(("gate_up", "down"), facts["quantized"], strict=True):
         if key is not None:
             given[name] = QuantizedWeight.joined(key, name, given)
-    return layer_by_name(given, *(facts[name] for name in ("transposed", "interleaved", "lora_scale")))
+    settings = (facts["transposed"], facts["interleaved"], call.numbers["lora_scale"])
+    return layer_by_name(given, *settings)
 
 
 def term_of(call: Arguments, layer: Layer) -> Any:

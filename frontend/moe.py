@@ -216,11 +216,10 @@ def traced(
         ("interleaved", bool(interleaved)),
         ("recompute", bool(recompute)),
         ("validate", bool(validate)),
-        ("lora_scale", float(lora_scale)),
         ("quantized", tuple(keys)),
     )
-    form = MoeForm("experts", tuple(named), (), (), facts, learns(list(named.values())))
-    return call(form, list(named.values()))[0]
+    form = MoeForm("experts", tuple(named), (), ("lora_scale",), facts, learns(list(named.values())))
+    return call(form, list(named.values()), (), (float(lora_scale),))[0]
 
 
 @pure

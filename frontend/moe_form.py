@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..ir.errors import InputError
+from .pure import pure
 
 VERSION = 1  # of the text of forms, which exported programs hold
 
@@ -30,7 +31,7 @@ class MoeForm(NamedTuple):
     @property
     def text(self) -> str:
         """The form as JSON, which `MoeForm.parse` reads back."""
-        return json.dumps((VERSION, *self), separators=(",", ":"))
+        return _spelled(*self)
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -44,6 +45,11 @@ class MoeForm(NamedTuple):
             fix = "Export the program again with this version of gossamer"
             raise InputError("gossamer::moe.form", f"a form of version {VERSION}", repr(text[:60]), fix)
         return MoeForm(*fields)
+
+
+@pure
+def _spelled(*fields: Any) -> str:
+    return json.dumps((VERSION, *fields), separators=(",", ":"))
 
 
 def _tuples(value: Any) -> Any:
