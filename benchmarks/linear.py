@@ -160,14 +160,14 @@ def main(
     for name, case in CASES[device.type].items():
         if name.startswith(starts):
             rows += measure(name, case, device, dtype, rounds, compiled)
+            if json is not None:
+                save(json, provenance(threads=torch.get_num_threads()) | {"rows": rows})
     heads = ("case", "what", "ours", "eager", "compile", "over eager", "over compile", "error")
     table = Table(*heads, title=f"milliseconds, {dtype} on {device.type}")
     for row in rows:
         told = (f"{row[h]:.3f}" if isinstance(row[h], float) else str(row[h]) for h in row)
         table.add_row(*told)
     console.print(table)
-    if json is not None:
-        save(json, provenance(threads=torch.get_num_threads()) | {"rows": rows})
 
 
 def measure(
