@@ -37,6 +37,7 @@ GPU_CODES = {
     "some": (64, 128, 128, 4, 4),
     "many": (128, 256, 64, 8, 4),
 }
+SCALE_BYTES = 4
 SHARED = 64 * 1024  # bytes that a program has at least, on GPUs that are not described
 GPU_PLAIN = {  # products without halves have half the columns to hold
     "one": (16, 64, 256, 4, 4),
@@ -105,6 +106,8 @@ def _of_codes(op: Op, q: Quantized, spec: ExpertsSpec, inner: int, columns: int)
         cols = max(16, cols // 2)
     step, unroll = steps_of(q, most, cpu=False) if by_rows else (32, 1)
     bytes_of_codes = sum(q.blocks(n) for n in range(len(q.read))) * (parts if by_rows else 1)
+    if not is_uniform(q, step if by_rows else cols):  # every element has a scale loaded beside it
+        bytes_of_codes += SCALE_BYTES * (parts * q.slices if by_rows else q.slices)
     room, slices = _room(spec), q.slices if by_rows else 1
     while stages > 2 or cols > 16:
         if (rows * slices * size + cols * bytes_of_codes) * step * unroll * stages <= room:

@@ -1,5 +1,7 @@
 """Quantised experts below the frontend: every level computes the same, texts parse, Triton's text runs."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from gossamer.ir.evaluate import evaluate, round_to
 from gossamer.ir.expr import float_of_bits, integer, parse, real, sigmoid, to_text
 from gossamer.ir.graph import Op
 from gossamer.ir.graph_text import op_text
+from gossamer.ir.kernel import For, Load
 from gossamer.ir.kernel_text import parse_program
 from gossamer.ir.kernel_text import to_text as kernel_text
 from gossamer.ir.quantized import Quantized, dequantize, e4m3
@@ -258,6 +261,26 @@ def test_products_compile_for_an_h100_without_spills(format, load, group):
         assert not binary.spills and not binary.lacks
         # Decoded in registers: what the tensor cores take was never in shared memory.
         assert "wgmma" in binary.assembly and "cp.async" in binary.assembly
+
+
+@pytest.mark.parametrize("load", ["few", "many"])
+@pytest.mark.parametrize(("format", "group"), [("int4", 128), ("int4", 40), ("int2", 128)])
+def test_scales_of_every_element_fit_an_h100(format, group, load):
+    """No step of the second product is of one group: scales come beside the codes, element by element."""
+    pytest.importorskip("triton")
+    from gossamer.codegen.triton import emit
+    from gossamer.runtime.gpu import compile_ahead
+
+    pair = stored(format, 256, group), stored(format, 384, group)
+    spec = ExpertsSpec(8, 2, 256, 384, SWIGLU, dtype="bf16", load=load, target="cuda:sm_90", quantized=pair)
+    kernel = compile_experts(spec).kernels[3]
+    assert not compile_ahead(emit(kernel), "cuda:sm_90").lacks
+    (loop,) = (s for s in kernel.body[-1].body if isinstance(s, For))
+    loads = [s for s in loop.body if isinstance(s, Load)]
+    bytes_of = {"u8": 1, "bf16": 2, "f32": 4}
+    turn = sum(math.prod(kernel.axis(a).size for a in s.axes) * bytes_of[s.dtype] for s in loads)
+    assert any(s.tensor.endswith("scales") and len(s.axes) == 2 for s in loads)
+    assert turn * dict(kernel.meta)["stages"] <= 232_448  # Triton 3.6 stages all of them, 3.7 some
 
 
 def test_a_token_compiles_for_an_h100_without_spills():
