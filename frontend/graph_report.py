@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from .report import Compiled, Left, Report
@@ -38,7 +41,8 @@ class Findings:
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_LIBRARY = re.compile(r"[\\/](torch|gossamer|transformers[\\/]integrations)[\\/]")
+_ROOTS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))
+_LIBRARY = re.compile(r"[\\/]transformers[\\/]integrations[\\/]")
 
 
 def place(nodes: Any) -> str:
@@ -55,7 +59,7 @@ def place(nodes: Any) -> str:
 
 def innermost(found: list[tuple[str, int]]) -> str:
     """file:line of the last line that is no library's, which passes calls on; else of the last one."""
-    own = [f for f in found if not _LIBRARY.search(f[0])] or found
+    own = [f for f in found if not f[0].startswith(_ROOTS) and not _LIBRARY.search(f[0])] or found
     return f"{own[-1][0]}:{own[-1][1]}" if own else "an unknown line"
 
 

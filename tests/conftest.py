@@ -41,9 +41,18 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"random inputs: --seed {config.option.seed}"
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a file draws when it is imported is its own, too."""
+    _seed(collector)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Every test draws from seeds of its own, whatever ran before it."""
-    seed = zlib.crc32(f"{item.config.option.seed} {item.nodeid}".encode())
+    _seed(item)
+
+
+def _seed(node: pytest.Item | pytest.Collector) -> None:
+    seed = zlib.crc32(f"{node.config.option.seed} {node.nodeid}".encode())
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
