@@ -71,18 +71,18 @@ def layer_of_shapes(
         raise InputError("experts.gate_up_proj", f"1 to {MOST_EXPERTS} experts", experts)
     if down.shape[0] != experts:
         raise InputError("experts.down_proj", f"{experts} experts, as gate_up_proj has", down.shape[0])
-    flipped = _is_transposed(hidden, gate_up.shape, down.shape, transposed)
+    flipped = is_transposed(hidden, gate_up.shape, down.shape, transposed)
     columns, inner = (gate_up.shape[2], down.shape[1]) if flipped else (gate_up.shape[1], down.shape[2])
     gated = columns == 2 * inner
     for name, bias, size in (("gate_up_bias", gate_up_bias, columns), ("down_bias", down_bias, hidden)):
         if bias is not None and tuple(bias.shape) != (experts, size):
             raise InputError(f"experts.{name}", f"shape ({experts}, {size})", tuple(bias.shape))
     if interleaved and not gated:
-        raise InputError("experts.interleaved", "matrices with a gate", _shown(gate_up, down))
+        raise InputError("experts.interleaved", "matrices with a gate", shown(gate_up, down))
     return Layer(*tensors, experts, hidden, inner, gated, flipped, bool(interleaved), units)
 
 
-def _is_transposed(hidden: int, up: tuple[int, ...], down: tuple[int, ...], asked: Any) -> bool:
+def is_transposed(hidden: int, up: tuple[int, ...], down: tuple[int, ...], asked: Any) -> bool:
     """Whether shapes are [E, H, out], [E, I, H]; where they could be both, only if the caller says so."""
     plain = up[2] == down[1] == hidden and up[1] in (down[2], 2 * down[2])
     flipped = up[1] == down[2] == hidden and up[2] in (down[1], 2 * down[1])
@@ -101,7 +101,7 @@ def _is_transposed(hidden: int, up: tuple[int, ...], down: tuple[int, ...], aske
     raise InputError("experts.gate_up_proj, down_proj", f"{wanted}, with H = {hidden}", got, other)
 
 
-def _shown(*tensors: Any) -> str:
+def shown(*tensors: Any) -> str:
     return " and ".join(str(list(t.shape)) for t in tensors)
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError
+from .layer import is_transposed, shown, unit_of
 from .problem import ALIGN, is_aligned
 from .quantized import QuantizedWeight
 
@@ -120,9 +121,9 @@ def layer_of(
         raise InputError("experts.gate_up_proj", f"1 to {MOST_EXPERTS} experts", experts)
     if down.shape[0] != experts:
         raise InputError("experts.down_proj", f"{experts} experts, as gate_up_proj has", down.shape[0])
-    flipped = _is_transposed(hidden, gate_up.shape, down.shape, transposed)
+    flipped = is_transposed(hidden, gate_up.shape, down.shape, transposed)
     if flipped and not all(isinstance(m, torch.Tensor) for m in (gate_up, down)):
-        got = _shown(gate_up, down)
+        got = shown(gate_up, down)
         raise InputError("experts.gate_up_proj, down_proj", "quantised matrices (experts, out, in)", got)
     columns, inner = (gate_up.shape[2], down.shape[1]) if flipped else (gate_up.shape[1], down.shape[2])
     gated = columns == 2 * inner
@@ -130,7 +131,7 @@ def layer_of(
         if bias is not None and tuple(bias.shape) != (experts, size):
             raise InputError(f"experts.{name}", f"shape ({experts}, {size})", tuple(bias.shape))
     if interleaved and not gated:
-        raise InputError("experts.interleaved", "matrices with a gate", _shown(gate_up, down))
+        raise InputError("experts.interleaved", "matrices with a gate", shown(gate_up, down))
     units = (_unit(gate_up), _unit(down))
     biases = (_rows(gate_up_bias), _rows(down_bias))
     return Layer(gate_up, down, *biases, experts, hidden, inner, gated, flipped, bool(interleaved), units)
@@ -153,37 +154,9 @@ def layer_by_name(tensors: dict[str, Any], transposed: Any, interleaved: Any, lo
     return layer.adapted(tensors["x"], lora, lora_scale) if lora else layer
 
 
-def _is_transposed(hidden: int, up: tuple[int, ...], down: tuple[int, ...], asked: Any) -> bool:
-    """Whether shapes are [E, H, out], [E, I, H]; where they could be both, only if the caller says so."""
-    plain = up[2] == down[1] == hidden and up[1] in (down[2], 2 * down[2])
-    flipped = up[1] == down[2] == hidden and up[2] in (down[1], 2 * down[1])
-    if asked is None and (plain or flipped):
-        return not plain
-    if asked is not None and (flipped if asked else plain):
-        return bool(asked)
-    other = "the other layout fits: leave out transposed=" if plain or flipped else ""
-    wanted = {
-        None: "[E, 2I, H] and [E, H, I], or transposed [E, H, 2I] and [E, I, H]",
-        False: "[E, 2I, H] and [E, H, I]",
-        True: "[E, H, 2I] and [E, I, H]",
-    }[asked if asked is None else bool(asked)]
-    wanted += ", I in place of 2I without a gate"
-    got = f"{list(up)} and {list(down)}"
-    raise InputError("experts.gate_up_proj, down_proj", f"{wanted}, with H = {hidden}", got, other)
-
-
-def _shown(*tensors: Any) -> str:
-    return " and ".join(str(list(t.shape)) for t in tensors)
-
-
 def _unit(matrix: Any) -> int | None:
     """The dimension of a stack of matrices whose stride is 1; of codes None."""
-    if not isinstance(matrix, torch.Tensor):
-        return None
-    for d in (2, 1):
-        if matrix.stride(d) == 1 or matrix.shape[d] == 1:
-            return d
-    return None
+    return unit_of(matrix) if isinstance(matrix, torch.Tensor) else None
 
 
 def _rows(bias: Any) -> Any:
