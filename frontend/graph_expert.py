@@ -30,16 +30,20 @@ class Network:
 class Experts:
     """The experts of a graph. node: what gives the result. root: the tensor that it is written to, if it is.
 
-    networks: one of every expert, or one whose products hold all experts. x: (T, H). ids, weights: (T, k).
-    scales: the nodes that hold weights where they are used."""
+    networks: one of every expert, or one whose products hold all experts. x: (T, H). ids, weights: (T, k),
+    None until `prepare` has made them. scales: the nodes that hold weights where they are used."""
 
     node: fx.Node
     root: fx.Node | None
     x: fx.Node
-    ids: fx.Node
-    weights: fx.Node
+    ids: Any
+    weights: Any
     networks: list[Network]
     scales: list[fx.Node]
+
+    def prepare(self, graph: fx.Graph, reader: Reader) -> list[fx.Node]:
+        """Put nodes that the layer takes before it: those. Raises LeftAlone, and changes nothing then."""
+        return []
 
 
 def network(

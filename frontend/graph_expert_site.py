@@ -64,6 +64,16 @@ def _stacked(part: Any, order: Sequence[int]) -> torch.Tensor:
 
 def replace_experts(graph: fx.Graph, reader: Reader, match: Experts) -> None:
     """Put an ExpertSite in the place of experts. Raises LeftAlone, and changes nothing then."""
+    made = match.prepare(graph, reader)
+    try:
+        _replace(graph, reader, match)
+    except LeftAlone:
+        for node in reversed(made):
+            graph.erase_node(node)
+        raise
+
+
+def _replace(graph: fx.Graph, reader: Reader, match: Experts) -> None:
     _check(match, reader.memory)
     first, root = match.networks[0], match.root
     products = [[*n.firsts, n.second] for n in match.networks]

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from .graph_dispatch import combines, dispatched
 from .graph_expert import Experts
 from .graph_expert_gates import dense, weighs_experts
 from .graph_expert_loop import ends_loop, loop
@@ -27,7 +28,7 @@ from .graph_tensor import LeftAlone, Opaque, Reader
 def find_experts(reader: Reader, graph: fx.Graph) -> Iterator[tuple[fx.Node, Experts | str]]:
     """Every mixture of experts of a graph, or why it is left alone, with the node that stands for it."""
     for node in list(graph.nodes):
-        for is_one_of, match in ((ends_loop, loop), (weighs_experts, dense)):
+        for is_one_of, match in ((ends_loop, loop), (weighs_experts, dense), (combines, dispatched)):
             if is_one_of(reader, node):
                 try:
                     yield node, match(reader, node)
