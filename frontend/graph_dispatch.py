@@ -97,7 +97,7 @@ def dispatched(reader: Reader, node: fx.Node) -> Dispatched:
     assert sides is not None
     second = stacked_product(sides.second)
     assert second is not None
-    found, given = network(reader, second, second.node, ("i0", "i1"))
+    found, given = network(reader, second, second.node, ("i0", "i1"), stacked_product)
     order = second.read
     if any(p.places != (*order, 2) or len(p.read) != 2 for p in found.firsts) or second.read_last != 2:
         raise LeftAlone("its first products are not of every expert's slots")
@@ -140,7 +140,7 @@ class _Reading:
 
     def __init__(self, reader: Reader, experts: Any, capacity: Any, tokens: Any) -> None:
         self.reader, self.experts, self.capacity = reader, experts, capacity
-        self.sums, self.deep = Sums(reader, (EXPERT, SLOT)), Sums(reader)
+        self.sums, self.deep = Sums(reader, (EXPERT, SLOT)), Sums(reader, exact=True)
         for sums in (self.sums, self.deep):
             sums.sizes |= {EXPERT: experts, SLOT: capacity, TOKEN: tokens}
 

@@ -48,10 +48,11 @@ class Sums:
     """Elements of a reader's tensors as sums of products.
 
     wide: names of indices; tensors that are indexed by none of them are read as they are. None: every tensor
-    is taken apart as far as its operations go. sizes: of summed indices, by name."""
+    is taken apart as far as its operations go. exact: sums of 16 bits, which round counts, are read as they
+    are. sizes: of summed indices, by name."""
 
-    def __init__(self, reader: Reader, wide: Collection[str] | None = None) -> None:
-        self.reader, self.wide = reader, wide
+    def __init__(self, reader: Reader, wide: Collection[str] | None = None, *, exact: bool = False) -> None:
+        self.reader, self.wide, self.exact = reader, wide, exact
         self.sizes: dict[str, Any] = {}
         self.ranges: dict[Term, Any] = {}  # what is known to be below a number, and at least 0
         self._fresh = itertools.count()
@@ -119,7 +120,7 @@ class Sums:
                 return False
             source = arguments(leaf, "input")[0]
             names = [f"i{d}" for d in range(value_of(source).dim())]
-            inner = Sums(self.reader).expand(self.reader.operand(source, leaf).at(list(names)))
+            inner = Sums(self.reader, exact=True).expand(self.reader.operand(source, leaf).at(list(names)))
             return all(p.counts for p in inner)
 
         return part.scale == int(part.scale) and all(map(whole, part.factors))
@@ -160,7 +161,7 @@ class Sums:
         shape = tuple(value_of(source).shape)
         dims = dim if isinstance(dim, (list, tuple)) else [dim]
         rounds = value_of(leaf).dtype in (torch.float16, torch.bfloat16)
-        if len(dims) != 1 or not isinstance(dims[0], int) or (self.wide is None and rounds):
+        if len(dims) != 1 or not isinstance(dims[0], int) or (self.exact and rounds):
             return None
         d = dims[0] % len(shape)
         name = self.fresh(shape[d])
