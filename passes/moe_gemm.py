@@ -192,10 +192,9 @@ class _Builder:
         ]
 
     def _rows(self) -> list[Stmt]:
-        out: list[Stmt] = [
-            Let("here", minimum(LAST - ROW0, sympy.Integer(self.tiling.rows))),
-            Compute("row", "i32", ("i",), minimum(ROW0 + ROW_AT, LAST - 1)),
-        ]
+        out: list[Stmt] = [Compute("row", "i32", ("i",), minimum(ROW0 + ROW_AT, LAST - 1))]
+        if self.spec.is_cpu:
+            out.insert(0, Let("here", minimum(LAST - ROW0, sympy.Integer(self.tiling.rows))))
         if self.tokens:
             out.append(Load("token", "i32", ("i",), "tokens", (ROW,)))
         return out
