@@ -4,6 +4,7 @@ one run.
     python benchmarks/moe_gpu.py                                     # every model, 1 to 8192 tokens, both
     routings python benchmarks/moe_gpu.py --models olmoe,qwen3-30b --tokens 16,1024 --peers none
     python benchmarks/moe_gpu.py --sweep --models olmoe --tokens 8192    # tile sizes of the two products
+    python benchmarks/moe_gpu.py --backward --tokens 8192 --routing uniform
     python benchmarks/moe_gpu.py --models mixtral --weights bf16,int4,int8,fp8,mxfp4 --tokens 1,16,8192
 
 All start from ids and weights. Every result is held against float64 (over some tokens) before its time
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -29,6 +31,7 @@ import torch
 import typer
 from attention_gpu import device_slug, provenance_gpu
 from moe_models import MODELS, Model, bound_ms, routed
+from moe_training import compared
 from report import ROOT, load, save
 
 import gossamer
@@ -45,6 +48,7 @@ def main(
     routing: Annotated[str, typer.Option(help="uniform, zipf or both")] = "both",
     weights: Annotated[str, typer.Option(help=f"bf16 or formats of codes: {', '.join(CODES)}")] = "bf16",
     sweep: Annotated[bool, typer.Option(help="also time other tiles of the two products")] = False,
+    backward: Annotated[bool, typer.Option(help="also time gradients and see what they hold")] = False,
     budget: Annotated[float, typer.Option(help="seconds; nothing is started after them")] = 480.0,
     out: Annotated[
         Path | None, typer.Option(help="JSON; default benchmarks/results/moe_gpu_DEVICE.json")
@@ -74,6 +78,8 @@ def main(
                 if "ms" in row and dense.times.get((count, skewed)):
                     row["over_bf16"] = dense.times[count, skewed] / row["ms"]
                     print(f"  {row['over_bf16']:.2f} times as fast as bf16")
+                if backward and kind == "bf16":
+                    row["backward"] = dense.gradients(count, skewed)
                 rows[tuple(row["case"])] = row
                 failed += [row["case"]] if "failed" in row else []
                 results["rows"] = list(rows.values())
@@ -145,6 +151,22 @@ class Layer:
             flush=True,
         )
         return row
+
+    def gradients(self, tokens: int, skewed: bool) -> dict[str, Any]:
+        """What gradients take and hold: ours, ours with the first product computed again, grouped_mm's."""
+        x = torch.randn(tokens, self.model.hidden, device="cuda", dtype=torch.bfloat16)
+        ids, weights = routed(self.model, tokens, skewed, torch.device("cuda"))
+        layers = {
+            "gossamer": gossamer.experts,
+            "recompute": partial(gossamer.experts, recompute=True),
+            "grouped_mm": grouped_mm,
+        }
+        rows = compared(layers, replayed, (x, ids, weights, self.up, self.down))
+        for name, row in rows.items():
+            print(
+                " ", name, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True
+            )
+        return rows
 
     def _judged(self, found: Any, x: Any, ids: Any, weights: Any) -> dict[str, float]:
         """Errors of ours and of bf16 torch against float64, over a few tokens. Raises AssertionError."""
