@@ -296,23 +296,15 @@ def _plan(
     asked: tuple[Any, ...],
     wanted: tuple[str, ...],
 ) -> Plan:
+    from ..passes.moe_spec import load_of
     from ..runtime.executable import Contiguous
     from .prepare import allocate
 
     x, (top_k, term, routed, keeps) = values["x"], asked
     rows = values["tokens"] if routed else values["ids"]
     target, entries = target_of(x.device), rows.shape[0]
-    mean = entries / layer.experts
-    alone = what == "experts" and not routed and (x.shape[0] == 1 or 2 * entries <= layer.experts)
-    load = (
-        "one"
-        if alone
-        else "few"
-        if mean <= 16
-        else "some"
-        if mean <= 64 and x.device.type != "cpu"
-        else "many"
-    )
+    alone = what == "experts" and not routed
+    load = load_of(x.shape[0], entries, layer.experts, is_cpu=x.device.type == "cpu", alone=alone)
     facts = {
         "experts": layer.experts,
         "top_k": top_k,

@@ -21,6 +21,7 @@ class DenseMatrix:
     operand: str
     align: int
     scaled = ""  # by nothing
+    hints = ()
 
     def arguments(self) -> list[Tensor]:
         return [Tensor(self.w.name, self.w.dtype, tuple(self.w.shape), unit=self.unit, align=self.align)]
@@ -45,7 +46,7 @@ class DenseMatrix:
         axes = ("n", "d") if t.by_rows == (self.unit == 2) else ("d", "n")
         return [Load(name, self.operand, axes, self.w.name, index, guard, ZERO)]
 
-    def scale(self, part: Part, name: str, number: int, at: Expr) -> list[Stmt]:
+    def scale(self, part: Part, name: str, number: int, at: Expr, *, ahead: bool = False) -> list[Stmt]:
         return []
 
 
@@ -58,6 +59,11 @@ class CodedMatrix:
     operand: str
     acc: str
     aligned: bool
+
+    @property
+    def hints(self) -> tuple[tuple[str, int], ...]:
+        """For the backend."""
+        return self.codes.hints
 
     def arguments(self) -> list[Tensor]:
         return self.codes.tensors(aligned=self.aligned)
@@ -103,13 +109,15 @@ class CodedMatrix:
             found += codes.decode(f"{name}_", number, self.operand, axes, scale)
         return found
 
-    def scale(self, part: Part, name: str, number: int, at: Expr) -> list[Stmt]:
-        """The tile S{name}_{number}: scales of products of a step, all of one group, or of sums."""
-        return self._scale(part, name, number, at, None, ZERO)
+    def scale(self, part: Part, name: str, number: int, at: Expr, *, ahead: bool = False) -> list[Stmt]:
+        """The tile S{name}_{number}: scales of products of a step, all of one group, or of sums. ahead: the
+        step may lie behind the last one."""
+        return self._scale(part, name, number, at, None, ZERO, ahead=ahead)
 
     def _scale(
-        self, part: Part, name: str, number: int, at: Expr, each: Expr | None, first: Expr
-    ) -> list[Stmt]:
+        self, part: Part, name: str, number: int, at: Expr, each: Expr | None, first: Expr,
+        *, ahead: bool = False,
+    ) -> list[Stmt]:  # fmt: skip
         """Scales of a tile: one for each of its rows, or, with a guard `each`, for each element."""
         t, q = self.tiles, self.codes.q
         start = number * q.stretch
@@ -120,7 +128,8 @@ class CodedMatrix:
         elif t.by_rows:
             row, column, axes = part.column, at, ("n",)
             # Steps that lie behind a slice altogether could have groups that are not there.
-            known = all_of([t.valid(part), *([at < t.stretch] if t.leaves_rest and q.groups > 1 else [])])
+            beyond = ahead or (t.leaves_rest and q.groups > 1)
+            known = all_of([t.valid(part), *([at < t.stretch] if beyond else [])])
         else:
             row, column, axes = at + D, first, ("d",)
             beyond = t.overhangs and q.groups > 1

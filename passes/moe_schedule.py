@@ -17,6 +17,7 @@ from ..ir.quantized import Quantized
 from ..ir.ragged import Tiling
 from .devices import device_of
 from .moe_codes import is_uniform, steps_of
+from .moe_direct import LANE
 from .moe_spec import BYTES, ExpertsSpec
 
 CPU_ROWS = {"one": 16, "few": 16, "some": 32, "many": 32}
@@ -38,6 +39,8 @@ GPU_CODES = {
     "many": (128, 256, 64, 8, 4),
 }
 SCALE_BYTES = 4
+ENTRIES = ("entry_gemm", "entry_combine")
+ENTRY_COLS, ENTRY_LOADS = 4, 8  # columns of a program, and loads of codes that a lane has under way
 SHARED = 64 * 1024  # bytes that a program has at least, on GPUs that are not described
 GPU_PLAIN = {  # products without halves have half the columns to hold
     "one": (16, 64, 256, 4, 4),
@@ -52,9 +55,10 @@ def schedule_experts(graph: Graph, spec: ExpertsSpec) -> Graph:
     given = iter(spec.tiling or ())
 
     def rule(op: Op) -> Op | None:
-        if op.kind != "grouped_gemm" or op.attr("tiling") is not None:
+        if op.kind not in ("grouped_gemm", *ENTRIES) or op.attr("tiling") is not None:
             return None
-        return op.with_attrs(tiling=next(given, None) or choose(graph, op, spec))
+        chosen = _of_entries(graph, op, spec) if op.kind in ENTRIES else choose(graph, op, spec)
+        return op.with_attrs(tiling=(next(given, None) or chosen) if chosen else None)
 
     return graph.map_ops(rule)
 
@@ -118,7 +122,30 @@ def _of_codes(op: Op, q: Quantized, spec: ExpertsSpec, inner: int, columns: int)
     # To scale products takes as many registers again as sums: few where rows are few.
     scales = "sums" if q.groups == 1 else "products" if rows <= 16 else "codes"
     meta = (("stages", stages), ("warps", warps))
-    return Tiling(rows, cols, step, wide=wide, meta=meta, unroll=unroll, scales=scales, turned=by_rows)
+    ahead = scales == "products"
+    return Tiling(
+        rows, cols, step, wide=wide, meta=meta, unroll=unroll, scales=scales, turned=by_rows, ahead=ahead
+    )
+
+
+def _of_entries(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling | None:
+    """The tiling of a product with quantised matrices for a few entries; None where the steps of its kernel
+    are its own: other matrices, CPUs, groups that cut what a lane takes."""
+    q = op.attr("quantized")
+    lanes = LANE // BYTES[spec.dtype]
+    if q is None or spec.is_cpu or q.stretch % lanes or (q.groups > 1 and q.group % lanes):
+        return None
+    columns = int(graph.values[op.output.name].shape[1])
+    halves = 2 if op.attr("halves") else 1
+    cols = min(ENTRY_COLS, 1 << (columns - 1).bit_length())
+    chunks = q.stretch // lanes
+    # A warp takes 32 chunks of a row: as many warps as leave few of them idle.
+    idle = {warps: -chunks % (32 * warps) for warps in (1, 2, 4)}
+    warps = max(w for w in idle if 8 * idle[w] <= 8 * min(idle.values()) + chunks)
+    turns = -(-chunks // (32 * warps))
+    unroll = min(turns, max(1, ENTRY_LOADS // (halves * cols)))
+    step = 32 * warps * lanes
+    return Tiling(1, cols, step, meta=(("stages", 1), ("warps", warps)), unroll=unroll, scales="products")
 
 
 def _room(spec: ExpertsSpec) -> int:

@@ -5,6 +5,60 @@ import triton
 import triton.language as tl
 
 
+ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def field4_at0_less8_bf16(b):
+    """4 bits of bytes from bit 0 up, minus 8."""
+    if not ASSEMBLY:
+        return (((b.to(tl.int32) >> 0) & 15).to(tl.float32) - 8.0).to(tl.bfloat16)
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, u, c;
+        cvt.u32.u16 a, $1;
+        prmt.b32 a, a, 0, 0x4140;
+        lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
+        mov.b32 u, 0x3F803F80;
+        mov.b32 c, 0xC308C308;
+        fma.rn.bf16x2 $0, a, u, c;
+        }
+        """,
+        "=r,h",
+        [b],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def field4_at4_less8_bf16(b):
+    """4 bits of bytes from bit 4 up, minus 8."""
+    if not ASSEMBLY:
+        return (((b.to(tl.int32) >> 4) & 15).to(tl.float32) - 8.0).to(tl.bfloat16)
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, u, c;
+        cvt.u32.u16 a, $1;
+        prmt.b32 a, a, 0, 0x4140;
+        shr.b32 a, a, 4;
+        lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
+        mov.b32 u, 0x3F803F80;
+        mov.b32 c, 0xC308C308;
+        fma.rn.bf16x2 $0, a, u, c;
+        }
+        """,
+        "=r,h",
+        [b],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
 @triton.jit
 def experts_h(
     p_x: "*bf16", s_x_0: "i64",  # in x[T, 4096]
@@ -51,16 +105,92 @@ def experts_h(
         b_token = tl.load(p_tokens + b_row)
         # b_col: i32[n 64]
         b_col = 64 * n0 + i_n
+        # b_SW0_0: f32[n 64]
+        b_SW0_0 = tl.load(
+            p_gate_up_scales
+            + expert * s_gate_up_scales_0
+            + 64 * n0 * s_gate_up_scales_1
+            + i_n * r_gate_up_scales_1,
+        ).to(tl.float32)
+        # b_SW0_1: f32[n 64]
+        b_SW0_1 = tl.load(
+            p_gate_up_scales
+            + expert * s_gate_up_scales_0
+            + 64 * n0 * s_gate_up_scales_1
+            + 16 * s_gate_up_scales_2
+            + i_n * r_gate_up_scales_1,
+        ).to(tl.float32)
+        # b_SW1_0: f32[n 64]
+        b_SW1_0 = tl.load(
+            p_gate_up_scales
+            + expert * s_gate_up_scales_0
+            + (64 * n0 + 14336) * s_gate_up_scales_1
+            + i_n * r_gate_up_scales_1,
+        ).to(tl.float32)
+        # b_SW1_1: f32[n 64]
+        b_SW1_1 = tl.load(
+            p_gate_up_scales
+            + expert * s_gate_up_scales_0
+            + (64 * n0 + 14336) * s_gate_up_scales_1
+            + 16 * s_gate_up_scales_2
+            + i_n * r_gate_up_scales_1,
+        ).to(tl.float32)
         # b_acc0: f32[n 64, i 16]
         b_acc0 = tl.full([64, 16], 0.0, tl.float32)
         # b_acc1: f32[n 64, i 16]
         b_acc1 = tl.full([64, 16], 0.0, tl.float32)
         for u in tl.range(0, 32):
+            # b_SnextW0_0: f32[n 64]
+            b_SnextW0_0 = tl.load(
+                p_gate_up_scales
+                + expert * s_gate_up_scales_0
+                + 64 * n0 * s_gate_up_scales_1
+                + (64 * u + 64) // 128 * s_gate_up_scales_2
+                + i_n * r_gate_up_scales_1,
+                mask=64 * u + 64 < 2048,
+                other=0.0,
+            ).to(tl.float32)
+            # b_SnextW0_1: f32[n 64]
+            b_SnextW0_1 = tl.load(
+                p_gate_up_scales
+                + expert * s_gate_up_scales_0
+                + 64 * n0 * s_gate_up_scales_1
+                + (64 * u + 2112) // 128 * s_gate_up_scales_2
+                + i_n * r_gate_up_scales_1,
+                mask=64 * u + 64 < 2048,
+                other=0.0,
+            ).to(tl.float32)
+            # b_SnextW1_0: f32[n 64]
+            b_SnextW1_0 = tl.load(
+                p_gate_up_scales
+                + expert * s_gate_up_scales_0
+                + (64 * n0 + 14336) * s_gate_up_scales_1
+                + (64 * u + 64) // 128 * s_gate_up_scales_2
+                + i_n * r_gate_up_scales_1,
+                mask=64 * u + 64 < 2048,
+                other=0.0,
+            ).to(tl.float32)
+            # b_SnextW1_1: f32[n 64]
+            b_SnextW1_1 = tl.load(
+                p_gate_up_scales
+                + expert * s_gate_up_scales_0
+                + (64 * n0 + 14336) * s_gate_up_scales_1
+                + (64 * u + 2112) // 128 * s_gate_up_scales_2
+                + i_n * r_gate_up_scales_1,
+                mask=64 * u + 64 < 2048,
+                other=0.0,
+            ).to(tl.float32)
             # b_A_0: bf16[i 16, d 64]
-            b_A_0 = tl.load(p_x + 64 * u + (b_token[:, None].to(tl.int64) * s_x_0 + i_d[None, :]))
+            b_A_0 = tl.load(
+                p_x + 64 * u + (b_token[:, None].to(tl.int64) * s_x_0 + i_d[None, :]),
+                mask=row0 + i_i[:, None] < last,
+                other=0.0,
+            )
             # b_A_1: bf16[i 16, d 64]
             b_A_1 = tl.load(
                 p_x + 64 * u + 2048 + (b_token[:, None].to(tl.int64) * s_x_0 + i_d[None, :]),
+                mask=row0 + i_i[:, None] < last,
+                other=0.0,
             )
             # b_W0_c00: u8[n 64, d 64]
             b_W0_c00 = tl.load(
@@ -71,18 +201,9 @@ def experts_h(
                 + (i_n[:, None] * r_gate_up_codes_1 + i_d[None, :]),
             )
             # b_W0_0: bf16[n 64, d 64]
-            b_W0_0 = (
-                (
-                    (b_W0_c00.to(tl.int32) | 1258291200) & 1258291215
-                ).to(tl.float32, bitcast=True) - 8388616.0
-            ).to(tl.bfloat16)
+            b_W0_0 = field4_at0_less8_bf16(b_W0_c00)
             # b_W0_1: bf16[n 64, d 64]
-            b_W0_1 = (
-                0.0625
-                * (
-                    (b_W0_c00.to(tl.int32) | 1258291200) & 1258291440
-                ).to(tl.float32, bitcast=True) - 524296.0
-            ).to(tl.bfloat16)
+            b_W0_1 = field4_at4_less8_bf16(b_W0_c00)
             # b_W1_c00: u8[n 64, d 64]
             b_W1_c00 = tl.load(
                 p_gate_up_codes
@@ -92,62 +213,25 @@ def experts_h(
                 + (i_n[:, None] * r_gate_up_codes_1 + i_d[None, :]),
             )
             # b_W1_0: bf16[n 64, d 64]
-            b_W1_0 = (
-                (
-                    (b_W1_c00.to(tl.int32) | 1258291200) & 1258291215
-                ).to(tl.float32, bitcast=True) - 8388616.0
-            ).to(tl.bfloat16)
+            b_W1_0 = field4_at0_less8_bf16(b_W1_c00)
             # b_W1_1: bf16[n 64, d 64]
-            b_W1_1 = (
-                0.0625
-                * (
-                    (b_W1_c00.to(tl.int32) | 1258291200) & 1258291440
-                ).to(tl.float32, bitcast=True) - 524296.0
-            ).to(tl.bfloat16)
-            # b_SW0_0: f32[n 64]
-            b_SW0_0 = tl.load(
-                p_gate_up_scales
-                + expert * s_gate_up_scales_0
-                + 64 * n0 * s_gate_up_scales_1
-                + 64 * u // 128 * s_gate_up_scales_2
-                + i_n * r_gate_up_scales_1,
-            ).to(tl.float32)
+            b_W1_1 = field4_at4_less8_bf16(b_W1_c00)
             # b_PW0_0: f32[n 64, i 16]
             b_PW0_0 = tl.dot(b_W0_0, tl.trans(b_A_0))
             b_acc0 = b_acc0 + b_PW0_0 * b_SW0_0[:, None]
-            # b_SW0_1: f32[n 64]
-            b_SW0_1 = tl.load(
-                p_gate_up_scales
-                + expert * s_gate_up_scales_0
-                + 64 * n0 * s_gate_up_scales_1
-                + (64 * u + 2048) // 128 * s_gate_up_scales_2
-                + i_n * r_gate_up_scales_1,
-            ).to(tl.float32)
             # b_PW0_1: f32[n 64, i 16]
             b_PW0_1 = tl.dot(b_W0_1, tl.trans(b_A_1))
             b_acc0 = b_acc0 + b_PW0_1 * b_SW0_1[:, None]
-            # b_SW1_0: f32[n 64]
-            b_SW1_0 = tl.load(
-                p_gate_up_scales
-                + expert * s_gate_up_scales_0
-                + (64 * n0 + 14336) * s_gate_up_scales_1
-                + 64 * u // 128 * s_gate_up_scales_2
-                + i_n * r_gate_up_scales_1,
-            ).to(tl.float32)
             # b_PW1_0: f32[n 64, i 16]
             b_PW1_0 = tl.dot(b_W1_0, tl.trans(b_A_0))
             b_acc1 = b_acc1 + b_PW1_0 * b_SW1_0[:, None]
-            # b_SW1_1: f32[n 64]
-            b_SW1_1 = tl.load(
-                p_gate_up_scales
-                + expert * s_gate_up_scales_0
-                + (64 * n0 + 14336) * s_gate_up_scales_1
-                + (64 * u + 2048) // 128 * s_gate_up_scales_2
-                + i_n * r_gate_up_scales_1,
-            ).to(tl.float32)
             # b_PW1_1: f32[n 64, i 16]
             b_PW1_1 = tl.dot(b_W1_1, tl.trans(b_A_1))
             b_acc1 = b_acc1 + b_PW1_1 * b_SW1_1[:, None]
+            b_SW0_0 = b_SnextW0_0
+            b_SW0_1 = b_SnextW0_1
+            b_SW1_0 = b_SnextW1_0
+            b_SW1_1 = b_SnextW1_1
         # b_R: f32[n 64, i 16]
         b_R = b_acc0 * b_acc1 * (1.0 / (1.0 + tl.exp(-b_acc0)))
         tl.store(
