@@ -231,7 +231,8 @@ class _Builder:
 
     def _chunked(self, codes: Codes, t: Tiling, row: Expr) -> list[Stmt]:
         """The products of a quantised matrix. A lane takes `lanes` neighbouring bytes (axis d) of every row
-        of the tile, and adds up what they give before that is scaled; chunks of lanes (axis c) meet at the end.
+        of the tile and adds up what they give, which is scaled then; chunks of lanes (axis c) meet at the
+        end.
 
         What a number costs decides here: at 3 TB/s a multiprocessor of an H100 has 128 lanes for 28 numbers
         of 4 bits a clock, four and a half instructions each. They are taken out of a register (1), made a
