@@ -198,10 +198,11 @@ def schedules(model: Model, kind: str, tokens: int, formats: tuple[Any, Any]) ->
     from moe_sweep import candidates, specs
 
     from gossamer.frontend.device import target_of
-    from gossamer.passes.moe_spec import load_of
+    from gossamer.frontend.layer import is_handful, load_of
 
     entries = tokens * model.top_k
-    load = load_of(tokens, entries, model.experts, is_cpu=False)
+    alone = is_handful(tokens, entries, model.experts)
+    load = "one" if alone else load_of(entries / model.experts, torch.device("cuda"))
     found = candidates(kind, tokens, entries / model.experts, formats)
     shape = (model.experts, model.top_k, model.hidden, model.inner)
     return found, specs(found, shape, load, entries <= 512, target_of(torch.device("cuda")), formats)

@@ -63,7 +63,7 @@ def candidates(kind: str, tokens: int, mean: float, q: tuple[Any, Any]) -> list[
     if tokens == 1:
         return [*found, *_entries(q)]
     if mean > 64:
-        return [*found, Candidate("decoded once", more={"once": True}), *_coded(q)]
+        return [*found, Candidate("decoded once", more={"once": (True, True)}), *_coded(q)]
     return [*found, *_coded_few(q)]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 
@@ -90,11 +91,15 @@ def field_of(stmt: Compute, scope: Scope) -> Field | None:
 
 def _bits(converted: Expr, scope: Scope) -> tuple[str, int, int] | None:
     """Tile, shift and width of `cast(f32, bitand(shr(tile, shift), 2**width - 1))`."""
+    dtype: Any
+    taken: Any
+    source: Any
+    mask: Any
     dtype, taken = converted.args
     if dtype != F32 or not isinstance(taken, ex.bitand) or not taken.args[1].is_Integer:
         return None
     source, mask = taken.args
-    shift = sympy.Integer(0)
+    shift: Any = 0
     if isinstance(source, ex.shr) and source.args[1].is_Integer:
         source, shift = source.args
     bits = int(mask).bit_length()

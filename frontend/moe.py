@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
 from ..runtime.driver import driver, get_or_compile
 from .activation import activation_term
-from .device import precision_of, target_of
-from .layers import Layer, check_routing, is_layer_aligned, layer_by_name
+from .device import makes_descriptors, precision_of, target_of
+from .layer import is_handful, load_of
+from .layers import Layer, check_routing, decoded_once, is_layer_aligned, layer_by_name
 from .light_step import Light, with_light
 from .moe_form import MoeForm
 from .moe_operator import call, learns
@@ -296,15 +297,15 @@ def _plan(
     asked: tuple[Any, ...],
     wanted: tuple[str, ...],
 ) -> Plan:
-    from ..passes.moe_spec import load_of
     from ..runtime.executable import Contiguous
     from .prepare import allocate
 
     x, (top_k, term, routed, keeps) = values["x"], asked
     rows = values["tokens"] if routed else values["ids"]
     target, entries = target_of(x.device), rows.shape[0]
-    alone = what == "experts" and not routed
-    load = load_of(x.shape[0], entries, layer.experts, is_cpu=x.device.type == "cpu", alone=alone)
+    mean = entries / layer.experts
+    alone = what == "experts" and not routed and is_handful(x.shape[0], entries, layer.experts)
+    load = "one" if alone else load_of(mean, x.device)
     facts = {
         "experts": layer.experts,
         "top_k": top_k,
@@ -324,7 +325,9 @@ def _plan(
         "lora_scale": layer.lora_scale,
         "masked": layer.trains is not None,
         "quantized": layer.quantized,
+        "once": decoded_once(layer, mean, _dtype(x), target) if load == "many" else (False, False),
         "aligned": is_layer_aligned(x, layer),
+        "descriptors": makes_descriptors(x.device),
         "precision": precision_of(x.device, _dtype(x)),
     }
 

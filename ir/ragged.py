@@ -69,7 +69,7 @@ class Tiling:
 
     Of quantised matrices: `inner` counts columns of a slice. unroll: how many of these steps a turn of the
     loop takes. scales: what scales are multiplied with: 'codes', 'products' of one step, or 'sums', where a
-    row has one scale. ahead: scales of products are loaded a turn before they are used. turned: tiles have
+    row has one scale. ahead: scales of steps are loaded a turn before they are used. turned: tiles have
     columns before rows, so that decoded tiles are what the tensor cores take from registers. An entry_gemm or
     entry_combine that has a tiling takes a step of each row by chunks, which lanes add up by themselves."""
 

@@ -44,7 +44,7 @@ from .moe_tiles import COL, D, Part, Tiles
 ZERO = sympy.Integer(0)
 ROW_AT, N, Z, LOW = map(integer, ("i", "n", "z", "l"))
 ENTRIES = integer("entries")
-FEW = 16  # rows of the smallest tile on a GPU
+FEW = 32  # rows of the tiles on a GPU of which most may be missing
 SLOT, EXPERT, ROW, ROW0, LAST, START = map(integer, ("slot", "expert", "row", "row0", "last", "start"))
 
 
@@ -211,7 +211,7 @@ class _Builder:
             tile, guard = self.matrix.rows(name, number), self.tiles.within(at, number)
             if self.boxed:
                 guard = all_of([guard, ROW0 + ROW_AT < ENTRIES])
-            elif self.tiling.rows <= FEW and not self.spec.is_cpu:  # most of such a tile may be missing
+            elif self.tiling.rows <= FEW and not self.spec.is_cpu:
                 guard = all_of([guard, ROW0 + ROW_AT < LAST])
             found.append(Load(tile, self.operand, ("i", "d"), self.a.name, place, guard, ZERO))
         return found
@@ -224,12 +224,12 @@ class _Builder:
             products = [s for part in self.parts for k in steps for s in self._sum_part(part, k, first)]
             return [*head, *products, *self._end()]
         unroll, turn = self.tiling.unroll, []
-        ahead = self.tiling.ahead and self.matrix.scaled == "products"
+        ahead = self.tiling.ahead and self.matrix.scaled_by_step
         for n in range(unroll):
             at, tag = self._at(integer("u"), n)
             turn += self._load_rows(f"A{tag}", at)
             for part in self.parts:
-                turn += self.matrix.load(part, part.matrix + tag, at, first)
+                turn += self.matrix.load(part, part.matrix + tag, at, first, scales=not ahead)
             for part in self.parts:
                 turn += self._dots(part, f"A{tag}", part.matrix + tag, at, scales=not ahead)
         if ahead:

@@ -21,6 +21,7 @@ class DenseMatrix:
     operand: str
     align: int
     scaled = ""  # by nothing
+    scaled_by_step = False
     hints = ()
 
     def arguments(self) -> list[Tensor]:
@@ -37,8 +38,9 @@ class DenseMatrix:
         """The name of the tile that meets slice `number` of the rows."""
         return name
 
-    def load(self, part: Part, name: str, at: Expr, first: Expr) -> list[Stmt]:
-        """The tiles of a part at a step. first: the first column of the tile."""
+    def load(self, part: Part, name: str, at: Expr, first: Expr, *, scales: bool = True) -> list[Stmt]:
+        """The tiles of a part at a step. first: the first column of the tile. scales: theirs are to be
+        loaded."""
         t, feature = self.tiles, at + D
         index = (EXPERT, part.column, feature) if t.by_rows else (EXPERT, feature, part.column)
         guard = all_of([t.within(at), t.valid(part)])
@@ -88,7 +90,12 @@ class CodedMatrix:
         one = self.codes.q.groups == 1
         return t.tiling.scales if one or t.tiling.scales != "sums" else "products"
 
-    def load(self, part: Part, name: str, at: Expr, first: Expr) -> list[Stmt]:
+    @property
+    def scaled_by_step(self) -> bool:
+        """Whether every step of a row has one scale, and joins its codes or products."""
+        return self.tiles.by_rows and is_uniform(self.codes.q, self.tiles.step) and self.scaled != "sums"
+
+    def load(self, part: Part, name: str, at: Expr, first: Expr, *, scales: bool = True) -> list[Stmt]:
         t, codes = self.tiles, self.codes
         if t.by_rows:
             axes, place, numbers, steps = ("n", "d"), (part.column, at + D), range(t.slices), t.step
@@ -104,7 +111,7 @@ class CodedMatrix:
         for number in numbers:
             scale: Expr | None = None
             if not even or self.scaled == "codes":
-                found += self._scale(part, name, number, at, None if even else guard, first)
+                found += self._scale(part, name, number, at, None if even else guard, first) if scales else []
                 scale = real(f"S{name}_{number}")
             found += codes.decode(f"{name}_", number, self.operand, axes, scale)
         return found

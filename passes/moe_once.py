@@ -6,9 +6,9 @@ After::   %down = dequantize %codes, %scales, %bounds {format = q, used = True} 
 
 A product whose experts have many rows decodes each matrix as often as it has row tiles of them; decoding it
 once costs what its codes and its numbers take to pass through memory, of experts that have rows, and room for
-the matrices of one product. `decodes_once` compares the two.
+the matrices of one product: those of another are free by then. `decodes_once` compares the two.
 
-Leaves alone: everything where the spec says that products decode.
+Leaves alone: matrices of which the spec does not say so.
 """
 
 from __future__ import annotations
@@ -27,42 +27,44 @@ from .moe_codes import EXPERT, codes_of, is_uniform, steps_of
 from .moe_spec import BYTES, ExpertsSpec
 
 ROWS, BYTES_OF_STEP = 16, 128  # of a program: rows of a matrix, and bytes of a slice of each
-# What decoding in registers adds to a product, as a share of its own time: measured on an H100.
-SHARE = {"int": 0.33, "e4m3": 0.35, "e2m1": 1.17}
+# What decoding in registers adds to a product, as a share of the time that its operations take at least, by
+# bits of a code: measured on an H100 (Mixtral, 8192 tokens; int2 and e2m1 take as many instructions as int4).
+SHARE = {8: 0.25, 4: 0.67, 2: 0.67}
+NESTED = 1.2  # codes of several planes, of which no two are decoded by one instruction
 D, N, U, E_AT = integer("d"), integer("n"), integer("u"), integer("e")
 
 
-def decodes_once(q: Quantized | None, rows: float, dtype: str, target: str) -> bool:
+def decodes_once(q: Quantized, rows: float, dtype: str, target: str) -> bool:
     """Whether to decode matrices before their product, whose experts have so many rows on average."""
-    device = device_of(target)
-    if q is None or device is None or device.chip is None or dtype not in ("f16", "bf16"):
+    device = device_of(target) if target.startswith("cuda") else None
+    if device is None or device.chip is None or dtype not in ("f16", "bf16"):
         return False
-    rate = device.peak(dtype)
     number = sum(q.row_bytes(n) for n in range(len(q.read))) / q.columns
     once = (number + BYTES[dtype]) / device.bandwidth
-    return SHARE[q.element] * 2 * rows / rate > once
+    share = SHARE[q.planes[0]] if len(q.planes) == 1 else NESTED
+    return share * 2 * rows / device.peak(dtype) > once
 
 
 def decode_once(graph: Graph, spec: ExpertsSpec) -> Graph:
-    """The graph with a dequantize before each product of codes, if the spec asks for it."""
-    if not spec.once:
-        return graph
+    """The graph with a dequantize before each product of the matrices that spec.once names."""
+    chosen: dict[str, bool] = dict(zip(("gate_up", "down"), spec.once, strict=True))
     ops: list[Op] = []
     made: set[str] = set()
     for op in graph.ops:
         q = op.attr("quantized") if op.kind == "grouped_gemm" else None
-        if q is None:
+        matrix = op.inputs[1].removesuffix("_codes") if q is not None else ""
+        if q is None or not chosen[matrix]:
             ops.append(op)
             continue
         plain, stored = storage_of(op)
-        experts, rows, _ = graph.values[stored[0]].shape
-        dense = Value(stored[0].removesuffix("_codes"), spec.dtype, (experts, rows, q.columns))
-        if dense.name not in made:
+        if matrix not in made:
+            experts, rows, _ = graph.values[stored[0]].shape
+            dense = Value(matrix, spec.dtype, (experts, rows, q.columns))
             attrs = (("format", q), ("used", True))
             ops.append(Op("dequantize", (*stored, plain[2]), (dense,), attrs))
-            made.add(dense.name)
+            made.add(matrix)
         attrs = tuple((name, value) for name, value in op.attrs if name != "quantized")
-        product = replace(op, inputs=(plain[0], dense.name, *plain[2:]), attrs=attrs)
+        product = replace(op, inputs=(plain[0], matrix, *plain[2:]), attrs=attrs)
         ops.append(product.with_attrs(unit=2))
     return replace(graph, ops=tuple(ops))
 

@@ -33,9 +33,9 @@ class ExpertsSpec:
     activation is taken of is a result too, for gradients. ranks: of what low-rank adapters add to the two
     matrices, lora_scale times b a; 0: none. masked: an input says which experts learn; the gradients of
     others are zeros. aligned: on a GPU, whether x and the matrices start, and their rows too, on multiples of
-    16 bytes. quantized: how the two matrices are stored, None: as they are. once: matrices
-    of codes are decoded before their product (moe_once). tiling: of the two products, in
-    place of the default. Raises InputError."""
+    16 bytes. descriptors: whether what launches kernels makes tensor descriptors, where hardware has them.
+    quantized: how the two matrices are stored, None: as they are. once: which of them are decoded before
+    their product (moe_once). tiling: of the two products, in place of the default. Raises InputError."""
 
     experts: int
     top_k: int
@@ -56,8 +56,9 @@ class ExpertsSpec:
     lora_scale: float = 1.0
     masked: bool = False
     aligned: bool = True
+    descriptors: bool = True
     quantized: tuple[Quantized | None, Quantized | None] = (None, None)
-    once: bool = False
+    once: tuple[bool, bool] = (False, False)
     precision: str = "ieee"
     target: str = "cpu"
     tiling: tuple[Tiling, Tiling] | None = None
@@ -86,11 +87,3 @@ class ExpertsSpec:
     def up_columns(self) -> int:
         """Columns of the first product."""
         return self.inner * (2 if self.halves else 1)
-
-
-def load_of(tokens: int, entries: int, experts: int, *, is_cpu: bool, alone: bool = True) -> str:
-    """Which of LOADS a call is. alone: no sorted rows are given, and no gradients asked for."""
-    mean = entries / experts
-    if alone and (tokens == 1 or 2 * entries <= experts):
-        return "one"
-    return "few" if mean <= 16 else "some" if mean <= 64 and not is_cpu else "many"

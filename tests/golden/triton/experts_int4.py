@@ -3,6 +3,7 @@
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret)
@@ -62,7 +63,7 @@ def field4_at4_less8_bf16(b):
 @triton.jit
 def experts_h(
     p_x: "*bf16", s_x_0: "i64",  # in x[T, 4096]
-    p_gate_up_codes: "*u8", s_gate_up_codes_0: "i64", s_gate_up_codes_1: "i64",  # in gate_up_codes[8, 28672, 2048]
+    d_gate_up_codes: "tensordesc<u8[1, 64, 128]>",  # in gate_up_codes[8, 28672, 2048]
     p_gate_up_scales: "*bf16", s_gate_up_scales_0: "i64", s_gate_up_scales_1: "i64", s_gate_up_scales_2: "i64",  # in gate_up_scales[8, 28672, 32]
     p_bounds: "*i32",  # in bounds[9]
     p_tokens: "*i32",  # in tokens[entries]
@@ -74,10 +75,9 @@ def experts_h(
     slot = pid // 224
     i_n = tl.arange(0, 64)
     i_i = tl.arange(0, 16)
-    i_d = tl.arange(0, 64)
+    i_d = tl.arange(0, 128)
     i_z = tl.arange(0, 16)
     m_z = i_z < 8
-    r_gate_up_codes_1 = s_gate_up_codes_1.to(tl.int32)
     r_gate_up_scales_1 = s_gate_up_scales_1.to(tl.int32)
     r_h_0 = s_h_0.to(tl.int32)
 
@@ -139,15 +139,15 @@ def experts_h(
         b_acc0 = tl.full([64, 16], 0.0, tl.float32)
         # b_acc1: f32[n 64, i 16]
         b_acc1 = tl.full([64, 16], 0.0, tl.float32)
-        for u in tl.range(0, 32):
+        for u in tl.range(0, 16):
             # b_SnextW0_0: f32[n 64]
             b_SnextW0_0 = tl.load(
                 p_gate_up_scales
                 + expert * s_gate_up_scales_0
                 + 64 * n0 * s_gate_up_scales_1
-                + (64 * u + 64) // 128 * s_gate_up_scales_2
+                + (128 * u + 128) // 128 * s_gate_up_scales_2
                 + i_n * r_gate_up_scales_1,
-                mask=64 * u + 64 < 2048,
+                mask=128 * u + 128 < 2048,
                 other=0.0,
             ).to(tl.float32)
             # b_SnextW0_1: f32[n 64]
@@ -155,9 +155,9 @@ def experts_h(
                 p_gate_up_scales
                 + expert * s_gate_up_scales_0
                 + 64 * n0 * s_gate_up_scales_1
-                + (64 * u + 2112) // 128 * s_gate_up_scales_2
+                + (128 * u + 2176) // 128 * s_gate_up_scales_2
                 + i_n * r_gate_up_scales_1,
-                mask=64 * u + 64 < 2048,
+                mask=128 * u + 128 < 2048,
                 other=0.0,
             ).to(tl.float32)
             # b_SnextW1_0: f32[n 64]
@@ -165,9 +165,9 @@ def experts_h(
                 p_gate_up_scales
                 + expert * s_gate_up_scales_0
                 + (64 * n0 + 14336) * s_gate_up_scales_1
-                + (64 * u + 64) // 128 * s_gate_up_scales_2
+                + (128 * u + 128) // 128 * s_gate_up_scales_2
                 + i_n * r_gate_up_scales_1,
-                mask=64 * u + 64 < 2048,
+                mask=128 * u + 128 < 2048,
                 other=0.0,
             ).to(tl.float32)
             # b_SnextW1_1: f32[n 64]
@@ -175,46 +175,34 @@ def experts_h(
                 p_gate_up_scales
                 + expert * s_gate_up_scales_0
                 + (64 * n0 + 14336) * s_gate_up_scales_1
-                + (64 * u + 2112) // 128 * s_gate_up_scales_2
+                + (128 * u + 2176) // 128 * s_gate_up_scales_2
                 + i_n * r_gate_up_scales_1,
-                mask=64 * u + 64 < 2048,
+                mask=128 * u + 128 < 2048,
                 other=0.0,
             ).to(tl.float32)
-            # b_A_0: bf16[i 16, d 64]
+            # b_A_0: bf16[i 16, d 128]
             b_A_0 = tl.load(
-                p_x + 64 * u + (b_token[:, None].to(tl.int64) * s_x_0 + i_d[None, :]),
+                p_x + 128 * u + (b_token[:, None].to(tl.int64) * s_x_0 + i_d[None, :]),
                 mask=row0 + i_i[:, None] < last,
                 other=0.0,
             )
-            # b_A_1: bf16[i 16, d 64]
+            # b_A_1: bf16[i 16, d 128]
             b_A_1 = tl.load(
-                p_x + 64 * u + 2048 + (b_token[:, None].to(tl.int64) * s_x_0 + i_d[None, :]),
+                p_x + 128 * u + 2048 + (b_token[:, None].to(tl.int64) * s_x_0 + i_d[None, :]),
                 mask=row0 + i_i[:, None] < last,
                 other=0.0,
             )
-            # b_W0_c00: u8[n 64, d 64]
-            b_W0_c00 = tl.load(
-                p_gate_up_codes
-                + expert * s_gate_up_codes_0
-                + 64 * n0 * s_gate_up_codes_1
-                + 64 * u
-                + (i_n[:, None] * r_gate_up_codes_1 + i_d[None, :]),
-            )
-            # b_W0_0: bf16[n 64, d 64]
+            # b_W0_c00: u8[n 64, d 128]
+            b_W0_c00 = d_gate_up_codes.load([expert, 64 * n0, 128 * u]).reshape([64, 128])
+            # b_W0_0: bf16[n 64, d 128]
             b_W0_0 = field4_at0_less8_bf16(b_W0_c00)
-            # b_W0_1: bf16[n 64, d 64]
+            # b_W0_1: bf16[n 64, d 128]
             b_W0_1 = field4_at4_less8_bf16(b_W0_c00)
-            # b_W1_c00: u8[n 64, d 64]
-            b_W1_c00 = tl.load(
-                p_gate_up_codes
-                + expert * s_gate_up_codes_0
-                + (64 * n0 + 14336) * s_gate_up_codes_1
-                + 64 * u
-                + (i_n[:, None] * r_gate_up_codes_1 + i_d[None, :]),
-            )
-            # b_W1_0: bf16[n 64, d 64]
+            # b_W1_c00: u8[n 64, d 128]
+            b_W1_c00 = d_gate_up_codes.load([expert, 64 * n0 + 14336, 128 * u]).reshape([64, 128])
+            # b_W1_0: bf16[n 64, d 128]
             b_W1_0 = field4_at0_less8_bf16(b_W1_c00)
-            # b_W1_1: bf16[n 64, d 64]
+            # b_W1_1: bf16[n 64, d 128]
             b_W1_1 = field4_at4_less8_bf16(b_W1_c00)
             # b_PW0_0: f32[n 64, i 16]
             b_PW0_0 = tl.dot(b_W0_0, tl.trans(b_A_0))
@@ -242,16 +230,8 @@ def experts_h(
 
 
 kernel = experts_h
-OPTIONS = {"num_warps": 4, "num_stages": 5}
-DIVISORS = {
-    "p_x": 16,
-    "s_x_0": 8,
-    "p_gate_up_codes": 16,
-    "s_gate_up_codes_0": 16,
-    "s_gate_up_codes_1": 16,
-    "p_h": 16,
-    "s_h_0": 8,
-}
+OPTIONS = {"num_warps": 4, "num_stages": 3}
+DIVISORS = {"p_x": 16, "s_x_0": 8, "p_h": 16, "s_h_0": 8}
 
 
 def grid(entries, **_):
@@ -259,16 +239,11 @@ def grid(entries, **_):
 
 
 def bind(x, gate_up_codes, gate_up_scales, bounds, tokens, h):
-    if max(
-        gate_up_codes.stride(1) * 63,
-        gate_up_scales.stride(1) * 63,
-        h.stride(0) * 15,
-        0,
-    ) >= 2**31:
+    if max(gate_up_scales.stride(1) * 63, h.stride(0) * 15, 0) >= 2**31:
         raise OverflowError("experts_h: a stride is so large that one tile spans 2**31 elements")
     return (
         x, x.stride(0),
-        gate_up_codes, gate_up_codes.stride(0), gate_up_codes.stride(1),
+        TensorDescriptor.from_tensor(gate_up_codes, [1, 64, 128]),
         gate_up_scales, gate_up_scales.stride(0), gate_up_scales.stride(1), gate_up_scales.stride(2),
         bounds,
         tokens,
