@@ -42,6 +42,19 @@ class Settings:
     def key(self) -> tuple[Any, ...]:
         return self.q_map.key, self.k_map.key, self.causal, self.eps, self.initial, self.final
 
+    @property
+    def states(self) -> tuple[str, ...]:
+        """What the state of all keys is called among results."""
+        names = ("new_state", "new_sums") if self.final else ("key_state", "key_sums")
+        return names if self.eps is not None else names[:1]
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The results that gradients read."""
+        if not self.causal:
+            return self.states
+        return ("o", "den") if self.eps is not None else ()
+
 
 NAMES: tuple[str, ...] = ("q", "k", "v", "state", "sums")
 
@@ -49,7 +62,8 @@ NAMES: tuple[str, ...] = ("q", "k", "v", "state", "sums")
 def attend(q: Any, k: Any, v: Any, states: tuple[Any, ...], settings: Settings) -> tuple[Any, ...]:
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *states)):
         return _Linear.apply(settings, q, k, v, *states)
-    return _forward(dict(zip(NAMES, (q, k, v, *states), strict=False)), settings, keeps=False)
+    found = _forward(dict(zip(NAMES, (q, k, v, *states), strict=False)), settings, keeps=False)
+    return tuple(found.values())
 
 
 class _Linear(torch.autograd.Function):
@@ -57,18 +71,17 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, settings: Settings, *tensors: Any) -> tuple[Any, ...]:
         values = dict(zip(NAMES, tensors, strict=False))
         found = _forward(values, settings, keeps=True)
-        normalised = settings.eps is not None
-        o, den, new = (found[0], found[1:2], found[2:]) if normalised else (found[0], (), found[1:])
+        kept = settings.kept
         ctx.settings, ctx.count = settings, len(tensors)
-        ctx.save_for_backward(*tensors, *((o, *den) if normalised else ()))
-        return (o, *new)
+        ctx.save_for_backward(*tensors, *(found[name] for name in kept))
+        return tuple(t for name, t in found.items() if name == "o" or name.startswith("new_"))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         values = dict(zip(NAMES, saved[: ctx.count], strict=False))
-        values |= dict(zip(("o", "den"), saved[ctx.count :], strict=False))
+        values |= dict(zip(ctx.settings.kept, saved[ctx.count :], strict=True))
         values |= dict(zip(("do", "dnew_state", "dnew_sums"), grads, strict=False))
         asked = zip(NAMES, ctx.needs_input_grad[1:], strict=False)
         wanted = tuple(name for name, needed in asked if needed)
@@ -76,19 +89,20 @@ class _Linear(torch.autograd.Function):
         return (None, *(found.get(name) for name in NAMES[: ctx.count]))
 
 
-def _forward(values: dict[str, Any], settings: Settings, *, keeps: bool) -> tuple[torch.Tensor, ...]:
+def _forward(values: dict[str, Any], settings: Settings, *, keeps: bool) -> dict[str, torch.Tensor]:
+    """Results by name: o, what gradients read if it `keeps` that, and the states that are asked for."""
     q, k, v = (values[name] for name in ("q", "k", "v"))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     outputs = [Output("o", (*q.shape[:3], v.shape[3]), q.dtype, _by_length(q))]
-    normalised = settings.eps is not None
-    if keeps and normalised:
+    kept = settings.kept if keeps else ()
+    if "den" in kept:
         outputs.append(Output("den", tuple(q.shape[:3]), wide))
-    if settings.final:
+    if settings.final or "key_state" in kept:
         state = (*k.shape[:2], k.shape[3] * len(settings.k_map.parts), v.shape[3])
-        outputs.append(Output("new_state", state, wide))
-        if normalised:
-            outputs.append(Output("new_sums", state[:3], wide))
-    return _launch(values, tuple(outputs), settings, keeps, ())
+        shapes = zip(settings.states, (state, state[:3]), strict=False)
+        outputs += [Output(name, shape, wide) for name, shape in shapes]
+    found = _launch(values, tuple(outputs), settings, keeps, ())
+    return {output.name: tensor for output, tensor in zip(outputs, found, strict=True)}
 
 
 def _gradients(
@@ -171,8 +185,8 @@ def _plan(
 
     q, k, v = (values[name] for name in ("q", "k", "v"))
     target, dtype = target_of(q.device), _fill_names()[q.dtype]
-    # What sums run over: keys, and of gradients queries too.
-    span = _span(k, max(k.shape[2], q.shape[2] if wanted else 0), settings.causal)
+    split = _splits(k, settings.causal)
+    spans = {"span_L": _span(q, settings.causal, split), "span_N": _span(k, settings.causal, split)}
     facts = {
         "dtype": dtype,
         "qk_size": q.shape[3],
@@ -183,7 +197,7 @@ def _plan(
         "final": settings.final,
         "keeps": keeps,
         "grouped": q.shape[1] != k.shape[1],
-        "split": span > 0,
+        "split": split,
         "aligned": q.device.type == "cpu" or all(is_aligned(t) for t in values.values() if t.dim() == 4),
         "precision": precision_of(q.device, dtype),
     }
@@ -204,17 +218,29 @@ def _plan(
     quick = ("linear", settings.q_map.key, settings.k_map.key, wanted, tuple(facts.items()))
     executable = get_or_compile(quick, make, target)
     stand_ins = {output.name: output.empty("meta") for output in outputs}
-    numbers = {"span": span} if span else {}
-    bound = executable.bind({**values, **stand_ins, **numbers}, allocate=partial(allocate, device=q.device))
+    bound = executable.bind({**values, **stand_ins, **spans}, allocate=partial(allocate, device=q.device))
     return LinearPlan(bound, outputs, q.device)
 
 
-def _span(k: Any, length: int, causal: bool) -> int:
-    """Chunks of a segment; 0 where heads alone keep the device busy, or sequences are short."""
-    cpu = k.device.type == "cpu"
-    chunks = -(-length // (CPU_ROWS if cpu else GPU_ROWS[causal]))
-    programs = (NUM_THREADS.get() or os.cpu_count() or 1) if cpu else PROGRAMS
-    heads = k.shape[0] * k.shape[1]
-    if 2 * heads >= programs or chunks < 2 * LEAST:
-        return 0
-    return max(LEAST, -(-chunks * heads // programs))
+def _programs(rows: Any) -> int:
+    """How many programs keep the device of a tensor busy."""
+    if rows.device.type != "cpu":
+        return PROGRAMS
+    return NUM_THREADS.get() or os.cpu_count() or 1
+
+
+def _chunks(rows: Any, causal: bool) -> int:
+    return -(-rows.shape[2] // (CPU_ROWS if rows.device.type == "cpu" else GPU_ROWS[causal]))
+
+
+def _splits(keys: Any, causal: bool) -> bool:
+    """Whether keys are cut into segments: not where heads alone keep the device busy, or there are few keys."""
+    heads = keys.shape[0] * keys.shape[1]
+    return 2 * heads < _programs(keys) and _chunks(keys, causal) >= 2 * LEAST
+
+
+def _span(rows: Any, causal: bool, split: bool) -> int:
+    """Chunks of a segment of queries or keys."""
+    cpu = rows.device.type == "cpu"
+    fair = -(-_chunks(rows, causal) * rows.shape[0] * rows.shape[1] // _programs(rows))
+    return max(LEAST if split else 1, fair if split or not cpu else -(-fair // 4))
