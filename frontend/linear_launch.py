@@ -234,7 +234,7 @@ def _chunks(rows: Any, causal: bool) -> int:
 
 
 def _splits(keys: Any, causal: bool) -> bool:
-    """Whether keys are cut into segments: not where heads alone keep the device busy, or there are few keys."""
+    """Whether keys are cut into segments: not where heads alone fill the device, or there are few keys."""
     heads = keys.shape[0] * keys.shape[1]
     return 2 * heads < _programs(keys) and _chunks(keys, causal) >= 2 * LEAST
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..ir.errors import InputError
 from ..ir.graph import Graph, Op, Value
@@ -16,6 +17,7 @@ from .pure import uncompiled
 
 Weights = dict[str, torch.Tensor]
 Step = tuple[str, str, str]  # left, right, made
+MADE = ("q", "k_low", "v_low")
 
 
 @uncompiled
@@ -57,8 +59,13 @@ def flurka(
     _check(tensors, heads)
     if {"causal", "initial_state", "return_state", "enable_gqa"} & options.keys():
         raise InputError("flurka", "options eps, normalize, key_map and backend", ", ".join(options))
-    found = _run(_steps(_sizes(tensors, heads)), tensors, heads)
-    out = linear_attention(found["q"], found["k_low"], found["v_low"], feature_map, **options)
+    steps = _steps(_sizes(tensors, heads))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+        q, k, v = _Products.apply(steps, heads, tuple(tensors), *tensors.values())
+    else:
+        found = _run(steps, tensors, heads)
+        q, k, v = (found[name] for name in MADE)
+    out = linear_attention(q, k, v, feature_map, **options)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -159,18 +166,18 @@ def _steps(sizes: tuple[tuple[str, int], ...]) -> tuple[Step, ...]:
 
     graph, known = _graph(sizes)
     ordered = reassociate(graph, sizes=known)
-    return tuple((*op.inputs, op.output.name) for op in ordered.ops)  # type: ignore[return-value]
+    return (("x", "w_q", "q"), *((*op.inputs, op.output.name) for op in ordered.ops))  # type: ignore[arg-type]
 
 
 def _run(steps: tuple[Step, ...], tensors: Weights, heads: int) -> Weights:
-    """The products by torch: q, and what the steps make."""
+    """The products by torch: all that steps read and make, as (.., heads, rows, columns)."""
     values = {"x": tensors["x"].unsqueeze(1)}
     for name, tensor in tensors.items():
         if name.startswith("w_"):
             values[name] = tensor.unflatten(1, (heads, -1)).transpose(0, 1)
         elif name.startswith("proj"):
             values[name] = tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
-    for left, right, made in (("x", "w_q", "q"), *steps):
+    for left, right, made in steps:
         values[made] = product(values[left], values[right])
     return values
 
@@ -178,7 +185,79 @@ def _run(steps: tuple[Step, ...], tensors: Weights, heads: int) -> Weights:
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b of (.., heads, rows, inner) and (.., heads, inner, columns). Where a is one for all heads, they
     are columns: one product of large matrices instead of many small ones."""
-    if a.shape[-3] == 1 < b.shape[-3]:
-        flat = a.squeeze(-3) @ b.transpose(-3, -2).flatten(-2)
-        return flat.unflatten(-1, (b.shape[-3], b.shape[-1])).transpose(-3, -2)
+    if _is_shared(a, b):
+        return _of_heads(a.squeeze(-3) @ _columns(b), b.shape[-3])
     return a @ b
+
+
+def _is_shared(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape[-3] == 1 < b.shape[-3]
+
+
+def _columns(b: torch.Tensor) -> torch.Tensor:
+    """(.., heads, rows, columns) as (.., rows, heads * columns)."""
+    return b.transpose(-3, -2).flatten(-2)
+
+
+def _of_heads(flat: torch.Tensor, heads: int) -> torch.Tensor:
+    return flat.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+class _Products(torch.autograd.Function):
+    """q, k_low and v_low. Gradients of what several products read are added up in place."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: tuple[Step, ...], heads: int, names: tuple[str, ...], *tensors: Any) -> Any:
+        values = _run(steps, dict(zip(names, tensors, strict=True)), heads)
+        ctx.steps, ctx.names, ctx.shapes = steps, names, tuple(t.shape for t in tensors)
+        read = {name for left, right, _ in steps for name in (left, right)}
+        ctx.kept = tuple(read)
+        ctx.save_for_backward(*(values[name] for name in ctx.kept))
+        ctx.set_materialize_grads(False)
+        return tuple(values[name] for name in MADE)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        values = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
+        needed = dict(zip(ctx.names, ctx.needs_input_grad[3:], strict=True))
+        for left, right, made in ctx.steps:
+            needed[made] = needed[left] or needed[right]
+        found = {name: grad for name, grad in zip(MADE, grads, strict=True) if grad is not None}
+        for left, right, made in reversed(ctx.steps):
+            if made not in found:
+                continue
+            a, b, grad = values[left], values[right], found.pop(made)
+            shared = _is_shared(a, b)
+            heads = b.shape[-3]
+            if shared:
+                a, b, grad = a.squeeze(-3), _columns(b), _columns(grad)
+            if needed[left]:
+                known = found.get(left)
+                known = known.squeeze(-3) if shared and known is not None else known
+                more = _added(known, a.shape, grad, b.mT)
+                found[left] = more.unsqueeze(-3) if shared else more
+            if needed[right]:
+                known = found.get(right)
+                known = _columns(known) if shared and known is not None else known
+                if b.dim() == 2 < a.dim():  # one matrix for a whole batch, whose rows are summed over
+                    a, grad = a.flatten(0, -2), grad.flatten(0, -2)
+                more = _added(known, b.shape, a.mT, grad)
+                found[right] = _of_heads(more, heads) if shared else more
+        whole = ((n, found.get(n), shape) for n, shape in zip(ctx.names, ctx.shapes, strict=True))
+        back = (g if g is None else (_columns(g) if n.startswith("w_") else g).view(s) for n, g, s in whole)
+        return (None, None, None, *back)
+
+
+def _added(known: torch.Tensor | None, shape: torch.Size, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, summed to a shape where that was broadcast, plus what is known, whose memory is used again."""
+    whole = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    if known is None or whole != shape[:-2] or not known.is_contiguous():
+        made = (a @ b).sum_to_size(shape)
+        return made if known is None else known + made
+    if b.dim() == 2:
+        known.view(-1, shape[-1]).addmm_(a.flatten(0, -2), b)
+    else:
+        a, b = (t.expand(*whole, *t.shape[-2:]).flatten(0, -3) for t in (a, b))
+        known.view(-1, *shape[-2:]).baddbmm_(a, b)
+    return known

@@ -9,8 +9,8 @@ Where every row sums over all keys, it reads one state:
                          sum_j f_j g_j and sum_j f_j c_j. c is 1 where it is no operand; H = `heads`
     read_values      x [B, Hx, L, M], state -> out [B, Hx, L, E] (, den [B, Hx, L]):
                          out_i = x_i state, den_i = x_i . sums
-    read_features    y [B, Hx, L, E], state -> [B, Hx, L, M]: state y_i + r_i sums, the gradient of x where y is
-                     that of out and r that of den. r: 1 where it is no operand but sums are
+    read_features    y [B, Hx, L, E], state -> [B, Hx, L, M]: state y_i + r_i sums, the gradient of x where y
+                     is that of out and r that of den. r: 1 where it is no operand but sums are
 
 and where rows sum over the keys j that `order` says, 'forward' (j <= i) or 'backward' (j >= i):
 
@@ -37,8 +37,9 @@ and, once `linear_fuse` has run (with attributes x_map, f_map: features of x and
     of                  [B, Hx, L, D]: the result is a gradient of these rows' features by `out_map`, and the
                         gradient of the rows is what the operation gives
 
-linear_values and read_values with `eps` give out / (den + eps). `keeps`: den is a result; `final`: state (and,
-with `sums`, sums) are, of `heads` heads. `linear_join` makes one operation of those that read the same rows:
+linear_values and read_values with `eps` give out / (den + eps). `keeps`: den is a result; `final`: state
+(and, with `sums`, sums) are, of `heads` heads. `linear_join` makes one operation of those that read the same
+rows:
 
     read_gradients   x, y, state (, sums) (, begin, begin_sums) -> the gradients of rows x, of state and of
                      sums, where y is that of out = x state or, with `eps`, of out / (x . sums + eps). The

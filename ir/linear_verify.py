@@ -105,7 +105,12 @@ def _linear_states(c: Checker) -> tuple[Shape, ...]:
     c.same("shape of f and g but for the last dimension", f[:3], g[:3])
     if "c" in at:
         c.same("shape of c and f", at["c"], f[:3])
-    state = (f[0], c.attr("heads", (int, str)), _wide(c, f[3], c.attr("f_map", FeatureMap, needed=False)), g[3])
+    state = (
+        f[0],
+        c.attr("heads", (int, str)),
+        _wide(c, f[3], c.attr("f_map", FeatureMap, needed=False)),
+        g[3],
+    )
     if "state" in at:
         c.same("state", at["state"], state)
     return _with_sums(c, at, state, bool(c.attr("sums", bool, needed=False)))

@@ -32,8 +32,8 @@ STATES = ("state", "sums")
 def build_linear(spec: LinearSpec) -> Graph:
     """The unfused graph: inputs q, k, v (, state, sums); results o (, den) (, new_state, new_sums).
 
-    What gradients read is among the results with spec.keeps: the denominators or, where rows sum over all keys,
-    the state of these (key_state and key_sums, if it is no result by the names of spec.final)."""
+    What gradients read is among the results with spec.keeps: the denominators or, where rows sum over all
+    keys, the state of these (key_state and key_sums, if it is no result by the names of spec.final)."""
     wide, keys = spec.accumulator, "L" if spec.causal else "N"
     q = Value("q", spec.dtype, ("B", "Hq", "L", spec.qk_size))
     k = Value("k", spec.dtype, ("B", "Hk", keys, spec.qk_size))
@@ -107,12 +107,14 @@ def build_linear_gradients(spec: LinearSpec, wanted: Iterable[str]) -> Graph:
 
     Where rows sum over all keys, what they read of the state is read again: o and den come from it.
 
-    Its inputs are those that it reads of the forward's, of its results with `keeps`, do, and, where spec.final,
-    dnew_state and dnew_sums."""
+    Its inputs are those that it reads of the forward's, of its results with `keeps`, do, and, where
+    spec.final, dnew_state and dnew_sums."""
     wanted = tuple(wanted)
     forward = build_linear(replace(spec, keeps=True))
     given = ["o", *(name for name in forward.outputs if name.startswith("new_"))]
-    kept = [forward.values[name] for name in forward.outputs if name != "o" or (spec.causal and spec.normalised)]
+    kept = [
+        forward.values[name] for name in forward.outputs if name != "o" or (spec.causal and spec.normalised)
+    ]
     incoming = [Value(f"d{name}", forward.values[name].dtype, forward.values[name].shape) for name in given]
     inputs = (*forward.inputs, *kept, *incoming)
     again = ("features", *(() if spec.causal else ("read_values", "normalise")))

@@ -9,9 +9,9 @@ After::
 
     %dq, %ds, %dz = read_gradients %q, %do, %s, %z {eps}
 
-since do . o is phi(q) . (s do) over the denominator, which what dq needs holds already: a row is read once, and
-neither outputs nor denominators are kept. And %dk, %dv of keys and values, which read_features and read_values
-make of the same rows, are one give_gradients.
+since do . o is phi(q) . (s do) over the denominator, which what dq needs holds already: a row is read once,
+and neither outputs nor denominators are kept. And %dk, %dv of keys and values, which read_features and
+read_values make of the same rows, are one give_gradients.
 
 Leaves alone: states that do not fit a program's registers, and, on a CPU, keys beside values, whose sums run
 along different lanes.
@@ -50,7 +50,13 @@ def _with_rows(graph: Graph, states: Op, spec: LinearSpec) -> Graph:
     for rows in graph.of_kind("read_features"):
         reads = roles(rows)
         same = gives["f"], gives["g"], gives.get("c"), gives.get("over"), _map(states.attr("f_map"))
-        if same != (reads.get("of"), reads["y"], reads.get("r"), reads.get("over"), _map(rows.attr("out_map"))):
+        if same != (
+            reads.get("of"),
+            reads["y"],
+            reads.get("r"),
+            reads.get("over"),
+            _map(rows.attr("out_map")),
+        ):
             continue
         eps = None
         if "r" in reads:
@@ -62,7 +68,11 @@ def _with_rows(graph: Graph, states: Op, spec: LinearSpec) -> Graph:
             "begin": gives.get("state"), "begin_sums": gives.get("sums"),
         }  # fmt: skip
         made = _joined(
-            "read_gradients", named, (*rows.outputs, *states.outputs), eps=eps, x_map=_map(rows.attr("out_map"))
+            "read_gradients",
+            named,
+            (*rows.outputs, *states.outputs),
+            eps=eps,
+            x_map=_map(rows.attr("out_map")),
         )
         if Tile(made, spec).chunks() is not None:
             return graph.replace_ops((rows, states), (made,))

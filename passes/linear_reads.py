@@ -1,8 +1,8 @@
 """linear_reads: rows that read a state which is known beforehand, to kernels.
 
 Before::  %dq, %ds, %dz = read_gradients %q, %do, %s, %z {chunks, x_map, eps}
-After::   kernel @linear_dq grid(h, s, b) { the state; for each chunk of a segment: rows x and y; the gradient of
-          x stored; what they give to the state's, which is stored last }, and one that adds up segments
+After::   kernel @linear_dq grid(h, s, b) { the state; for each chunk of a segment: rows x and y; the gradient
+          of x stored; what they give to the state's, which is stored last }, and one that adds up segments
 
 Programs walk over the chunks of a segment: the state is loaded once for all of them. Programs of neighbouring
 heads, whose rows may lie side by side in memory, run at the same time.
@@ -24,7 +24,11 @@ from .linear_tiles import GROUP, N0, NONE, SEGMENTS, B, E, H, M, S, Source, Tile
 READS = ("read_values", "read_features", "read_gradients", "give_gradients")
 ROW, CHUNK = integer("row"), integer("u")
 # By kind: the operands whose features the rows have, and whose values.
-FEATURES = {"read_values": ("x", "x_map"), "read_features": ("of", "out_map"), "read_gradients": ("x", "x_map")}
+FEATURES = {
+    "read_values": ("x", "x_map"),
+    "read_features": ("of", "out_map"),
+    "read_gradients": ("x", "x_map"),
+}
 VALUES = {"read_features": "y", "read_gradients": "y", "give_gradients": "g"}
 
 
@@ -51,7 +55,7 @@ def _source(graph: Graph, op: Op, state: str | None = None, totals: str | None =
 
 
 class _Reads(Tiles):
-    """A kernel over chunks of rows i, of features X0, .. and values Y, that reads a state S0, .. (and Z0, ..)."""
+    """A kernel over chunks of rows, features X0, .. and values Y, that reads a state S0, .. (and Z0, ..)."""
 
     @property
     def parts_names(self) -> tuple[str, str | None]:

@@ -1,8 +1,8 @@
 """linear_states: the states that operations of linear attention read, to kernels.
 
-Kernel `*_states` adds up what the rows of a segment give. Where rows sum over all keys, kernel `*_total` adds up
-segments, else kernel `*_prefix` what earlier segments (later ones, where order is 'backward') have given before
-each. Without segments one program walks over all rows of a head.
+Kernel `*_states` adds up what the rows of a segment give. Where rows sum over all keys, kernel `*_total` adds
+up segments, else kernel `*_prefix` what earlier segments (later ones, where order is 'backward') have given
+before each. Without segments one program walks over all rows of a head.
 """
 
 from __future__ import annotations

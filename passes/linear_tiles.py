@@ -147,9 +147,7 @@ class Tiles:
             self.used[value.name] = Tensor(value.name, value.dtype, shape, role, last, align)
         return value.name
 
-    def states(
-        self, name: str, shape: tuple[int | str, ...], role: str = "in", heads: str = "Hk"
-    ) -> str:
+    def states(self, name: str, shape: tuple[int | str, ...], role: str = "in", heads: str = "Hk") -> str:
         shape = ("B", heads, *shape)
         align = self._align(shape[-1], self.acc)
         self.used[name] = Tensor(name, self.acc, shape, role, len(shape) - 1, align)
@@ -218,7 +216,7 @@ class Tiles:
         *,
         dtype: str | None = None,
     ) -> list[Stmt]:
-        """Tiles dst0, dst1, ... of the features of rows, one for each part; ready for products, or of a dtype."""
+        """Tiles dst0, dst1, ... of the features of rows, one a part; ready for products, or of a dtype."""
         dtype = dtype or self.operand
         if by is None:
             return [self.load(f"{dst}0", value, head, axis, row, "m", dtype)]
