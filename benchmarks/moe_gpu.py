@@ -216,18 +216,9 @@ def grouped_mm(x: Any, ids: Any, weights: Any, up: Any, down: Any) -> torch.Tens
 
 def replayed(call: Callable[[], Any]) -> float:
     """Milliseconds of a replay of a CUDA graph of the call."""
-    from triton.testing import do_bench
+    from gossamer.frontend.measure_gpu import milliseconds, recorded
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return float(do_bench(graph.replay, warmup=15, rep=60, return_mode="median"))
+    return milliseconds(recorded(call), warmup=15, rep=60)
 
 
 def eager_us(call: Callable[[], Any], repeats: int = 30) -> float:

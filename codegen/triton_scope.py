@@ -24,6 +24,19 @@ TL = {
     "u8": "tl.uint8",
     "bool": "tl.int1",
 }
+BYTES = {
+    "f64": 8,
+    "f32": 4,
+    "f16": 2,
+    "bf16": 2,
+    "f8e4m3": 1,
+    "i64": 8,
+    "i32": 4,
+    "i16": 2,
+    "i8": 1,
+    "u8": 1,
+    "bool": 1,
+}
 FLOATS = ("f64", "f32", "f16", "bf16", "f8e4m3")
 
 # A tile's own offsets stay 32-bit up to this coordinate, so strides below 2**16 elements always fit.

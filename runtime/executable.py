@@ -21,6 +21,7 @@ from .counting import LOADS
 from .formula import Formula, parse_formula
 from .knobs import LOG_TIMINGS, log
 from .manifest import Argument
+from .strided import BYTES
 from .target import Target
 
 Allocate = Callable[[tuple[int, ...], str], Any]  # (shape, dtype) -> a contiguous tensor of the caller's
@@ -51,16 +52,24 @@ class Bound:
 
 @dataclass(frozen=True)
 class Contiguous:
-    """Stands in `Executable.bind` for a contiguous tensor that is yet to be allocated."""
+    """Stands in `Executable.bind` for a contiguous tensor that is yet to be allocated.
+
+    step: its rows take a multiple of so many elements."""
 
     shape: tuple[int, ...]
+    step: int = 1
 
     def stride(self, dimension: int | None = None) -> Any:
         return self._strides if dimension is None else self._strides[dimension]
 
     @cached_property
     def _strides(self) -> tuple[int, ...]:
-        return tuple(math.prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
+        return tuple(math.prod(self.allocated[d + 1 :]) for d in range(len(self.shape)))
+
+    @property
+    def allocated(self) -> tuple[int, ...]:
+        """The shape whose memory it takes."""
+        return (*self.shape[:-1], -(-self.shape[-1] // self.step) * self.step) if self.shape else ()
 
     def data_ptr(self) -> int:
         return 0
@@ -80,6 +89,13 @@ class Executable:
         self._kernels: tuple[tuple[Loaded, Pick], ...] = ()
         self._shapes: dict[str, tuple[str, tuple[Formula, ...]]] = {
             t.name: (t.dtype, tuple(parse_formula(e) for e in t.shape)) for t in manifest.intermediates
+        }
+        aligns = [(a.source, a.align) for launch in manifest.launches for a in launch.arguments]
+        self._steps: dict[str, int] = {
+            t.name: max(
+                1, max((align for name, align in aligns if name == t.name), default=1) // BYTES[t.dtype]
+            )
+            for t in manifest.intermediates
         }
         self._checks = tuple((parse_formula(check.condition), check) for check in manifest.checks)
 
@@ -102,9 +118,10 @@ class Executable:
         if intermediates and allocate is None:
             names = ", ".join(self._shapes)
             raise InputError("allocate", f"a function (shape, dtype) -> tensor for {names}", None)
-        values = {**values, **{name: Contiguous(shape) for name, shape, _ in intermediates}}
-        steps = tuple((kernel.bind(values, sizes), pick) for kernel, pick in kernels)
-        return Bound(steps, intermediates, allocate)
+        waiting = {name: Contiguous(shape, self._steps[name]) for name, shape, _ in intermediates}
+        steps = tuple((kernel.bind({**values, **waiting}, sizes), pick) for kernel, pick in kernels)
+        made = tuple((name, waiting[name].allocated, dtype) for name, _, dtype in intermediates)
+        return Bound(steps, made, allocate)
 
     def settle(self, values: Mapping[str, Any]) -> tuple[dict[str, int], tuple[Made, ...]]:
         """The integers of a call by name, and the intermediates it takes: name, shape, dtype of each.
