@@ -6,18 +6,21 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..ir.errors import InputError
 from ..ir.graph import Graph, Op, Value
+from ..runtime.driver import driver
 from .layers import check_tensor
-from .linear import linear_attention
+from .linear import check, linear_attention, settings_of
+from .linear_launch import Kernels, Recalled, recall
+from .low_rank_launch import Layer, Products, Step, by_head
+from .operator_rules import wants_gradient
+from .operators import is_traced
 from .problem import _fill_names
 from .pure import uncompiled
 
 Weights = dict[str, torch.Tensor]
-Step = tuple[str, str, str]  # left, right, made
-MADE = ("q", "k_low", "v_low")
+DEFAULTS: dict[str, Any] = {"key_map": None, "normalize": True, "eps": 1e-6, "backend": "auto"}
 
 
 @uncompiled
@@ -56,17 +59,29 @@ def flurka(
     tensors = {"x": x, "w_q": w_q, "w_k": w_k, "w_v": w_v, "proj_k": proj_k}
     if proj_v is not None:
         tensors["proj_v"] = proj_v
-    _check(tensors, heads)
-    if {"causal", "initial_state", "return_state", "enable_gqa"} & options.keys():
+    if options.keys() - DEFAULTS.keys():
         raise InputError("flurka", "options eps, normalize, key_map and backend", ", ".join(options))
+    asked, given = DEFAULTS | options, tuple(tensors.values())
+    settings = settings_of(feature_map, asked["key_map"], normalize=asked["normalize"], eps=asked["eps"])
+    apart = settings.prepares or is_traced(given) or _is_autocast(x)
+    known = Recalled() if apart else recall(settings, given, "flurka", heads, type(heads), asked["backend"])
+    if known.kernels is not None:
+        return known.kernels(given)
+    _check(tensors, heads)
     steps = _steps(_sizes(tensors, heads))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
-        q, k, v = _Products.apply(steps, heads, tuple(tensors), *tensors.values())
+    if any(tensor.dim() == 3 for tensor in given[4:]):
+        rows, apart = by_head(steps, tensors, heads), True
     else:
-        found = _run(steps, tensors, heads)
-        q, k, v = (found[name] for name in MADE)
-    out = linear_attention(q, k, v, feature_map, **options)
-    return out.transpose(1, 2).flatten(2)
+        products = Products(steps, tuple(tensors), heads)
+        rows = products.rows(products.run(tensors))
+    q, k, v = rows
+    if apart or asked["backend"] == "reference" or any(0 in tensor.shape for tensor in given):
+        return linear_attention(q, k, v, feature_map, **options).transpose(1, 2).flatten(2)
+    check(q, k, v, settings, backend=asked["backend"])
+    layer = Layer(products, Kernels(settings, rows, learns=wants_gradient(given)))
+    if known.key is not None:
+        driver().plans.put(known.key, layer)
+    return layer(given)
 
 
 def flurka_orders(
@@ -120,6 +135,11 @@ def _check(tensors: Weights, heads: Any) -> None:
         raise InputError("flurka.proj_v", f"rank {tensors['proj_k'].shape[-2]}, as proj_k has", low.shape[-2])
 
 
+def _is_autocast(x: Any) -> bool:
+    """Whether torch's products may give another dtype than that of x."""
+    return isinstance(x, torch.Tensor) and torch.is_autocast_enabled(x.device.type)
+
+
 # the order of products --------------------------------------------------------------------------------
 
 
@@ -167,97 +187,3 @@ def _steps(sizes: tuple[tuple[str, int], ...]) -> tuple[Step, ...]:
     graph, known = _graph(sizes)
     ordered = reassociate(graph, sizes=known)
     return (("x", "w_q", "q"), *((*op.inputs, op.output.name) for op in ordered.ops))  # type: ignore[arg-type]
-
-
-def _run(steps: tuple[Step, ...], tensors: Weights, heads: int) -> Weights:
-    """The products by torch: all that steps read and make, as (.., heads, rows, columns)."""
-    values = {"x": tensors["x"].unsqueeze(1)}
-    for name, tensor in tensors.items():
-        if name.startswith("w_"):
-            values[name] = tensor.unflatten(1, (heads, -1)).transpose(0, 1)
-        elif name.startswith("proj"):
-            values[name] = tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
-    for left, right, made in steps:
-        values[made] = product(values[left], values[right])
-    return values
-
-
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of (.., heads, rows, inner) and (.., heads, inner, columns). Where a is one for all heads, they
-    are columns: one product of large matrices instead of many small ones."""
-    if _is_shared(a, b):
-        return _of_heads(a.squeeze(-3) @ _columns(b), b.shape[-3])
-    return a @ b
-
-
-def _is_shared(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape[-3] == 1 < b.shape[-3]
-
-
-def _columns(b: torch.Tensor) -> torch.Tensor:
-    """(.., heads, rows, columns) as (.., rows, heads * columns)."""
-    return b.transpose(-3, -2).flatten(-2)
-
-
-def _of_heads(flat: torch.Tensor, heads: int) -> torch.Tensor:
-    return flat.unflatten(-1, (heads, -1)).transpose(-3, -2)
-
-
-class _Products(torch.autograd.Function):
-    """q, k_low and v_low. Gradients of what several products read are added up in place."""
-
-    @staticmethod
-    def forward(ctx: Any, steps: tuple[Step, ...], heads: int, names: tuple[str, ...], *tensors: Any) -> Any:
-        values = _run(steps, dict(zip(names, tensors, strict=True)), heads)
-        ctx.steps, ctx.names, ctx.shapes = steps, names, tuple(t.shape for t in tensors)
-        read = {name for left, right, _ in steps for name in (left, right)}
-        ctx.kept = tuple(read)
-        ctx.save_for_backward(*(values[name] for name in ctx.kept))
-        ctx.set_materialize_grads(False)
-        return tuple(values[name] for name in MADE)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        values = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
-        needed = dict(zip(ctx.names, ctx.needs_input_grad[3:], strict=True))
-        for left, right, made in ctx.steps:
-            needed[made] = needed[left] or needed[right]
-        found = {name: grad for name, grad in zip(MADE, grads, strict=True) if grad is not None}
-        for left, right, made in reversed(ctx.steps):
-            if made not in found:
-                continue
-            a, b, grad = values[left], values[right], found.pop(made)
-            shared = _is_shared(a, b)
-            heads = b.shape[-3]
-            if shared:
-                a, b, grad = a.squeeze(-3), _columns(b), _columns(grad)
-            if needed[left]:
-                known = found.get(left)
-                known = known.squeeze(-3) if shared and known is not None else known
-                more = _added(known, a.shape, grad, b.mT)
-                found[left] = more.unsqueeze(-3) if shared else more
-            if needed[right]:
-                known = found.get(right)
-                known = _columns(known) if shared and known is not None else known
-                if b.dim() == 2 < a.dim():  # one matrix for a whole batch, whose rows are summed over
-                    a, grad = a.flatten(0, -2), grad.flatten(0, -2)
-                more = _added(known, b.shape, a.mT, grad)
-                found[right] = _of_heads(more, heads) if shared else more
-        whole = ((n, found.get(n), shape) for n, shape in zip(ctx.names, ctx.shapes, strict=True))
-        back = (g if g is None else (_columns(g) if n.startswith("w_") else g).view(s) for n, g, s in whole)
-        return (None, None, None, *back)
-
-
-def _added(known: torch.Tensor | None, shape: torch.Size, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, summed to a shape where that was broadcast, plus what is known, whose memory is used again."""
-    whole = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    if known is None or whole != shape[:-2] or not known.is_contiguous():
-        made = (a @ b).sum_to_size(shape)
-        return made if known is None else known + made
-    if b.dim() == 2:
-        known.view(-1, shape[-1]).addmm_(a.flatten(0, -2), b)
-    else:
-        a, b = (t.expand(*whole, *t.shape[-2:]).flatten(0, -3) for t in (a, b))
-        known.view(-1, *shape[-2:]).baddbmm_(a, b)
-    return known
