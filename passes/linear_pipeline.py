@@ -93,8 +93,9 @@ def _source(graph: Graph, op: Op, spec: LinearSpec) -> str:
 def delta_kernel(graph: Graph, op: Op, spec: LinearSpec) -> Kernel:
     """%dden = normalise_grad %do, %o, %den: -(do . o) / (den + eps) of every row."""
     do, o, den = (graph.values[name] for name in op.inputs)
-    acc, size, rows = spec.accumulator, int(o.shape[3]), 64
+    acc, size = spec.accumulator, int(o.shape[3])
     width = size if spec.is_cpu else padded(size)
+    rows = 64 if spec.is_cpu else max(16, min(64, 4096 // width))  # registers hold two tiles of them
     b, h, row, e = map(integer, ("b", "h", "row", "e"))
     inside = row < integer("L")
     one = sympy.Float(1.0)
