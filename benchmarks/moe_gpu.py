@@ -4,6 +4,7 @@ one run.
     python benchmarks/moe_gpu.py                                     # every model, 1 to 8192 tokens, both
     routings python benchmarks/moe_gpu.py --models olmoe,qwen3-30b --tokens 16,1024 --peers none
     python benchmarks/moe_gpu.py --sweep --models olmoe --tokens 8192    # tile sizes of the two products
+    python benchmarks/moe_gpu.py --backward --tokens 8192 --routing uniform
     python benchmarks/moe_gpu.py --models mixtral --weights bf16,int4,int8,fp8,mxfp4 --tokens 1,16,8192
 
 All start from ids and weights. Every result is held against float64 (over some tokens) before its time
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -29,6 +31,7 @@ import torch
 import typer
 from attention_gpu import device_slug, provenance_gpu
 from moe_models import MODELS, Model, bound_ms, routed
+from moe_training import compared
 from report import ROOT, load, save
 
 import gossamer
@@ -44,7 +47,8 @@ def main(
     peers: Annotated[str, typer.Option(help=f"of {', '.join(PEERS)}; or 'none'")] = "grouped_mm",
     routing: Annotated[str, typer.Option(help="uniform, zipf or both")] = "both",
     weights: Annotated[str, typer.Option(help=f"bf16 or formats of codes: {', '.join(CODES)}")] = "bf16",
-    sweep: Annotated[bool, typer.Option(help="also time other tiles of the two products")] = False,
+    backward: Annotated[bool, typer.Option(help="also time gradients and see what they hold")] = False,
+    sweep: Annotated[bool, typer.Option(help="time other schedules of the kernels, and print them")] = False,
     budget: Annotated[float, typer.Option(help="seconds; nothing is started after them")] = 480.0,
     out: Annotated[
         Path | None, typer.Option(help="JSON; default benchmarks/results/moe_gpu_DEVICE.json")
@@ -62,6 +66,9 @@ def main(
     others = () if peers == "none" else tuple(peers.split(","))
     kinds = {"uniform": (False,), "zipf": (True,), "both": (False, True)}[routing]
     failed: list[Any] = []
+    if sweep:
+        counts = [int(n) for n in tokens.split(",")]
+        sweep_ahead([MODELS[name] for name in names], weights.split(","), counts)
     for name in names:
         dense = Layer(MODELS[name])
         for kind in weights.split(","):
@@ -74,6 +81,8 @@ def main(
                 if "ms" in row and dense.times.get((count, skewed)):
                     row["over_bf16"] = dense.times[count, skewed] / row["ms"]
                     print(f"  {row['over_bf16']:.2f} times as fast as bf16")
+                if backward and kind == "bf16":
+                    row["backward"] = dense.gradients(count, skewed)
                 rows[tuple(row["case"])] = row
                 failed += [row["case"]] if "failed" in row else []
                 results["rows"] = list(rows.values())
@@ -135,7 +144,7 @@ class Layer:
                 for peer in peers:
                     row[peer] = self._beside(peer, x, ids, weights, found)
                 if sweep:
-                    row["sweep"] = self._sweep(x, ids, weights)
+                    row["sweep"] = self._sweep(x, ids, weights, found)
             except Exception as error:  # a case that fails is a result; the others are measured all the same
                 row["failed"] = f"{type(error).__name__}: {error}"[:500]
         shown = {k: v for k, v in row.items() if k not in ("case", "sweep")}
@@ -145,6 +154,22 @@ class Layer:
             flush=True,
         )
         return row
+
+    def gradients(self, tokens: int, skewed: bool) -> dict[str, Any]:
+        """What gradients take and hold: ours, ours with the first product computed again, grouped_mm's."""
+        x = torch.randn(tokens, self.model.hidden, device="cuda", dtype=torch.bfloat16)
+        ids, weights = routed(self.model, tokens, skewed, torch.device("cuda"))
+        layers = {
+            "gossamer": gossamer.experts,
+            "recompute": partial(gossamer.experts, recompute=True),
+            "grouped_mm": grouped_mm,
+        }
+        rows = compared(layers, replayed, (x, ids, weights, self.up, self.down))
+        for name, row in rows.items():
+            print(
+                " ", name, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True
+            )
+        return rows
 
     def _judged(self, found: Any, x: Any, ids: Any, weights: Any) -> dict[str, float]:
         """Errors of ours and of bf16 torch against float64, over a few tokens. Raises AssertionError."""
@@ -175,13 +200,50 @@ class Layer:
             torch.cuda.synchronize()
             return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
-    def _sweep(self, x: Any, ids: Any, weights: Any) -> list[dict[str, Any]]:
-        """Times of other tiles, the same for both products but for the columns."""
-        from moe_sweep import candidates, coded_candidates, timed
+    def _sweep(self, x: Any, ids: Any, weights: Any, expected: Any) -> list[dict[str, Any]]:
+        """Times of other schedules, kernel by kernel."""
+        from moe_sweep import timed
 
-        mean = len(ids) * ids.shape[1] / self.model.experts
-        pairs = candidates(mean) if self.kind == "bf16" else coded_candidates(mean, self.up.group_size)
-        return timed(pairs, x, ids, weights, self.up, self.down)
+        formats = tuple(getattr(matrix, "_q", None) for matrix in (self.up, self.down))
+        found, every = schedules(self.model, self.kind, len(x), formats)
+        rows = timed(found, every, x, ids, weights, self.up, self.down, expected)
+        for row in rows:
+            shown = {
+                name.removeprefix("experts_"): round(ms, 4) for name, ms in row.get("kernels", {}).items()
+            }
+            print(f"    {row.get('ms', 0):8.4f}  {row['name']}: {row.get('failed', shown)}", flush=True)
+        return rows
+
+
+def schedules(model: Model, kind: str, tokens: int, formats: tuple[Any, Any]) -> tuple[list[Any], list[Any]]:
+    """What a sweep times for a case, and the specs of it."""
+    from moe_sweep import candidates, specs
+
+    from gossamer.frontend.device import target_of
+    from gossamer.frontend.layer import is_handful, load_of
+
+    entries = tokens * model.top_k
+    alone = is_handful(tokens, entries, model.experts)
+    load = "one" if alone else load_of(entries / model.experts, torch.device("cuda"))
+    found = candidates(kind, tokens, entries / model.experts, formats)
+    shape = (model.experts, model.top_k, model.hidden, model.inner)
+    return found, specs(found, shape, load, entries <= 512, target_of(torch.device("cuda")), formats)
+
+
+def sweep_ahead(models: list[Model], kinds: list[str], tokens: list[int]) -> None:
+    """Compile what sweeps of these cases time."""
+    from moe_sweep import compiled_ahead
+
+    every = []
+    for model, kind, count in product(models, kinds, tokens):
+        formats: tuple[Any, Any] = (None, None)
+        if kind != "bf16":
+            sizes = model.hidden, model.inner
+            formats = tuple(gossamer.quantize(torch.zeros(1, 1, n), kind)._q for n in sizes)  # type: ignore[assignment]
+        every += schedules(model, kind, count, formats)[1]
+    began = perf_counter()
+    compiled_ahead(every)
+    print(f"compiled {len(every)} programs in {perf_counter() - began:.0f} s", flush=True)
 
 
 class CodedLayer(Layer):

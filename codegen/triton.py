@@ -30,6 +30,7 @@ from ..ir.kernel import Kernel, Scalar, Tensor
 from .layout import INDENT, wrap
 from .triton_body import Body, scalar_name
 from .triton_expr import Speller
+from .triton_fields import FLAG
 from .triton_helpers import HELPERS
 from .triton_scope import ATOM, BYTES, TL, Name, Scope, Value
 
@@ -101,6 +102,8 @@ def module(kernel: Kernel) -> Module:
     parts = [
         f"{_header(kernel)}\n{imports}",
         *(HELPERS[name] for name in sorted(scope.helpers)),
+        *([FLAG] if scope.fields else []),
+        *(text for _, text in sorted(scope.fields.items())),
         "\n".join([*_function(kernel, tensors, rest), *programs, *_axes(kernel), *_narrow(scope), "", *body])
         + "\n",
         f"kernel = {kernel.name}\nOPTIONS = {json.dumps(_options(kernel))}\n{_divisors(arguments)}",

@@ -75,7 +75,8 @@ class Scope:
     """What is known while a kernel is spelled: its names, and what was used on the way.
 
     nonnegative: integer scalars that cannot be negative. definitions: integer tiles that are plain
-    functions of scalars and coordinates. helpers: the helper functions used. narrow: for (tensor,
+    functions of scalars and coordinates. helpers: the helper functions used; fields:
+    those that are made for a bit field (triton_fields.py), their text by name. narrow: for (tensor,
     dimension) the largest coordinate that is multiplied with the stride in 32 bits. boxes: for tensors
     with a descriptor, the extents of what it fetches; addressed: tensors with addresses."""
 
@@ -85,6 +86,7 @@ class Scope:
     nonnegative: set[str] = field(default_factory=set)
     definitions: dict[str, Expr] = field(default_factory=dict)
     helpers: set[str] = field(default_factory=set)
+    fields: dict[str, str] = field(default_factory=dict)
     narrow: dict[tuple[str, int], int] = field(default_factory=dict)
     boxes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     addressed: set[str] = field(default_factory=set)

@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+from ..ir.errors import InputError, MissingDependencyError
 from . import feature_maps
-from .layers import check_tensor
+from .layers import FLOATS, check_tensor
 from .linear_launch import Recalled, Settings, attend, recall
-from .operators import is_traced
-from .problem import _fill_names
-from .pure import uncompiled
+from .linear_operator import call as traced
+from .linear_operator import watched
 
 try:
     import torch
@@ -25,7 +24,6 @@ BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "refe
 WIDEST = 1024
 
 
-@uncompiled
 def linear_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -85,22 +83,37 @@ def linear_attention(
         final=return_state,
     )
     tensors, options = (query, key, value, *states), (bool(enable_gqa), backend, type(initial_state))
-    apart = settings.prepares or is_traced(tensors)
+    apart = watched(tensors) or settings.prepares
     known = Recalled() if apart else recall(settings, tensors, options)
     if known.kernels is None:
-        rows = check(query, key, value, settings, enable_gqa=enable_gqa, backend=backend)
+        if not torch.compiler.is_compiling():  # else the operator does
+            check(query, key, value, causal=settings.causal, enable_gqa=enable_gqa)
+            check_backend(query, backend)
+        rows = rows_of(query, key, settings)
         _check_states(initial_state, rows[1], value, len(settings.k_map.parts), normalize)
         tensors = (*rows, value, *states)
-        known = recall(settings, tensors, options) if apart else known
-    if known.kernels is not None:
-        found = known.kernels(tensors)
-    elif backend == "reference" or 0 in (*query.shape, *key.shape, *value.shape):
-        found = reference(tensors, settings)
-    else:
-        found = attend(tensors, settings, known.key)
+    found = _run(tensors, settings, known if not apart else None, options)
     if not return_state:
         return found[0]
     return found[0], (found[1:] if normalize else found[1])
+
+
+def _run(
+    tensors: tuple[Any, ...], settings: Settings, known: Recalled | None, options: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """(out, *new states). tensors: prepared rows of q and k, v, states. known: of them, if these are the
+    caller's own."""
+    enable_gqa, backend, _ = options
+    if known is not None and known.kernels is not None:
+        return known.kernels(tensors)
+    if backend == "reference":
+        return reference(tensors, settings)
+    if watched(tensors):
+        return traced(tensors, settings, enable_gqa)
+    if any(0 in tensor.shape for tensor in tensors[:3]):
+        return reference(tensors, settings)
+    known = known or recall(settings, tensors, options)
+    return known.kernels(tensors) if known.kernels is not None else attend(tensors, settings, known.key)
 
 
 def settings_of(
@@ -124,12 +137,8 @@ def settings_of(
     return Settings(q_map, k_map, bool(causal), float(eps) if normalize else None, initial, bool(final))
 
 
-def check(
-    query: Any, key: Any, value: Any, settings: Settings, *, enable_gqa: bool = False, backend: Any = "auto"
-) -> tuple[Any, Any]:
-    """The rows that kernels read of query and key, once all is known to be right. Raises InputError, and
-    UnsupportedError."""
-    _check(query, key, value, causal=settings.causal, enable_gqa=enable_gqa, backend=backend)
+def rows_of(query: Any, key: Any, settings: Settings) -> tuple[Any, Any]:
+    """The rows that kernels read of query and key, as maps prepare them. Raises InputError."""
     q_map, k_map = settings.q_map, settings.k_map
     rows_q = query if q_map.prepare is None else q_map.prepare(query)
     rows_k = key if k_map.prepare is None else k_map.prepare(key)
@@ -143,11 +152,12 @@ def check(
     return rows_q, rows_k
 
 
-def _check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool, backend: Any) -> None:
+def check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool) -> None:
+    """Raise InputError for tensors that do not fit each other."""
     where = "linear_attention"
     for name, tensor in (("query", q), ("key", k), ("value", v)):
         check_tensor(f"{where}.{name}", tensor, 4, "(batch, heads, length, size)")
-        if tensor.dtype not in _fill_names():
+        if tensor.dtype not in FLOATS:
             raise InputError(f"{where}.{name}", "float16, bfloat16, float32 or float64", tensor.dtype)
         if tensor.dtype != q.dtype:
             raise InputError(
@@ -155,11 +165,6 @@ def _check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool, backend: A
             )
         if tensor.device != q.device:
             raise InputError(f"{where}.{name}", f"a tensor on {q.device}, as the query is", tensor.device)
-    if is_traced((q, k, v)):
-        raise UnsupportedError(
-            f"{where}: inside torch.export, make_fx, torch.func.vmap, grad, jvp or another class of tensor, "
-            "which are not built. Use torch.autograd, and call it outside of transforms"
-        )
     if v.shape[:3] != k.shape[:3]:
         raise InputError(f"{where}.value", f"{tuple(k.shape[:3])} + (Dv,), as key has", tuple(v.shape))
     if not v.shape[3] <= WIDEST:
@@ -179,6 +184,11 @@ def _check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool, backend: A
         raise InputError(
             f"{where}.key", f"length {q.shape[2]}, as the query has, with causal=True", k.shape[2]
         )
+
+
+def check_backend(q: Any, backend: Any) -> None:
+    """Raise InputError unless a backend serves tensors where the query is."""
+    where = "linear_attention"
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise InputError(f"{where}.backend", f"one of {', '.join(BACKENDS)}", repr(backend))
     if q.device.type not in BACKENDS[backend]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -64,6 +64,16 @@ class Settings:
             return self.states
         return ("o", "den") if self.eps is not None else ()
 
+    def results(self, *, keeps: bool) -> tuple[str, ...]:
+        """What kernels give; `keeps`: for gradients too."""
+        kept = self.kept if keeps else ()
+        den = ("den",) if "den" in kept else ()
+        return ("o", *den, *(self.states if self.final or self.states[0] in kept else ()))
+
+    def given(self, name: str) -> bool:
+        """Whether a result is the caller's."""
+        return name == "o" or name.startswith("new_")
+
 
 NAMES: tuple[str, ...] = ("q", "k", "v", "state", "sums")
 GRADIENTS: tuple[str, ...] = ("do", "dnew_state", "dnew_sums")
@@ -82,10 +92,7 @@ def recall(settings: Settings, tensors: tuple[Any, ...], *more: Hashable) -> Rec
     more: what else decides whether it is valid."""
     try:
         looks = [_signature(tensor) for tensor in tensors]
-        q = tensors[0]
-        host = NUM_THREADS.get() if q.device.type == "cpu" else 0
-        precision = q.dtype is torch.float32 and precision_of(q.device, "f32")
-        key = ("linear", settings.key, wants_gradient(tensors), host, precision, more, *looks)
+        key = ("linear", _facts(settings, tensors[0]), wants_gradient(tensors), more, *looks)
         return Recalled(key, driver().plans.get(key))
     except (AttributeError, RuntimeError, TypeError):
         return Recalled()
@@ -106,11 +113,11 @@ class Kernels:
         self._settings, self.learns = settings, learns
         self._names = NAMES[: len(tensors)]
         values = dict(zip(self._names, tensors, strict=True))
-        self._kept = settings.kept if learns else ()
-        outputs = _results(values, settings, self._kept)
+        kept = settings.kept if learns else ()
+        outputs = _outputs(values, settings, keeps=learns)
         self._forward = _plan(values, outputs, settings, learns, ())
-        self._given = tuple(n for n, o in enumerate(outputs) if o.name == "o" or o.name.startswith("new_"))
-        self._saved = tuple(n for n, o in enumerate(outputs) if o.name in self._kept)
+        self._given = tuple(n for n, o in enumerate(outputs) if settings.given(o.name))
+        self._saved = tuple(n for n, o in enumerate(outputs) if o.name in kept)
         self._read = (*self._names, *(outputs[n].name for n in self._saved), *GRADIENTS)
         self._gradients: Recent[LinearPlan] = Recent(_LAYOUTS)
 
@@ -133,11 +140,7 @@ class Kernels:
         plan = self._gradients.get(key)
         if plan is None:
             wanted = tuple(name for name, need in zip(self._names, needed, strict=True) if need)
-            outputs = [
-                Output.of(f"d{name}", values[name].shape, values[name].dtype, _by_length(values[name]))
-                for name in wanted
-            ]
-            plan = _plan(values, tuple(outputs), self._settings, True, wanted)
+            plan = _plan(values, _slopes(values, wanted), self._settings, True, wanted)
             self._gradients.put(key, plan)
         found = iter(plan(values))
         return [next(found) if need else None for need in needed]
@@ -157,18 +160,66 @@ class _Linear(torch.autograd.Function):
         return None, *ctx.kernels.gradients(ctx.saved_tensors, grads, ctx.needs_input_grad[1:])
 
 
-def _results(values: dict[str, Any], settings: Settings, kept: tuple[str, ...]) -> tuple[Output, ...]:
-    """o, what gradients read, and the states that are asked for."""
+def forward(values: dict[str, Any], settings: Settings, *, keeps: bool) -> tuple[torch.Tensor, ...]:
+    """What `Settings.results` names, contiguous."""
+    return _recalled(values, settings, keeps, ())({**values})
+
+
+def gradients(
+    values: dict[str, Any], settings: Settings, wanted: tuple[str, ...]
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of the tensors wanted, contiguous. values: those of the call, what was kept, slopes."""
+    return _recalled(values, settings, True, wanted)({**values})
+
+
+def _recalled(values: dict[str, Any], settings: Settings, keeps: bool, wanted: tuple[str, ...]) -> LinearPlan:
+    """The plan of a forward, or of the gradients wanted, whose results are contiguous."""
+    key = ("linear step", keeps, wanted, _facts(settings, values["q"]))
+    key += tuple((name, _signature(t)) for name, t in values.items())
+    plan = driver().plans.get(key)
+    if plan is None:
+        if wanted:
+            outputs = _slopes(values, wanted, contiguous=True)
+        else:
+            outputs = _outputs(values, settings, keeps=keeps, contiguous=True)
+        plan = _plan(values, outputs, settings, keeps, wanted)
+        driver().plans.put(key, plan)
+    return plan
+
+
+def _facts(settings: Settings, q: Any) -> tuple[Hashable, ...]:
+    """What decides about kernels beside how tensors look."""
+    threads = NUM_THREADS.get() if q.device.type == "cpu" else 0
+    return settings.key, threads, q.dtype is torch.float32 and precision_of(q.device, "f32")
+
+
+def shapes_of(
+    values: Mapping[str, Any], settings: Settings, *, keeps: bool
+) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every result."""
     q, k, v = (values[name] for name in ("q", "k", "v"))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    outputs = [Output.of("o", (*q.shape[:3], v.shape[3]), q.dtype, _by_length(q))]
-    if "den" in kept:
-        outputs.append(Output.of("den", q.shape[:3], wide))
-    if settings.final or "key_state" in kept:
-        state = (*k.shape[:2], k.shape[3] * len(settings.k_map.parts), v.shape[3])
-        shapes = zip(settings.states, (state, state[:3]), strict=False)
-        outputs += [Output.of(name, shape, wide) for name, shape in shapes]
-    return tuple(outputs)
+    state = (*k.shape[:2], k.shape[3] * len(settings.k_map.parts), v.shape[3])
+    shapes = {"o": (*q.shape[:3], v.shape[3]), "den": tuple(q.shape[:3])}
+    shapes |= dict(zip(settings.states, (state, state[:3]), strict=False))
+    names = settings.results(keeps=keeps)
+    return [(name, shapes[name], q.dtype if name == "o" else wide) for name in names]
+
+
+def _outputs(
+    values: dict[str, Any], settings: Settings, *, keeps: bool, contiguous: bool = False
+) -> tuple[Output, ...]:
+    by_length = not contiguous and _by_length(values["q"])
+    made = shapes_of(values, settings, keeps=keeps)
+    return tuple(Output.of(name, shape, dtype, name == "o" and by_length) for name, shape, dtype in made)
+
+
+def _slopes(
+    values: dict[str, Any], wanted: tuple[str, ...], *, contiguous: bool = False
+) -> tuple[Output, ...]:
+    """Gradients lie in memory as what they are of."""
+    of = ((name, values[name]) for name in wanted)
+    return tuple(Output.of(f"d{name}", t.shape, t.dtype, not contiguous and _by_length(t)) for name, t in of)
 
 
 def _by_length(rows: torch.Tensor) -> bool:

@@ -10,20 +10,18 @@ import torch
 from ..ir.errors import InputError
 from ..ir.graph import Graph, Op, Value
 from ..runtime.driver import driver
-from .layers import check_tensor
-from .linear import check, linear_attention, settings_of
+from .layers import FLOATS, check_tensor
+from .linear import check, check_backend, linear_attention, rows_of, settings_of
 from .linear_launch import Kernels, Recalled, recall
+from .linear_operator import watched
 from .low_rank_launch import Layer, Products, Step, by_head
 from .operator_rules import wants_gradient
-from .operators import is_traced
-from .problem import _fill_names
-from .pure import uncompiled
+from .pure import pure
 
 Weights = dict[str, torch.Tensor]
 DEFAULTS: dict[str, Any] = {"key_map": None, "normalize": True, "eps": 1e-6, "backend": "auto"}
 
 
-@uncompiled
 def flurka(
     x: torch.Tensor,
     w_q: torch.Tensor,
@@ -63,12 +61,13 @@ def flurka(
         raise InputError("flurka", "options eps, normalize, key_map and backend", ", ".join(options))
     asked, given = DEFAULTS | options, tuple(tensors.values())
     settings = settings_of(feature_map, asked["key_map"], normalize=asked["normalize"], eps=asked["eps"])
-    apart = settings.prepares or is_traced(given) or _is_autocast(x)
+    apart = watched(given) or settings.prepares or _is_autocast(x)
     known = Recalled() if apart else recall(settings, given, "flurka", heads, type(heads), asked["backend"])
     if known.kernels is not None:
         return known.kernels(given)
     _check(tensors, heads)
-    steps = _steps(_sizes(tensors, heads))
+    sizes = tuple((name, 1 if name == "B" else int(n)) for name, n in _sizes(tensors, heads))
+    steps = _steps(sizes)  # every order takes as many operations for each batch
     if any(tensor.dim() == 3 for tensor in given[4:]):
         rows, apart = by_head(steps, tensors, heads), True
     else:
@@ -77,7 +76,9 @@ def flurka(
     q, k, v = rows
     if apart or asked["backend"] == "reference" or any(0 in tensor.shape for tensor in given):
         return linear_attention(q, k, v, feature_map, **options).transpose(1, 2).flatten(2)
-    check(q, k, v, settings, backend=asked["backend"])
+    check(q, k, v, causal=False, enable_gqa=False)
+    check_backend(q, asked["backend"])
+    rows_of(q, k, settings)
     layer = Layer(products, Kernels(settings, rows, learns=wants_gradient(given)))
     if known.key is not None:
         driver().plans.put(known.key, layer)
@@ -108,7 +109,7 @@ def flurka_orders(
 def _check(tensors: Weights, heads: Any) -> None:
     x = tensors["x"]
     check_tensor("flurka.x", x, 3, "(batch, length, channels)")
-    if x.dtype not in _fill_names():
+    if x.dtype not in FLOATS:
         raise InputError("flurka.x", "float16, bfloat16, float32 or float64", x.dtype)
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise InputError("flurka.heads", "a number of heads, at least 1", repr(heads))
@@ -180,8 +181,13 @@ def _graph(sizes: tuple[tuple[str, int], ...]) -> tuple[Graph, dict[str, int]]:
     return Graph("low_rank", tuple(inputs), tuple(ops), ("k_low", "v_low")), known
 
 
-@lru_cache(maxsize=256)
+@pure
 def _steps(sizes: tuple[tuple[str, int], ...]) -> tuple[Step, ...]:
+    return _ordered(sizes)
+
+
+@lru_cache(maxsize=256)
+def _ordered(sizes: tuple[tuple[str, int], ...]) -> tuple[Step, ...]:
     from ..passes.reassociate import reassociate
 
     graph, known = _graph(sizes)

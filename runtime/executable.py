@@ -37,17 +37,25 @@ class Bound:
     steps: tuple[tuple[Runner, Pick], ...]
     intermediates: tuple[Made, ...]
     allocate: Allocate | None
+    lives: tuple[tuple[tuple[Made, ...], tuple[str, ...]], ...] = ()
 
     def __call__(self, tensors: Mapping[str, Any], threads: int | None = None) -> None:
         """Run every kernel. tensors: inputs and outputs by name, of the sizes and strides that were bound.
 
-        threads: of a CPU kernel, else GOSSAMER_NUM_THREADS."""
-        if self.intermediates:
-            assert self.allocate is not None
-            made = {name: self.allocate(shape, dtype) for name, shape, dtype in self.intermediates}
-            tensors = {**tensors, **made}
-        for run, pick in self.steps:
-            run(pick(tensors), threads)
+        Intermediates live from the first kernel that takes them to the last one: what is freed then is there
+        for those that follow. threads: of a CPU kernel, else GOSSAMER_NUM_THREADS."""
+        if not self.intermediates:
+            for run, pick in self.steps:
+                run(pick(tensors), threads)
+            return
+        assert self.allocate is not None
+        values = {**tensors}
+        for (run, pick), (first, last) in zip(self.steps, self.lives, strict=True):
+            for name, shape, dtype in first:
+                values[name] = self.allocate(shape, dtype)
+            run(pick(values), threads)
+            for name in last:
+                del values[name]
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ class Executable:
         waiting = {name: Contiguous(shape, self._steps[name]) for name, shape, _ in intermediates}
         steps = tuple((kernel.bind({**values, **waiting}, sizes), pick) for kernel, pick in kernels)
         made = tuple((name, waiting[name].allocated, dtype) for name, _, dtype in intermediates)
-        return Bound(steps, made, allocate)
+        return Bound(steps, made, allocate, self._lives(made))
 
     def settle(self, values: Mapping[str, Any]) -> tuple[dict[str, int], tuple[Made, ...]]:
         """The integers of a call by name, and the intermediates it takes: name, shape, dtype of each.
@@ -131,6 +139,17 @@ class Executable:
         self._check(sizes)
         made = self._shapes.items()
         return sizes, tuple((n, tuple(size(sizes) for size in shape), dtype) for n, (dtype, shape) in made)
+
+    def _lives(self, made: tuple[Made, ...]) -> tuple[tuple[tuple[Made, ...], tuple[str, ...]], ...]:
+        """Of each launch, the intermediates that no earlier one takes, and those that no later one does."""
+        taken = [{a.source for a in launch.arguments} for launch in self.artifact.manifest.launches]
+        found = []
+        for number, names in enumerate(taken):
+            before, after = set().union(*taken[:number]), set().union(*taken[number + 1 :])
+            here = [one for one in made if one[0] in names]
+            first = tuple(one for one in here if one[0] not in before)
+            found.append((first, tuple(name for name, *_ in here if name not in after)))
+        return tuple(found)
 
     @property
     def ir(self) -> str:
