@@ -49,7 +49,7 @@ class Bound:
         query, key, value = (heads_first(operands[name], call.layout) for name in ("q", "k", "v"))
         self.problem = StridedProblem(query, key, value, True, paged=call.paged)
         offset = operands.get("q_offsets", call.q_offset)
-        where = {keyword: operands.get(name) for keyword, name in NAMES.items()}
+        where: dict[str, Any] = {keyword: operands.get(name) for keyword, name in NAMES.items()}
         self.placed = Placement.of(self.problem, offset, **where)
         self.arrays = {name: tensor for name, tensor in operands.items() if name[1:].isdecimal()}
         self.mask = self._with_arrays("c", call.mask, Mask)
