@@ -72,8 +72,8 @@ class Call:
     """One attention, arrays aside.
 
     layout: of query, key and value: "BTNH" or "BNTH". q_offset: of all queries, where `offsets` is False.
-    sinks, offsets, lens, paged (a table of pages): whether those are operands. packed: whose bounds are, those
-    of queries ("q"), also of keys ("qk"), or nobody's. lse: whether it is a result."""
+    sinks, offsets, lens, paged (a table of pages): whether those are operands. packed: whose bounds are:
+    those of queries ("q"), of keys too ("qk"), or nobody's. lse: whether it is a result."""
 
     mask: Source
     score: Source | None = None
