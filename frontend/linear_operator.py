@@ -11,7 +11,7 @@ from torch import Tensor
 from .feature_maps import FeatureMap
 from .linear_launch import NAMES, Settings, forward, gradients, shapes_of
 from .moe_form import MoeForm
-from .operators import is_traced
+from .operator_rules import is_traced
 from .step_operator import Arguments, Made, define, learns, refuse
 
 define("linear_attention", {"linear_attention": "linear_operator"})
