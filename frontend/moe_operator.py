@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_gradtrackingtensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction as SingleLevel
 from torch.autograd.function import once_differentiable
 
 from ..ir.errors import UnsupportedError
@@ -106,13 +107,14 @@ def call(
 
 
 def _refuse(form: MoeForm, tensors: Sequence[Tensor]) -> None:
-    """Raise UnsupportedError for gradients that torch.func asks for, and for tangents."""
-    dual = forward_ad._current_level >= 0
+    """Raise UnsupportedError for tangents."""
+    if forward_ad._current_level < 0:
+        return
     for name, tensor in zip(form.tensors, tensors, strict=True):
-        if is_gradtrackingtensor(tensor) or (dual and forward_ad.unpack_dual(tensor).tangent is not None):
+        if forward_ad.unpack_dual(tensor).tangent is not None:
             raise UnsupportedError(
-                f"{form.kind}: {name} is inside torch.func.grad, jvp or the like, which are not built for "
-                "layers of experts. Use torch.autograd.grad"
+                f"{form.kind}: {name} has a tangent, and forward-mode gradients are not built for layers of "
+                f"experts. Pass forward_ad.unpack_dual({name}).primal"
             )
 
 
@@ -208,27 +210,77 @@ def _fake_backward(
     return [named[name].new_empty(named[name].shape) for name in wanted.split("|")[1].split(",")]
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *given, form = inputs
-    parsed = MoeForm.parse(form)
-    if not parsed.learns:
+# autograd, at one level of torch.func ---------------------------------------------------------------
+
+
+class _Forward(SingleLevel):
+    """The operator's autograd. Takes the dispatch keys below, then a call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, keys: Any, form: MoeForm, integers: Any, numbers: Any, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        with torch.enable_grad():  # for the levels of torch.func below: this runs under no_grad
+            found = _below(MOE, keys, list(tensors), integers, numbers, form.text)
+        _save(ctx, (tensors, integers, numbers, form), found)
+        ctx.mark_non_differentiable(*(t for t in found if not t.is_floating_point()))
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> tuple[Any, ...]:
+        def compute(tensors: Any, integers: Any, numbers: Any, form: MoeForm, *rest: Any) -> Sequence[Tensor]:
+            return MOE_BACKWARD(tensors, integers, numbers, form.text, *rest)
+
+        return (None, None, None, None, *_gradients(ctx, slopes, ctx.needs_input_grad[4:], compute))
+
+
+class _Backward(SingleLevel):
+    """The gradient of a gradient, which there is not. Takes the dispatch keys below, what the operator takes,
+    and all tensors among that once more, for autograd to see."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, arguments: Sequence[Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            return tuple(_below(MOE_BACKWARD, keys, *arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
         raise UnsupportedError(
-            "gossamer::moe was traced where no gradient was wanted. Trace it with gradients enabled"
+            "layers of experts: gradients of gradients are not built. Differentiate once (create_graph=False)"
         )
-    _save(ctx, (*given, parsed), output)
 
 
-def _backward(ctx: Any, slopes: Any) -> tuple[Any, ...]:
-    def compute(tensors: Any, integers: Any, numbers: Any, form: MoeForm, *rest: Any) -> Sequence[Tensor]:
-        return torch.ops.gossamer.moe_backward(tensors, integers, numbers, form.text, *rest)
-
-    none = [
-        None if numbers else [] for numbers in ctx.call[:2]
-    ]  # torch takes an empty list for one of tensors
-    return _gradients(ctx, slopes, ctx.needs_input_grad[0], compute), *none, None
+MOE, MOE_BACKWARD = torch.ops.gossamer.moe.default, torch.ops.gossamer.moe_backward.default
 
 
-torch.library.register_autograd(FORWARD, _backward, setup_context=_setup, lib=LIBRARY)
+def _below(operator: Any, keys: Any, *arguments: Any) -> list[Tensor]:
+    """An operator by what comes after autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keys, *arguments)
+
+
+def _autograd(keys: Any, tensors: Any, integers: Any, numbers: Any, form: str) -> list[Tensor]:
+    keys = keys & torch._C._after_autograd_keyset
+    if not learns(tensors):
+        return _below(MOE, keys, tensors, integers, numbers, form)
+    parsed = MoeForm.parse(form)
+    asked = len(step_of(parsed).made(_arguments(parsed, tensors, integers, numbers)))
+    with enable_single_level_autograd_function():
+        whole = parsed._replace(learns=True)  # with what the gradient wants
+        return list(_Forward.apply(keys, whole, integers, numbers, *tensors))[:asked]  # type: ignore[call-overload]
+
+
+def _autograd_backward(keys: Any, *arguments: Any) -> list[Tensor]:
+    keys = keys & torch._C._after_autograd_keyset
+    tensors = [t for place in (0, 4, 5) for t in arguments[place]]
+    if not learns(tensors):
+        return _below(MOE_BACKWARD, keys, *arguments)
+    with enable_single_level_autograd_function():
+        return list(_Backward.apply(keys, arguments, *tensors))  # type: ignore[call-overload]
+
+
+LIBRARY.impl("moe", _autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("moe_backward", _autograd_backward, "Autograd", with_keyset=True)
 
 
 # torch.func -----------------------------------------------------------------------------------------
