@@ -1,5 +1,8 @@
 """Gradients on a GPU: ours and peers' through autograd, with floors, errors and memory.
 
+Times are those of CUDA graphs of the calls, ours and peers', so that the host hides no kernel; `call_ms` is a
+call from Python.
+
 The floor is max(10 nnz D / peak, 8 tensors / copy bandwidth): five products of every pair that attends, and
 q, k, v, the output and the gradients of all four read or written once.
 """
@@ -16,6 +19,7 @@ from gpu_check import gradient_accuracy
 from gpu_prepare import Job, Shape, backward_of, prepare, random_inputs
 
 import gossamer
+from gossamer.frontend.measure_gpu import milliseconds, recorded
 
 SHARE = 0.4  # of the budget, that compiling side by side may take
 
@@ -37,17 +41,18 @@ def backward(
     began = monotonic()
     prepared = prepare(jobs, deadline=began + SHARE * max(0.0, deadline - began))
     say(f"compiled {len(prepared)} of {len(jobs)} gradients in {monotonic() - began:.0f} s")
-    for name, shape in picked:
-        row = _ours(case_of(name, shape), shape, dtype)
-        say(f"{name:18} {shape} backward: {row.get('ms', row.get('failed'))}")
-        keep(backward=[row])
-    for name, shape in picked:
-        for other in peers:
-            if able(other, case_of(name, shape)) and monotonic() < deadline:
-                row = _beside(other, case_of(name, shape), shape, dtype)
-                found = row["peers"][other]
-                say(f"{name:18} {shape} backward: {other} {found.get('ms', found.get('failed'))}")
-                keep(backward=[row])
+    with torch.cuda.stream(torch.cuda.Stream()):  # autograd runs where the forward ran, which graphs record
+        for name, shape in picked:
+            row = _ours(case_of(name, shape), shape, dtype)
+            say(f"{name:18} {shape} backward: {row.get('ms', row.get('failed'))}")
+            keep(backward=[row])
+        for name, shape in picked:
+            for other in peers:
+                if able(other, case_of(name, shape)) and monotonic() < deadline:
+                    row = _beside(other, case_of(name, shape), shape, dtype)
+                    found = row["peers"][other]
+                    say(f"{name:18} {shape} backward: {other} {found.get('ms', found.get('failed'))}")
+                    keep(backward=[row])
 
 
 def floor_ms(pairs: int, shape: Shape, dtype: str) -> float:
@@ -80,7 +85,7 @@ def _ours(case: Case, shape: Shape, dtype: str) -> dict[str, Any]:
         row |= {"error": judged.error, "allowed": judged.allowed, "extra_mib": _memory(run)}
         if not judged.passes:
             raise AssertionError(f"error {judged.error:.3g}, allowed {judged.allowed:.3g}")
-        row["ms"] = timed(run)
+        row |= {"ms": timed(run), "call_ms": milliseconds(run)}
     except Exception as error:  # one mask that fails is a result; the others are measured all the same
         row["failed"] = f"{type(error).__name__}: {error}"[:500]
     return row
@@ -123,6 +128,5 @@ def _beside(other: str, case: Case, shape: Shape, dtype: str) -> dict[str, Any]:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    from gossamer.frontend.measure_gpu import milliseconds
-
-    return milliseconds(run)
+    """Milliseconds of the launches of a call on the current stream."""
+    return milliseconds(recorded(run, torch.cuda.current_stream()))

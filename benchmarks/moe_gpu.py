@@ -47,8 +47,8 @@ def main(
     peers: Annotated[str, typer.Option(help=f"of {', '.join(PEERS)}; or 'none'")] = "grouped_mm",
     routing: Annotated[str, typer.Option(help="uniform, zipf or both")] = "both",
     weights: Annotated[str, typer.Option(help=f"bf16 or formats of codes: {', '.join(CODES)}")] = "bf16",
-    sweep: Annotated[bool, typer.Option(help="also time other tiles of the two products")] = False,
     backward: Annotated[bool, typer.Option(help="also time gradients and see what they hold")] = False,
+    sweep: Annotated[bool, typer.Option(help="time other schedules of the kernels, and print them")] = False,
     budget: Annotated[float, typer.Option(help="seconds; nothing is started after them")] = 480.0,
     out: Annotated[
         Path | None, typer.Option(help="JSON; default benchmarks/results/moe_gpu_DEVICE.json")
@@ -66,6 +66,9 @@ def main(
     others = () if peers == "none" else tuple(peers.split(","))
     kinds = {"uniform": (False,), "zipf": (True,), "both": (False, True)}[routing]
     failed: list[Any] = []
+    if sweep:
+        counts = [int(n) for n in tokens.split(",")]
+        sweep_ahead([MODELS[name] for name in names], weights.split(","), counts)
     for name in names:
         dense = Layer(MODELS[name])
         for kind in weights.split(","):
@@ -141,7 +144,7 @@ class Layer:
                 for peer in peers:
                     row[peer] = self._beside(peer, x, ids, weights, found)
                 if sweep:
-                    row["sweep"] = self._sweep(x, ids, weights)
+                    row["sweep"] = self._sweep(x, ids, weights, found)
             except Exception as error:  # a case that fails is a result; the others are measured all the same
                 row["failed"] = f"{type(error).__name__}: {error}"[:500]
         shown = {k: v for k, v in row.items() if k not in ("case", "sweep")}
@@ -197,13 +200,50 @@ class Layer:
             torch.cuda.synchronize()
             return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
-    def _sweep(self, x: Any, ids: Any, weights: Any) -> list[dict[str, Any]]:
-        """Times of other tiles, the same for both products but for the columns."""
-        from moe_sweep import candidates, coded_candidates, timed
+    def _sweep(self, x: Any, ids: Any, weights: Any, expected: Any) -> list[dict[str, Any]]:
+        """Times of other schedules, kernel by kernel."""
+        from moe_sweep import timed
 
-        mean = len(ids) * ids.shape[1] / self.model.experts
-        pairs = candidates(mean) if self.kind == "bf16" else coded_candidates(mean, self.up.group_size)
-        return timed(pairs, x, ids, weights, self.up, self.down)
+        formats = tuple(getattr(matrix, "_q", None) for matrix in (self.up, self.down))
+        found, every = schedules(self.model, self.kind, len(x), formats)
+        rows = timed(found, every, x, ids, weights, self.up, self.down, expected)
+        for row in rows:
+            shown = {
+                name.removeprefix("experts_"): round(ms, 4) for name, ms in row.get("kernels", {}).items()
+            }
+            print(f"    {row.get('ms', 0):8.4f}  {row['name']}: {row.get('failed', shown)}", flush=True)
+        return rows
+
+
+def schedules(model: Model, kind: str, tokens: int, formats: tuple[Any, Any]) -> tuple[list[Any], list[Any]]:
+    """What a sweep times for a case, and the specs of it."""
+    from moe_sweep import candidates, specs
+
+    from gossamer.frontend.device import target_of
+    from gossamer.frontend.layer import is_handful, load_of
+
+    entries = tokens * model.top_k
+    alone = is_handful(tokens, entries, model.experts)
+    load = "one" if alone else load_of(entries / model.experts, torch.device("cuda"))
+    found = candidates(kind, tokens, entries / model.experts, formats)
+    shape = (model.experts, model.top_k, model.hidden, model.inner)
+    return found, specs(found, shape, load, entries <= 512, target_of(torch.device("cuda")), formats)
+
+
+def sweep_ahead(models: list[Model], kinds: list[str], tokens: list[int]) -> None:
+    """Compile what sweeps of these cases time."""
+    from moe_sweep import compiled_ahead
+
+    every = []
+    for model, kind, count in product(models, kinds, tokens):
+        formats: tuple[Any, Any] = (None, None)
+        if kind != "bf16":
+            sizes = model.hidden, model.inner
+            formats = tuple(gossamer.quantize(torch.zeros(1, 1, n), kind)._q for n in sizes)  # type: ignore[assignment]
+        every += schedules(model, kind, count, formats)[1]
+    began = perf_counter()
+    compiled_ahead(every)
+    print(f"compiled {len(every)} programs in {perf_counter() - began:.0f} s", flush=True)
 
 
 class CodedLayer(Layer):
@@ -238,18 +278,9 @@ def grouped_mm(x: Any, ids: Any, weights: Any, up: Any, down: Any) -> torch.Tens
 
 def replayed(call: Callable[[], Any]) -> float:
     """Milliseconds of a replay of a CUDA graph of the call."""
-    from triton.testing import do_bench
+    from gossamer.frontend.measure_gpu import milliseconds, recorded
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return float(do_bench(graph.replay, warmup=15, rep=60, return_mode="median"))
+    return milliseconds(recorded(call), warmup=15, rep=60)
 
 
 def eager_us(call: Callable[[], Any], repeats: int = 30) -> float:

@@ -30,8 +30,9 @@ from ..ir.kernel import Kernel, Scalar, Tensor
 from .layout import INDENT, wrap
 from .triton_body import Body, scalar_name
 from .triton_expr import Speller
+from .triton_fields import FLAG
 from .triton_helpers import HELPERS
-from .triton_scope import ATOM, TL, Name, Scope, Value
+from .triton_scope import ATOM, BYTES, TL, Name, Scope, Value
 
 TYPES = {
     "f64": "fp64",
@@ -48,20 +49,6 @@ TYPES = {
 }
 
 DESCRIPTOR = "from triton.tools.tensor_descriptor import TensorDescriptor\n"
-
-BYTES = {
-    "f64": 8,
-    "f32": 4,
-    "f16": 2,
-    "bf16": 2,
-    "f8e4m3": 1,
-    "i64": 8,
-    "i32": 4,
-    "i16": 2,
-    "i8": 1,
-    "u8": 1,
-    "bool": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -115,6 +102,8 @@ def module(kernel: Kernel) -> Module:
     parts = [
         f"{_header(kernel)}\n{imports}",
         *(HELPERS[name] for name in sorted(scope.helpers)),
+        *([FLAG] if scope.fields else []),
+        *(text for _, text in sorted(scope.fields.items())),
         "\n".join([*_function(kernel, tensors, rest), *programs, *_axes(kernel), *_narrow(scope), "", *body])
         + "\n",
         f"kernel = {kernel.name}\nOPTIONS = {json.dumps(_options(kernel))}\n{_divisors(arguments)}",

@@ -13,6 +13,7 @@ from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Scan, 
 from .layout import INDENT, WIDTH, wrap
 from .triton_boxes import box_of
 from .triton_expr import Speller
+from .triton_fields import field_of
 from .triton_helpers import HELPERS
 from .triton_scope import AND, ATOM, FLOATS, PRODUCT, SUM, TL, Name, Scope, Value
 
@@ -46,6 +47,7 @@ class Body:
         self.zeros: dict[str, frozenset[str]] = {}
         self.padded = {a.name for a in kernel.axes if a.size != a.extent}
         self.described = bool(dict(kernel.meta).get("descriptors"))
+        self.packs = bool(dict(kernel.meta).get("fields"))
         self.lines: list[str] = []
         self.depth = 1
 
@@ -111,6 +113,13 @@ class Body:
 
     def _compute(self, stmt: Compute) -> None:
         axes = self.scope.order(stmt.axes)
+        field = field_of(stmt, self.scope) if self.packs else None
+        if field is not None:
+            self.scope.fields[field.name] = field.source
+            name = self._tile(stmt.dst, stmt.dtype, axes, stmt.declares)
+            self._line(f"{name.text} = {field.name}({self.scope.names[field.tile].text})")
+            self.zeros[stmt.dst] = frozenset()
+            return
         speller = Speller.of(self.scope, axes, [stmt.expr], stmt.dtype)
         value = speller.convert(speller.spell(stmt.expr), stmt.dtype)
         zero = self._zeros(stmt.expr)

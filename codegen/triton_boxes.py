@@ -7,6 +7,7 @@ the tensor, which the engine fills with zeros. Any other load keeps its addresse
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import sympy
@@ -14,11 +15,12 @@ import sympy
 from ..ir.expr import Expr, integer
 from ..ir.kernel import Load, Tensor
 from .triton_expr import Speller
-from .triton_scope import Scope
+from .triton_scope import BYTES, Scope
 
 MAX_RANK = 5
 MAX_EXTENT = 256  # of a box, in elements
 ALIGN = 16  # bytes
+SHARED_ALIGN = 128  # bytes, of where the engine writes: whatever precedes a box in shared memory is a box too
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def box_of(load: Load, axes: tuple[str, ...], speller: Speller, scope: Scope) ->
             found.append(axis)
         starts.append(scalar)
         extents.append(scope.axis(axis).size if axis is not None else 1)
-    fits = max(extents) <= MAX_EXTENT and extents[last] > 1
+    whole = math.prod(extents) * BYTES[tensor.dtype] % SHARED_ALIGN == 0
+    fits = max(extents) <= MAX_EXTENT and extents[last] > 1 and whole
     if tuple(found) != axes or not fits or not _bounded(load, tensor):
         return None
     return Box(tuple(starts), tuple(extents), tuple(scope.axis(a).size for a in axes))

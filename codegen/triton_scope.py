@@ -24,6 +24,19 @@ TL = {
     "u8": "tl.uint8",
     "bool": "tl.int1",
 }
+BYTES = {
+    "f64": 8,
+    "f32": 4,
+    "f16": 2,
+    "bf16": 2,
+    "f8e4m3": 1,
+    "i64": 8,
+    "i32": 4,
+    "i16": 2,
+    "i8": 1,
+    "u8": 1,
+    "bool": 1,
+}
 FLOATS = ("f64", "f32", "f16", "bf16", "f8e4m3")
 
 # A tile's own offsets stay 32-bit up to this coordinate, so strides below 2**16 elements always fit.
@@ -62,7 +75,8 @@ class Scope:
     """What is known while a kernel is spelled: its names, and what was used on the way.
 
     nonnegative: integer scalars that cannot be negative. definitions: integer tiles that are plain
-    functions of scalars and coordinates. helpers: the helper functions used. narrow: for (tensor,
+    functions of scalars and coordinates. helpers: the helper functions used; fields:
+    those that are made for a bit field (triton_fields.py), their text by name. narrow: for (tensor,
     dimension) the largest coordinate that is multiplied with the stride in 32 bits. boxes: for tensors
     with a descriptor, the extents of what it fetches; addressed: tensors with addresses."""
 
@@ -72,6 +86,7 @@ class Scope:
     nonnegative: set[str] = field(default_factory=set)
     definitions: dict[str, Expr] = field(default_factory=dict)
     helpers: set[str] = field(default_factory=set)
+    fields: dict[str, str] = field(default_factory=dict)
     narrow: dict[tuple[str, int], int] = field(default_factory=dict)
     boxes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     addressed: set[str] = field(default_factory=set)

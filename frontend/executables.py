@@ -79,13 +79,15 @@ def gradient_executable(
     positive: bool,
     names: tuple[str, ...],
     given: tuple[str, ...],
+    aligned: bool,
     exact_sums: bool = False,
 ) -> Executable:
     """The compiled kernels of gradients by name, from what is given of 'o' and 'lse'.
 
-    exact_sums: as `AttentionSpec` has it."""
+    aligned: whether rows of the log-sum-exp start on multiples of 16 bytes. exact_sums: as `AttentionSpec`
+    has it."""
     target, described = target_of(problem.device), makes_descriptors(problem.device)
-    facts = (problem.aligned, precision_of(problem.device, problem.dtype), positive)
+    facts = (problem.aligned and aligned, precision_of(problem.device, problem.dtype), positive)
     sizes = (problem.dtype, problem.qk_size, problem.v_size, problem.contiguous, True, False, *facts)
     ids = tuple(f"c{i}" for i in mask.segments if is_monotone(mask.tensors[i])) if mask.segments else ()
 

@@ -19,7 +19,7 @@ from ..runtime.executable import Contiguous
 from .device import target_of
 from .executables import SLOTS, gradient_executable, is_positive
 from .prepare import allocate, call_values
-from .problem import is_aligned
+from .problem import ALIGN, is_aligned
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,7 @@ def known_rows(
     out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """Results and their gradients as kernels take them, by name."""
-    values = {"o": out.contiguous(), "lse": lse.contiguous(), "do": _rows(grad_out.to(out.dtype))}
+    values = {"o": out.contiguous(), "lse": _pitched(lse), "do": _rows(grad_out.to(out.dtype))}
     if grad_lse is not None:
         values["dlse"] = grad_lse.to(lse.dtype).contiguous()
     return values
@@ -153,7 +153,9 @@ def planned(
     values = call_values(problem, mask, score, scale, softmax, known) | placed.values | rows
     positive = is_positive(float(values["scale"]), target_of(problem.device))
     given = ("o", "lse") if "dlse" in rows else ("o",)
-    executable = gradient_executable(problem, mask, score, softmax, placed, positive, names, given, exact)
+    aligned = target_of(problem.device) == "cpu" or is_aligned(rows["lse"])
+    asked = (names, given, aligned, exact)
+    executable = gradient_executable(problem, mask, score, softmax, placed, positive, *asked)
     results = _results(problem, values, captures, rows["lse"].dtype, exact)
     made = tuple((n, *r) for n, r in results.items() if n in executable.inputs)
     found = tuple(_found(name, problem, softmax, values, "exact" if exact else "slots") for name in names)
@@ -216,6 +218,16 @@ def _rows(grad: torch.Tensor) -> torch.Tensor:
     if grad.stride(3) == 1 and (grad.device.type == "cpu" or is_aligned(grad)):
         return grad
     return grad.clone(memory_format=torch.contiguous_format)
+
+
+def _pitched(rows: torch.Tensor) -> torch.Tensor:
+    """A number a query row as kernels read it: unit stride, on a GPU rows on multiples of 16 bytes."""
+    length = rows.shape[-1]
+    step = 1 if target_of(rows.device) == "cpu" else ALIGN // rows.element_size()
+    if length % step == 0:
+        return rows.contiguous()
+    made = rows.new_empty((*rows.shape[:-1], -(-length // step) * step))[..., :length]
+    return made.copy_(rows)
 
 
 def _results(

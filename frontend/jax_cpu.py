@@ -19,6 +19,7 @@ from .device import target_of
 from .executables import executable_for, gradient_executable, is_positive
 from .jax_call import Call, GradientCall
 from .jax_problem import Bound, heads_first
+from .problem import is_aligned
 from .trace_tensor import dtype_name
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ def _gradient(text: str, memory: Sequence[Strided]) -> Prepared | None:
     values, device = bound.values({}), bound.problem.device
     settings = (bound.problem, bound.mask, bound.score, bound.softmax, bound.placed)
     positive = is_positive(values["scale"], target_of(device))
-    executable = gradient_executable(*settings, positive, asked.wanted, outputs)
+    aligned = target_of(device) == "cpu" or is_aligned(given["lse"])
+    executable = gradient_executable(*settings, positive, asked.wanted, outputs, aligned)
     for name, shape in bound.gradient_shapes.items():
         if name in executable.inputs and name not in results:
             empty = Strided.empty(shape, bound.problem.dtype) if bound.known else None

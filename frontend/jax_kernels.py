@@ -18,7 +18,7 @@ from . import layer_kernels
 from .jax_call import _tuples
 from .jax_cpu import Target
 from .jax_primitive import define, leading, one_by_one
-from .layer import Layer
+from .layer import Layer, load_of
 
 kernels_p = Primitive("gossamer_kernels")
 """Operands as `Kernels.operands` names them. Parameter: call, the text of a Kernels. Results: its results."""
@@ -87,7 +87,7 @@ def _product(kernels: Kernels, values: dict[str, Any]) -> Any:
     if kernels.facts[0]:
         values["w"] = w.permute(0, 2, 1)
     groups, *sizes = values["w"].shape
-    load = layer_kernels.load_of(a.shape[0] / groups, a.device)
+    load = load_of(a.shape[0] / groups, a.device)
     aligned = all(map(layer_kernels.are_rows_aligned, (a, w, values["o"])))
     unit = 1 if kernels.facts[0] else 2
     options: dict[str, Any] = dict(biased=False, outer=False, aligned=aligned)

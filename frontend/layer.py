@@ -11,6 +11,16 @@ from .problem import is_aligned
 MOST_EXPERTS = 1024  # as passes.moe_spec has it
 
 
+def load_of(mean: float, device: Any) -> str:
+    """What `ExpertsSpec.load` says of so many rows an expert."""
+    return "few" if mean <= 16 else "some" if mean <= 64 and device.type != "cpu" else "many"
+
+
+def is_handful(tokens: int, entries: int, experts: int) -> bool:
+    """Whether entries are so few that they need no sorting: load 'one', where nothing else asks for it."""
+    return tokens == 1 or 2 * entries <= experts
+
+
 @dataclass(frozen=True)
 class Layer:
     """The matrices of a layer and how they lie.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ..ir.errors import InputError
 from ..runtime.driver import get_or_compile
 from .activation import activation_term
-from .device import precision_of, target_of
-from .layer import Layer, is_layer_aligned
+from .device import makes_descriptors, precision_of, target_of
+from .layer import Layer, is_handful, is_layer_aligned, load_of
 from .problem import as_integer, is_aligned
 from .term import Term
 from .trace_tensor import dtype_name
@@ -25,11 +25,6 @@ ROUTERS = {"softmax": "softmax", "sigmoid": "sigmoid", "softmax_of_topk": "logit
 def dtype_of(tensor: Any) -> str:
     """The dtype of a tensor of any library, or of a `Strided`, by its name in the IR."""
     return tensor.dtype if isinstance(tensor.dtype, str) else str(dtype_name(tensor.dtype))
-
-
-def load_of(mean: float, device: Any) -> str:
-    """What `ExpertsSpec.load` says of so many rows an expert."""
-    return "few" if mean <= 16 else "some" if mean <= 64 and device.type != "cpu" else "many"
 
 
 # layers ---------------------------------------------------------------------------------------------
@@ -49,7 +44,7 @@ def layer_executable(
     x, (top_k, term, routed, keeps) = values["x"], asked
     rows = values["tokens"] if routed else values["ids"]
     target, entries = target_of(x.device), rows.shape[0]
-    alone = what == "experts" and not routed and (x.shape[0] == 1 or 2 * entries <= layer.experts)
+    alone = what == "experts" and not routed and is_handful(x.shape[0], entries, layer.experts)
     facts = {
         "experts": layer.experts,
         "top_k": top_k,
@@ -66,6 +61,7 @@ def layer_executable(
         "routed": routed and top_k > 0,
         "keeps": keeps,
         "aligned": is_layer_aligned(x, layer),
+        "descriptors": makes_descriptors(x.device),
         "precision": precision_of(x.device, dtype_of(x)),
     }
 
@@ -114,7 +110,8 @@ def product_executable(
     sizes: groups and the extents of their matrices. unit: which dimension of w has stride 1."""
     dtype, target = dtype_of(a), target_of(a.device)
     precision = precision_of(a.device, dtype)
-    facts = (unit, load, biased, outer, aligned)
+    described = makes_descriptors(a.device)
+    facts = (unit, load, biased, outer, aligned, described)
 
     def make() -> Program:
         from ..ir.expr import real
@@ -124,7 +121,7 @@ def product_executable(
         groups, hidden, inner = sizes
         spec = ExpertsSpec(
             groups, 1, hidden, inner, real("x0"), None, dtype=dtype, units=(unit, unit), load=load,
-            aligned=aligned, precision=precision, target=target,
+            aligned=aligned, descriptors=described, precision=precision, target=target,
         )  # fmt: skip
         return compile_product(spec, outer=outer, biased=biased)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError
+from ..ir.quantized import Quantized
+from ..runtime.knobs import WORKSPACE
 from .layer import is_transposed, shown, unit_of
 from .problem import ALIGN, is_aligned
 from .quantized import QuantizedWeight
@@ -135,6 +138,22 @@ def layer_of(
     units = (_unit(gate_up), _unit(down))
     biases = (_rows(gate_up_bias), _rows(down_bias))
     return Layer(gate_up, down, *biases, experts, hidden, inner, gated, flipped, bool(interleaved), units)
+
+
+def decoded_once(layer: Layer, rows: float, dtype: str, target: str) -> tuple[bool, bool]:
+    """Which matrices of codes are decoded before their product, in a call whose experts get so many rows on
+    average: passes/moe_once.py says where that is faster, GOSSAMER_WORKSPACE how large they may be."""
+    if not any(layer.quantized):
+        return False, False
+    from ..passes.moe_once import decodes_once
+
+    def decoded(key: Any, matrix: Any) -> bool:
+        if key is None or 2 * math.prod(matrix.shape) > WORKSPACE.get():
+            return False
+        return decodes_once(Quantized(*key), rows, dtype, target)
+
+    up, down = layer.quantized
+    return decoded(up, layer.gate_up), decoded(down, layer.down)
 
 
 def layer_by_name(tensors: dict[str, Any], transposed: Any, interleaved: Any, lora_scale: float) -> Layer:

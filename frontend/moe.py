@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
 from ..runtime.driver import driver, get_or_compile
 from .activation import activation_term
-from .device import precision_of, target_of
-from .layers import Layer, check_routing, is_layer_aligned, layer_by_name
+from .device import makes_descriptors, precision_of, target_of
+from .layer import is_handful, load_of
+from .layers import Layer, check_routing, decoded_once, is_layer_aligned, layer_by_name
 from .light_step import Light, with_light
 from .moe_form import MoeForm
 from .moe_operator import call, learns
@@ -303,16 +304,8 @@ def _plan(
     rows = values["tokens"] if routed else values["ids"]
     target, entries = target_of(x.device), rows.shape[0]
     mean = entries / layer.experts
-    alone = what == "experts" and not routed and (x.shape[0] == 1 or 2 * entries <= layer.experts)
-    load = (
-        "one"
-        if alone
-        else "few"
-        if mean <= 16
-        else "some"
-        if mean <= 64 and x.device.type != "cpu"
-        else "many"
-    )
+    alone = what == "experts" and not routed and is_handful(x.shape[0], entries, layer.experts)
+    load = "one" if alone else load_of(mean, x.device)
     facts = {
         "experts": layer.experts,
         "top_k": top_k,
@@ -332,7 +325,9 @@ def _plan(
         "lora_scale": layer.lora_scale,
         "masked": layer.trains is not None,
         "quantized": layer.quantized,
+        "once": decoded_once(layer, mean, _dtype(x), target) if load == "many" else (False, False),
         "aligned": is_layer_aligned(x, layer),
+        "descriptors": makes_descriptors(x.device),
         "precision": precision_of(x.device, _dtype(x)),
     }
 

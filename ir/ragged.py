@@ -11,7 +11,8 @@ The operations of the graph IR over them; none holds anything of size T x E.
                     by the matrix of the group; transpose_b: w is [E, N, K]. `adds`: before a bias come
                     t [rows, R] and b, whose product is added: 'rows': b is [E, N, R]; 'columns': [E, R, N]
     dequantize      planes of codes, scales (, widths [E]) -> [E, N, K]: the matrices they stand for, by the
-                    Quantized `format` (ir/quantized.py)
+                    Quantized `format` (ir/quantized.py). `used`: bounds follow, and only the matrices of
+                    groups that have rows are made; others hold anything
     split           [.., 2 N] -> two [.., N]: its halves, or, if `interleaved`, even and odd columns
     combine         y [rows, H], place [T, K], weights [T, K] -> [T, H]: for each token the weighted sum of
     its
@@ -68,8 +69,9 @@ class Tiling:
 
     Of quantised matrices: `inner` counts columns of a slice. unroll: how many of these steps a turn of the
     loop takes. scales: what scales are multiplied with: 'codes', 'products' of one step, or 'sums', where a
-    row has one scale. turned: tiles have columns before rows, so that decoded tiles are what the tensor cores
-    take from registers."""
+    row has one scale. ahead: scales of steps are loaded a turn before they are used. turned: tiles have
+    columns before rows, so that decoded tiles are what the tensor cores take from registers. An entry_gemm or
+    entry_combine that has a tiling takes a step of each row by chunks, which lanes add up by themselves."""
 
     rows: int
     cols: int
@@ -81,6 +83,7 @@ class Tiling:
     unroll: int = 1
     scales: str = "codes"
     turned: bool = False
+    ahead: bool = False
 
 
 def storage_of(op: Op) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -32,7 +32,11 @@ def _group(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _dequantize(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    return (dequantize(op.attr("format"), x).astype(floats),)
+    if not op.attr("used"):
+        return (dequantize(op.attr("format"), x).astype(floats),)
+    *operands, bounds = x
+    found, used = dequantize(op.attr("format"), operands).astype(floats), np.diff(bounds) > 0
+    return (np.where(used[:, None, None], found, floats(np.nan)),)
 
 
 def _dense(op: Op, x: Operands, floats: type) -> Operands:

@@ -61,7 +61,11 @@ def _matrices(c: Checker, q: Quantized, operands: tuple[Value, ...]) -> tuple[Ex
 
 
 def _dequantize(c: Checker) -> tuple[Shape, ...]:
-    return (_matrices(c, c.attr("format", Quantized), c.operands),)
+    operands = c.operands
+    if c.attr("used", bool, needed=False):
+        *operands, bounds = operands
+        c.same("number of bounds, one more than groups", bounds.shape, (int(operands[0].shape[0]) + 1,))
+    return (_matrices(c, c.attr("format", Quantized), tuple(operands)),)
 
 
 def _operands(c: Checker, count: int, ranks: tuple[int, ...]) -> list[Shape]:

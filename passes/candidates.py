@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..ir.plan import Group, Schedule
 from .cost_gpu import kernel_time
+from .devices import has_copy_engine
 from .footprint import SCALAR, footprint, padded
 from .machine import Device
 from .spec import AttentionSpec
@@ -70,8 +70,7 @@ def tiled(spec: AttentionSpec, group: Group, tile: Tile) -> Schedule:
 
 def hints(spec: AttentionSpec, warps: int, stages: int) -> tuple[tuple[str, int], ...]:
     """The hints of a GPU schedule, tensor descriptors among them where target and tensors allow for them."""
-    engine = spec.target_kind == "cuda" and int(re.sub(r"\D", "", spec.target)) >= 90
-    described = engine and spec.descriptors and spec.aligned and BYTES[spec.dtype] == 2
+    described = has_copy_engine(spec.target) and spec.descriptors and spec.aligned and BYTES[spec.dtype] == 2
     return ((("descriptors", 1),) if described else ()) + (("stages", stages), ("warps", warps))
 
 

@@ -9,6 +9,7 @@ at boost clock. Tile and launch overheads of GPUs are estimates, not measurement
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from time import perf_counter
@@ -121,6 +122,12 @@ def device(name: str) -> Device:
 def device_of(target: str) -> Device | None:
     """The device that a compilation target most likely means; None where none is described."""
     return measured_cpu() if target.partition(":")[0] == "cpu" else _BY_TARGET.get(target)
+
+
+def has_copy_engine(target: str) -> bool:
+    """Whether kernels for a target may load through tensor descriptors (TMA)."""
+    kind, _, rest = target.partition(":")
+    return kind == "cuda" and int(re.sub(r"\D", "", rest)) >= 90
 
 
 def cpu(f32: float, f64: float, bandwidth: float, workers: int) -> Device:

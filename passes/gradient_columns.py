@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 
 from ..ir.expr import real, where
@@ -18,15 +20,14 @@ class GradColumns(Gradient):
     members = True
 
     def reads(self) -> list[Tensor]:
-        wide = self.spec.lse_dtype
-        found = [
-            self.at.per_column("do", self.spec.dtype, self.spec.v_size)
-            if name == "do"
-            else self.at.per_column(name, wide)
-            for name in self.given
-            if name != "sinks"
-        ]
-        return [*found, *super().reads()]
+        columns = [name for name in self.given if name != "sinks"]
+        return [*map(self._read, columns), *super().reads()]
+
+    def _read(self, name: str) -> Tensor:
+        """A number a query is read by tile, as queries are: their rows start where those do."""
+        if name == "do":
+            return self.at.per_column(name, self.spec.dtype, self.spec.v_size)
+        return replace(self.at.per_column(name, self.spec.lse_dtype), align=self.spec.align)
 
     def begin(self) -> list[Stmt]:
         v = self.at.values
@@ -53,34 +54,33 @@ class GradColumns(Gradient):
             made.append(self._product("dW", ("i", "j"), self.at.values.tile, "dO", "e", adds=False))
         return made
 
+    def _column(self, tile: str, tensor: str) -> Load:
+        return Load(tile, self.acc, ("j",), tensor, self.at.column, self.over.valid_col)
+
     def step(self) -> list[Stmt]:
-        valid, column = self.over.valid_col, self.at.column
+        """The products that add up come last: waiting for a load while one runs has ptxas run all in turn."""
         weights: list[Stmt] = []
         if self.prob is not None:
             weights = [Compute("W", self.acc, ("i", "j"), where(self.lowest > S, 0, self.prob))]
         narrow_p, p = self._narrowed("W" if weights else "P")
         narrow_g, g = self._narrowed("G")
+        sums = [self._product("dV", ("i", "e"), p, "dO", "j", adds=True)]
         made: list[Stmt] = [
-            *self._norms(
-                ("j",),
-                Load("N", self.acc, ("j",), "lse", column, valid),
-                Load("C", self.acc, ("j",), "norm", column, valid),
-            ),
+            *self._norms(("j",), self._column("N", "lse"), self._column("C", "norm")),
             *self._probabilities(),
             *weights,
             *narrow_p,
-            self._product("dV", ("i", "e"), p, "dO", "j", adds=True),
         ]
         if "delta" in self.given:
             made += [
                 *self._prob_gradients(),
-                Load("D", self.acc, ("j",), "delta", column, valid),
+                self._column("D", "delta"),
                 *self._score_gradients(),
                 *self._product_gradients(),
                 *narrow_g,
-                self._product("dK", ("i", "d"), g, self.at.cols.tile, "j", adds=True),
             ]
-        return made
+            sums.append(self._product("dK", ("i", "d"), g, self.at.cols.tile, "j", adds=True))
+        return [*made, *sums]
 
     def end(self) -> list[Stmt]:
         # Queries that hold scale * log2(e) already lack ln(2).

@@ -65,6 +65,18 @@ class Codes:
         return self.q.element == "e4m3" and self.target.removesuffix("a") in NATIVE
 
     @property
+    def packs(self) -> bool:
+        """Whether codes are bit fields of bytes, which NVIDIA's GPUs turn into floats two at a time
+        (codegen/triton_fields.py)."""
+        alone = len(self.q.planes) == 1 and self.q.element == "int"
+        return alone and self.target.partition(":")[0] == "cuda"
+
+    @property
+    def hints(self) -> tuple[tuple[str, int], ...]:
+        """What a kernel's meta says of them."""
+        return (("fields", 1),) if self.packs else ()
+
+    @property
     def dtype(self) -> str:
         """The dtype of codes in memory."""
         return "f8e4m3" if self.is_plain else "u8"
@@ -105,7 +117,7 @@ class Codes:
         ]
 
     def load(
-        self, stem: str, dtype: str, axes: tuple[str, str], at: tuple[Expr, Expr], guard: Expr
+        self, stem: str, dtype: str, axes: tuple[str, ...], at: tuple[Expr, Expr], guard: Expr
     ) -> list[Stmt]:
         """The bytes of a tile. at: row, and byte within a slice. dtype: of the operands of the product."""
         row, byte = at
@@ -122,11 +134,14 @@ class Codes:
         return found
 
     def decode(
-        self, stem: str, part: int, dtype: str, axes: tuple[str, str], scale: Expr | None = None
+        self, stem: str, part: int, dtype: str, axes: tuple[str, ...], scale: Expr | None = None
     ) -> list[Stmt]:
         """The tile `{stem}{part}`: the numbers of a slice, times a scale where there is one."""
         name = f"{stem}{part}"
         value = real(name) if self.is_plain else self._value(stem, part)
+        if scale is not None and self.packs:  # fields by themselves
+            code = f"{name}_code"
+            return [Compute(code, dtype, axes, value), Compute(name, dtype, axes, real(code) * scale)]
         if scale is not None:
             value = value * scale
         if value == real(name):
@@ -141,6 +156,9 @@ class Codes:
         tiles = [integer(f"{stem}c{plane}{block}") for plane, (block, _) in enumerate(planes)]
         if self.q.element == "e2m1":
             return (_e2m1_cpu if self.is_cpu else _e2m1)(tiles[0], planes[0][1])
+        if self.packs:
+            field = bitand(_right(tiles[0], planes[0][1]), (1 << self.q.plane_bits[0]) - 1)
+            return cast(F32, field) - (self.q.bias - self.q.midpoint(self.q.bits))
         if len(planes) == 1 and not self.is_cpu:
             return self._one_plane(tiles[0], planes[0][1])
         whole: Expr = ZERO

@@ -44,6 +44,7 @@ from .moe_tiles import COL, D, Part, Tiles
 ZERO = sympy.Integer(0)
 ROW_AT, N, Z, LOW = map(integer, ("i", "n", "z", "l"))
 ENTRIES = integer("entries")
+FEW = 32  # rows of the tiles on a GPU of which most may be missing
 SLOT, EXPERT, ROW, ROW0, LAST, START = map(integer, ("slot", "expert", "row", "row0", "last", "start"))
 
 
@@ -75,6 +76,8 @@ class _Builder:
         self.matrix = self._matrix(codes_of(graph, op, stored, spec))
         self.tiles = self.matrix.tiles
         self.experts, self.parts = int(self.w.shape[0]), self.tiles.parts
+        # Through a descriptor come neighbouring rows: those of the next group too, which nothing stores.
+        self.boxed = bool(dict(self.tiling.meta).get("descriptors")) and not self.tokens
 
     def _matrix(self, codes: Codes | None) -> Matrix:
         by_rows = bool(self.op.attr("transpose_b"))  # w is [E, out, in]
@@ -115,7 +118,7 @@ class _Builder:
             axes=self._axes(),
             lanes="i" if cpu else None,
             body=(*self._find(), If(ROW0 < LAST, (*self._rows(), *work))),
-            meta=t.meta,
+            meta=tuple(sorted((*t.meta, *self.matrix.hints))),
             comment=(
                 f"{self.experts} groups, [rows, {inner}] x [{inner}, {self.tiles.columns}]"
                 f"{' x 2' if self.tiles.halves else ''}; {t.rows} rows, {t.cols} columns",
@@ -207,8 +210,13 @@ class _Builder:
             if self.a.name in self.blocked:
                 place = (SLOT, feature, ROW_AT)
             else:
-                place = (integer("token") if self.tokens else ROW, feature)
+                row = integer("token") if self.tokens else ROW0 + ROW_AT if self.boxed else ROW
+                place = (row, feature)
             tile, guard = self.matrix.rows(name, number), self.tiles.within(at, number)
+            if self.boxed:
+                guard = all_of([guard, ROW0 + ROW_AT < ENTRIES])
+            elif self.tiling.rows <= FEW and not self.spec.is_cpu:
+                guard = all_of([guard, ROW0 + ROW_AT < LAST])
             found.append(Load(tile, self.operand, ("i", "d"), self.a.name, place, guard, ZERO))
         return found
 
@@ -220,18 +228,45 @@ class _Builder:
             products = [s for part in self.parts for k in steps for s in self._sum_part(part, k, first)]
             return [*head, *products, *self._end()]
         unroll, turn = self.tiling.unroll, []
+        ahead = self.tiling.ahead and self.matrix.scaled_by_step
         for n in range(unroll):
-            at, tag = self.tiles.step * (unroll * integer("u") + n), str(n) if unroll > 1 else ""
+            at, tag = self._at(integer("u"), n)
             turn += self._load_rows(f"A{tag}", at)
             for part in self.parts:
-                turn += self.matrix.load(part, part.matrix + tag, at, first)
+                turn += self.matrix.load(part, part.matrix + tag, at, first, scales=not ahead)
             for part in self.parts:
-                turn += self._dots(part, f"A{tag}", part.matrix + tag, at)
+                turn += self._dots(part, f"A{tag}", part.matrix + tag, at, scales=not ahead)
+        if ahead:
+            first_ones, next_ones, moves = self._scales_ahead()
+            head, turn = [*head, *first_ones], [*next_ones, *turn, *moves]
         zero = [Compute(part.acc, self.acc, ("i", "n"), sympy.Float(0.0)) for part in self.parts]
         return [*head, *zero, self._for(-(-self.tiles.steps // unroll), turn), *self._end()]
 
-    def _dots(self, part: Part, rows: str, name: str, at: Expr) -> list[Stmt]:
-        """The products of a step, added to those before it."""
+    def _at(self, turn: Expr, number: int) -> tuple[Expr, str]:
+        """Where a step of a turn begins, and what its tiles' names have in addition."""
+        unroll = self.tiling.unroll
+        return self.tiles.step * (unroll * turn + number), str(number) if unroll > 1 else ""
+
+    def _scales_ahead(self) -> tuple[list[Stmt], list[Stmt], list[Stmt]]:
+        """Scales of the first turn; those of the next one, loaded while one is computed; and their taking
+        the place of the ones before."""
+        first: list[Stmt] = []
+        later: list[Stmt] = []
+        moves: list[Stmt] = []
+        every = [
+            (n, p, s) for n in range(self.tiling.unroll) for p in self.parts for s in range(self.tiles.slices)
+        ]
+        for n, part, number in every:
+            (at, tag), (after, _) = self._at(ZERO, n), self._at(integer("u") + 1, n)
+            name = f"{part.matrix}{tag}"
+            first += self.matrix.scale(part, name, number, at)
+            later += self.matrix.scale(part, f"next{name}", number, after, ahead=True)
+            kept, new = f"S{name}_{number}", f"Snext{name}_{number}"
+            moves.append(Compute(kept, self.acc, ("n",), real(new), declares=False))
+        return first, later, moves
+
+    def _dots(self, part: Part, rows: str, name: str, at: Expr, *, scales: bool) -> list[Stmt]:
+        """The products of a step, added to those before it. scales: theirs are to be loaded."""
         found: list[Stmt] = []
         for number in range(self.tiles.slices):
             a, b = self.matrix.rows(rows, number), self.matrix.tile(part, name, number)
@@ -241,7 +276,7 @@ class _Builder:
             product = f"P{name}_{number}"
             more = real(part.acc) + real(product) * real(f"S{name}_{number}")
             found += [
-                *self.matrix.scale(part, name, number, at),
+                *(self.matrix.scale(part, name, number, at) if scales else ()),
                 self._dot(replace(part, acc=product), a, b, accumulate=False),
                 Compute(part.acc, self.acc, ("i", "n"), more, declares=False),
             ]

@@ -21,6 +21,8 @@ class DenseMatrix:
     operand: str
     align: int
     scaled = ""  # by nothing
+    scaled_by_step = False
+    hints = ()
 
     def arguments(self) -> list[Tensor]:
         return [Tensor(self.w.name, self.w.dtype, tuple(self.w.shape), unit=self.unit, align=self.align)]
@@ -36,8 +38,9 @@ class DenseMatrix:
         """The name of the tile that meets slice `number` of the rows."""
         return name
 
-    def load(self, part: Part, name: str, at: Expr, first: Expr) -> list[Stmt]:
-        """The tiles of a part at a step. first: the first column of the tile."""
+    def load(self, part: Part, name: str, at: Expr, first: Expr, *, scales: bool = True) -> list[Stmt]:
+        """The tiles of a part at a step. first: the first column of the tile. scales: theirs are to be
+        loaded."""
         t, feature = self.tiles, at + D
         index = (EXPERT, part.column, feature) if t.by_rows else (EXPERT, feature, part.column)
         guard = all_of([t.within(at), t.valid(part)])
@@ -45,7 +48,7 @@ class DenseMatrix:
         axes = ("n", "d") if t.by_rows == (self.unit == 2) else ("d", "n")
         return [Load(name, self.operand, axes, self.w.name, index, guard, ZERO)]
 
-    def scale(self, part: Part, name: str, number: int, at: Expr) -> list[Stmt]:
+    def scale(self, part: Part, name: str, number: int, at: Expr, *, ahead: bool = False) -> list[Stmt]:
         return []
 
 
@@ -58,6 +61,11 @@ class CodedMatrix:
     operand: str
     acc: str
     aligned: bool
+
+    @property
+    def hints(self) -> tuple[tuple[str, int], ...]:
+        """For the backend."""
+        return self.codes.hints
 
     def arguments(self) -> list[Tensor]:
         return self.codes.tensors(aligned=self.aligned)
@@ -82,7 +90,12 @@ class CodedMatrix:
         one = self.codes.q.groups == 1
         return t.tiling.scales if one or t.tiling.scales != "sums" else "products"
 
-    def load(self, part: Part, name: str, at: Expr, first: Expr) -> list[Stmt]:
+    @property
+    def scaled_by_step(self) -> bool:
+        """Whether every step of a row has one scale, and joins its codes or products."""
+        return self.tiles.by_rows and is_uniform(self.codes.q, self.tiles.step) and self.scaled != "sums"
+
+    def load(self, part: Part, name: str, at: Expr, first: Expr, *, scales: bool = True) -> list[Stmt]:
         t, codes = self.tiles, self.codes
         if t.by_rows:
             axes, place, numbers, steps = ("n", "d"), (part.column, at + D), range(t.slices), t.step
@@ -98,18 +111,20 @@ class CodedMatrix:
         for number in numbers:
             scale: Expr | None = None
             if not even or self.scaled == "codes":
-                found += self._scale(part, name, number, at, None if even else guard, first)
+                found += self._scale(part, name, number, at, None if even else guard, first) if scales else []
                 scale = real(f"S{name}_{number}")
             found += codes.decode(f"{name}_", number, self.operand, axes, scale)
         return found
 
-    def scale(self, part: Part, name: str, number: int, at: Expr) -> list[Stmt]:
-        """The tile S{name}_{number}: scales of products of a step, all of one group, or of sums."""
-        return self._scale(part, name, number, at, None, ZERO)
+    def scale(self, part: Part, name: str, number: int, at: Expr, *, ahead: bool = False) -> list[Stmt]:
+        """The tile S{name}_{number}: scales of products of a step, all of one group, or of sums. ahead: the
+        step may lie behind the last one."""
+        return self._scale(part, name, number, at, None, ZERO, ahead=ahead)
 
     def _scale(
-        self, part: Part, name: str, number: int, at: Expr, each: Expr | None, first: Expr
-    ) -> list[Stmt]:
+        self, part: Part, name: str, number: int, at: Expr, each: Expr | None, first: Expr,
+        *, ahead: bool = False,
+    ) -> list[Stmt]:  # fmt: skip
         """Scales of a tile: one for each of its rows, or, with a guard `each`, for each element."""
         t, q = self.tiles, self.codes.q
         start = number * q.stretch
@@ -120,7 +135,8 @@ class CodedMatrix:
         elif t.by_rows:
             row, column, axes = part.column, at, ("n",)
             # Steps that lie behind a slice altogether could have groups that are not there.
-            known = all_of([t.valid(part), *([at < t.stretch] if t.leaves_rest and q.groups > 1 else [])])
+            beyond = ahead or (t.leaves_rest and q.groups > 1)
+            known = all_of([t.valid(part), *([at < t.stretch] if beyond else [])])
         else:
             row, column, axes = at + D, first, ("d",)
             beyond = t.overhangs and q.groups > 1

@@ -17,6 +17,7 @@ from .moe_fuse import fuse_experts
 from .moe_gemm import gemm_kernel, slots
 from .moe_gradient import build_gradients
 from .moe_group import group_kernels
+from .moe_once import decode_kernel, decode_once
 from .moe_outer import map_grad_kernel, outer_kernel
 from .moe_schedule import schedule_experts
 from .moe_spec import ExpertsSpec
@@ -66,6 +67,7 @@ def run_experts(graph: Graph, spec: ExpertsSpec, watch: Watcher | None = None) -
     passes: list[tuple[str, Callable[[Graph], Graph]]] = [("fuse", fuse_experts)]
     if spec.load == "one":
         passes.append(("direct", direct))
+    passes.append(("once", lambda g: decode_once(g, spec)))
     passes.append(("schedule", lambda g: schedule_experts(g, spec)))
     for name, apply in passes:
         graph = apply(graph)
@@ -87,6 +89,8 @@ def lower_experts(graph: Graph, spec: ExpertsSpec) -> Program:
                 kept += between
             case "grouped_gemm":
                 kernels.append(gemm_kernel(graph, op, spec, blocked))
+            case "dequantize":
+                kernels.append(decode_kernel(graph, op, spec))
             case "entry_gemm" | "entry_combine":
                 kernels.append(entry_kernel(graph, op, spec))
             case "grouped_outer":

@@ -15,8 +15,9 @@ from __future__ import annotations
 from ..ir.graph import Graph, Op
 from ..ir.quantized import Quantized
 from ..ir.ragged import Tiling
-from .devices import device_of
+from .devices import device_of, has_copy_engine
 from .moe_codes import is_uniform, steps_of
+from .moe_direct import LANE
 from .moe_spec import BYTES, ExpertsSpec
 
 CPU_ROWS = 32, 112  # at least and at most; 112: consecutive features lie in different sets of the cache
@@ -29,25 +30,35 @@ CPU_INNER = 128  # summed one after another; sums of more are added up, which ke
 # (rows, columns of each half where there are two, summed extent of a step, warps, stages) by load
 GPU = {
     "one": (16, 64, 128, 4, 4),
-    "few": (16, 64, 128, 4, 4),
+    "few": (32, 64, 128, 4, 4),
     "some": (64, 64, 64, 4, 4),
-    "many": (128, 128, 64, 8, 3),
+    "many": (128, 128, 64, 8, 4),
 }
 CPU_STEPS = 16  # of a slice, each of which is spelled out
-# Of quantised matrices: (rows, columns of all halves, columns of all slices a turn, warps, stages) by load
-GPU_CODES = {
-    "one": (16, 128, 128, 4, 5),
-    "few": (16, 128, 128, 4, 5),
-    "some": (64, 128, 128, 4, 4),
-    "many": (128, 256, 64, 8, 4),
+# Of quantised matrices: (rows, columns of each half, columns of a product without halves, bytes of a slice of
+# each row a turn, warps, stages) by load, of a code a byte and of several.
+GPU_BYTES = {
+    "few": (16, 64, 128, 128, 4, 5),
+    "some": (64, 64, 128, 128, 4, 4),
+    "many": (128, 128, 128, 64, 8, 4),
+}
+GPU_FIELDS = {
+    "few": (16, 64, 64, 128, 4, 3),
+    "some": (64, 64, 128, 64, 4, 4),
+    "many": (128, 128, 256, 32, 8, 3),
 }
 SCALE_BYTES = 4
+PRODUCTS = 4  # of slices and steps a turn, at most: all have registers of their own
+# Columns of a program of entries, and the loads of codes that a lane has under way: many where programs are
+# many and short; where all of them run at once, their registers decide how many do.
+ENTRY_COLS, ENTRIES = 4, {"entry_gemm": 16, "entry_combine": 4}
+ENTRY_TURNS = 16  # of a program, one after another, before it takes twice the warps
 SHARED = 64 * 1024  # bytes that a program has at least, on GPUs that are not described
 GPU_PLAIN = {  # products without halves have half the columns to hold
     "one": (16, 64, 256, 4, 4),
-    "few": (16, 64, 256, 4, 4),
+    "few": (32, 128, 128, 4, 4),
     "some": (64, 128, 64, 4, 4),
-    "many": (128, 256, 64, 8, 3),
+    "many": (128, 256, 64, 8, 4),
 }
 
 
@@ -56,9 +67,10 @@ def schedule_experts(graph: Graph, spec: ExpertsSpec) -> Graph:
     given = iter(spec.tiling or ())
 
     def rule(op: Op) -> Op | None:
-        if op.kind != "grouped_gemm" or op.attr("tiling") is not None:
+        if op.kind not in ("grouped_gemm", *ENTRIES) or op.attr("tiling") is not None:
             return None
-        return op.with_attrs(tiling=next(given, None) or choose(graph, op, spec))
+        chosen = _of_entries(graph, op, spec) if op.kind in ENTRIES else choose(graph, op, spec)
+        return op.with_attrs(tiling=(next(given, None) or chosen) if chosen else None)
 
     return graph.map_ops(rule)
 
@@ -90,8 +102,16 @@ def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
     wide = min(8, tiles) if spec.load == "many" else tiles
     if tiles > wide:  # none hangs over where a number near 8 divides them
         wide = next((n for n in (8, 7, 6, 5) if tiles % n == 0), wide)
-    meta = (("stages", stages), ("warps", warps))
+    meta = _hints(spec, warps, stages, boxes=spec.load == "many")
     return Tiling(rows, cols, step, wide=wide, meta=meta)
+
+
+def _hints(spec: ExpertsSpec, warps: int, stages: int, *, boxes: bool) -> tuple[tuple[str, int], ...]:
+    """The hints of a GPU schedule. boxes: tiles come through tensor descriptors, where there are any: they
+    leave more instructions to those that compute."""
+    described = boxes and spec.descriptors and spec.aligned and BYTES[spec.dtype] == 2
+    engine = (("descriptors", 1),) if described and has_copy_engine(spec.target) else ()
+    return (*engine, ("stages", stages), ("warps", warps))
 
 
 def _of_codes(op: Op, q: Quantized, spec: ExpertsSpec, inner: int, columns: int) -> Tiling:
@@ -104,13 +124,17 @@ def _of_codes(op: Op, q: Quantized, spec: ExpertsSpec, inner: int, columns: int)
         cols = min(CPU_COLS, columns if by_rows else q.stretch)
         return Tiling(_cpu_rows(spec), cols, step, True, blocked=True, meta=_cpu_meta(spec))
     parts = (2 if op.attr("halves") else 1) if by_rows else q.slices
-    rows, cols, most, warps, stages = GPU_CODES[spec.load]
-    size = BYTES[spec.dtype]
-    cols, most = max(16, cols // parts), max(32, 2 * most // size // q.slices)
+    table, size = GPU_FIELDS if q.slices > 1 else GPU_BYTES, BYTES[spec.dtype]
+    rows, *widths, most, warps, stages = table["few" if spec.load == "one" else spec.load]
+    cols = widths[not op.attr("halves")]
+    if not by_rows:
+        cols = max(16, 2 * widths[0] // q.slices)
+    most = max(32, 2 * most // size)
     crowded = len(q.read) > 1 if by_rows else not is_uniform(q, cols)
     if rows > 16 and crowded:  # registers
         cols = max(16, cols // 2)
     step, unroll = steps_of(q, most, cpu=False) if by_rows else (32, 1)
+    unroll = max(1, min(unroll, PRODUCTS // q.slices))
     bytes_of_codes = sum(q.blocks(n) for n in range(len(q.read))) * (parts if by_rows else 1)
     if not is_uniform(q, step if by_rows else cols):  # every element has a scale loaded beside it
         bytes_of_codes += SCALE_BYTES * (parts * q.slices if by_rows else q.slices)
@@ -123,8 +147,35 @@ def _of_codes(op: Op, q: Quantized, spec: ExpertsSpec, inner: int, columns: int)
     wide = min(8, tiles) if spec.load == "many" else tiles
     # To scale products takes as many registers again as sums: few where rows are few.
     scales = "sums" if q.groups == 1 else "products" if rows <= 16 else "codes"
-    meta = (("stages", stages), ("warps", warps))
-    return Tiling(rows, cols, step, wide=wide, meta=meta, unroll=unroll, scales=scales, turned=by_rows)
+    # Decoding several codes a byte leaves few instructions for addresses.
+    meta = _hints(spec, warps, stages, boxes=spec.load == "many" or q.slices > 1)
+    # Scales of less than 4 bytes are not copied asynchronously: their step would wait for them.
+    ahead = scales == "products" or (scales == "codes" and by_rows and q.scale != "f32")
+    return Tiling(
+        rows, cols, step, wide=wide, meta=meta, unroll=unroll, scales=scales, turned=by_rows, ahead=ahead
+    )
+
+
+def _of_entries(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling | None:
+    """The tiling of a product with quantised matrices for a few entries; None where the steps of its kernel
+    are its own: other matrices, CPUs, groups that cut what a lane takes."""
+    q = op.attr("quantized")
+    lanes = LANE // BYTES[spec.dtype]
+    if q is None or spec.is_cpu or q.stretch % lanes or (q.groups > 1 and q.group % lanes):
+        return None
+    columns = int(graph.values[op.output.name].shape[1])
+    halves = 2 if op.attr("halves") else 1
+    cols = min(ENTRY_COLS, 1 << (columns - 1).bit_length())
+    chunks = q.stretch // lanes
+    # A warp takes 32 chunks of a row: two warps where that leaves few of them idle, more for long rows.
+    idle = {warps: -chunks % (32 * warps) for warps in (1, 2)}
+    warps = max(w for w in idle if 8 * idle[w] <= 8 * min(idle.values()) + chunks)
+    if -(-chunks // (32 * warps)) > ENTRY_TURNS:
+        warps *= 2
+    turns = -(-chunks // (32 * warps))
+    unroll = min(turns, max(1, ENTRIES[op.kind] // (halves * cols)))
+    step = 32 * warps * lanes
+    return Tiling(1, cols, step, meta=(("stages", 1), ("warps", warps)), unroll=unroll, scales="products")
 
 
 def _cpu_rows(spec: ExpertsSpec) -> int:

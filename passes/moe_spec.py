@@ -33,8 +33,9 @@ class ExpertsSpec:
     activation is taken of is a result too, for gradients. ranks: of what low-rank adapters add to the two
     matrices, lora_scale times b a; 0: none. masked: an input says which experts learn; the gradients of
     others are zeros. aligned: on a GPU, whether x and the matrices start, and their rows too, on multiples of
-    16 bytes. quantized: how the two matrices are stored, None: as they are. tiling: of the two products, in
-    place of the default. Raises InputError."""
+    16 bytes. descriptors: whether what launches kernels makes tensor descriptors, where hardware has them.
+    quantized: how the two matrices are stored, None: as they are. once: which of them are decoded before
+    their product (moe_once). tiling: of the two products, in place of the default. Raises InputError."""
 
     experts: int
     top_k: int
@@ -55,7 +56,9 @@ class ExpertsSpec:
     lora_scale: float = 1.0
     masked: bool = False
     aligned: bool = True
+    descriptors: bool = True
     quantized: tuple[Quantized | None, Quantized | None] = (None, None)
+    once: tuple[bool, bool] = (False, False)
     precision: str = "ieee"
     target: str = "cpu"
     tiling: tuple[Tiling, Tiling] | None = None

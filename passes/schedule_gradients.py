@@ -30,7 +30,7 @@ TILES: dict[tuple[str, str], dict[int, Tile]] = {
         64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1),
     },
     ("columns", "warp groups"): {
-        64: (64, 128, 4, 2), 128: (64, 32, 4, 3), 256: (64, 32, 8, 1), 1024: (32, 16, 8, 1),
+        64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1), 1024: (32, 16, 8, 1),
     },
     ("rows", "warps"): {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2), 1024: (16, 16, 8, 1)},
     ("columns", "warps"): {
@@ -41,13 +41,17 @@ TILES: dict[tuple[str, str], dict[int, Tile]] = {
     ("rows", "f64"): {64: (16, 16, 4, 1), 1024: (16, 16, 8, 1)},
     ("columns", "f64"): {64: (16, 16, 4, 1), 1024: (16, 16, 8, 1)},
 }  # fmt: skip
-# Where pairs of the gradients of keys and values, in 16 bits, lie in another way.
-SPREADS = {
-    (128, "long"): (128, 64, 8, 3),
-    (128, "box"): (64, 16, 4, 3),
-    (64, "residues"): (64, 32, 4, 3),
-    (64, "box"): (64, 64, 4, 2),
-    (64, "lists"): (64, 64, 4, 2),
+# The same in 16 bits where pairs lie in another way.
+SPREADS: dict[str, dict[tuple[int, str], Tile]] = {
+    "rows": {(64, "residues"): (64, 32, 4, 3), (128, "residues"): (64, 32, 4, 3)},
+    "columns": {
+        (64, "long"): (64, 128, 4, 2),
+        (64, "residues"): (64, 32, 4, 3),
+        (64, "box"): (64, 64, 4, 2),
+        (64, "lists"): (64, 64, 4, 2),
+        (128, "residues"): (64, 32, 4, 3),
+        (128, "box"): (64, 16, 4, 3),
+    },
 }
 
 
@@ -55,11 +59,11 @@ def choose_gradient(spec: AttentionSpec, group: Group, kind: str) -> Schedule:
     """The default schedule of a group of one gradient."""
     narrow = "warp groups" if _described(spec) else "warps"
     number = spec.dtype if spec.dtype in ("f32", "f64") else narrow
-    columns = kind == "grad_columns"
+    walk = "columns" if kind == "grad_columns" else "rows"
     size = padded(max(spec.qk_size, spec.v_size))
-    tile = next(t for limit, t in TILES["columns" if columns else "rows", number].items() if size <= limit)
-    if columns and number == "warp groups":
-        tile = SPREADS.get((max(size, 64), _spread(spec, group)), tile)
+    tile = next(t for limit, t in TILES[walk, number].items() if size <= limit)
+    if number == "warp groups":
+        tile = SPREADS[walk].get((max(size, 64), _spread(spec, group)), tile)
     rows, keys, warps, stages = _fitting(spec, tile)
     one = len(group.order.dims) == 1
     shape = ((rows,), (keys,)) if one else Boxes.of(group).shape(rows, keys, aligned=True)

@@ -26,7 +26,7 @@ _BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2,
 _BYTES |= dict.fromkeys(("i8", "u8", "f8e4m3"), 1)
 _SOURCE = re.compile(r"(\w+)(?:\.(stride)\((\d+)\)|\.(shape)\[(\d+)\])?")
 _DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[[\d, ]+\]>")
-_DTYPES = {"fp64": "f64", "fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+_DTYPES = {"fp64": "f64", "fp32": "f32", "fp16": "f16", "bf16": "bf16", "u8": "u8"}
 _LIMIT = 1 << 31
 
 

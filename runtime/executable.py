@@ -21,6 +21,7 @@ from .counting import LOADS
 from .formula import Formula, parse_formula
 from .knobs import LOG_TIMINGS, log
 from .manifest import Argument
+from .strided import BYTES
 from .target import Target
 
 Allocate = Callable[[tuple[int, ...], str], Any]  # (shape, dtype) -> a contiguous tensor of the caller's
@@ -36,31 +37,47 @@ class Bound:
     steps: tuple[tuple[Runner, Pick], ...]
     intermediates: tuple[Made, ...]
     allocate: Allocate | None
+    lives: tuple[tuple[tuple[Made, ...], tuple[str, ...]], ...] = ()
 
     def __call__(self, tensors: Mapping[str, Any], threads: int | None = None) -> None:
         """Run every kernel. tensors: inputs and outputs by name, of the sizes and strides that were bound.
 
-        threads: of a CPU kernel, else GOSSAMER_NUM_THREADS."""
-        if self.intermediates:
-            assert self.allocate is not None
-            made = {name: self.allocate(shape, dtype) for name, shape, dtype in self.intermediates}
-            tensors = {**tensors, **made}
-        for run, pick in self.steps:
-            run(pick(tensors), threads)
+        Intermediates live from the first kernel that takes them to the last one: what is freed then is there
+        for those that follow. threads: of a CPU kernel, else GOSSAMER_NUM_THREADS."""
+        if not self.intermediates:
+            for run, pick in self.steps:
+                run(pick(tensors), threads)
+            return
+        assert self.allocate is not None
+        values = {**tensors}
+        for (run, pick), (first, last) in zip(self.steps, self.lives, strict=True):
+            for name, shape, dtype in first:
+                values[name] = self.allocate(shape, dtype)
+            run(pick(values), threads)
+            for name in last:
+                del values[name]
 
 
 @dataclass(frozen=True)
 class Contiguous:
-    """Stands in `Executable.bind` for a contiguous tensor that is yet to be allocated."""
+    """Stands in `Executable.bind` for a contiguous tensor that is yet to be allocated.
+
+    step: its rows take a multiple of so many elements."""
 
     shape: tuple[int, ...]
+    step: int = 1
 
     def stride(self, dimension: int | None = None) -> Any:
         return self._strides if dimension is None else self._strides[dimension]
 
     @cached_property
     def _strides(self) -> tuple[int, ...]:
-        return tuple(math.prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
+        return tuple(math.prod(self.allocated[d + 1 :]) for d in range(len(self.shape)))
+
+    @property
+    def allocated(self) -> tuple[int, ...]:
+        """The shape whose memory it takes."""
+        return (*self.shape[:-1], -(-self.shape[-1] // self.step) * self.step) if self.shape else ()
 
     def data_ptr(self) -> int:
         return 0
@@ -80,6 +97,13 @@ class Executable:
         self._kernels: tuple[tuple[Loaded, Pick], ...] = ()
         self._shapes: dict[str, tuple[str, tuple[Formula, ...]]] = {
             t.name: (t.dtype, tuple(parse_formula(e) for e in t.shape)) for t in manifest.intermediates
+        }
+        aligns = [(a.source, a.align) for launch in manifest.launches for a in launch.arguments]
+        self._steps: dict[str, int] = {
+            t.name: max(
+                1, max((align for name, align in aligns if name == t.name), default=1) // BYTES[t.dtype]
+            )
+            for t in manifest.intermediates
         }
         self._checks = tuple((parse_formula(check.condition), check) for check in manifest.checks)
 
@@ -102,9 +126,10 @@ class Executable:
         if intermediates and allocate is None:
             names = ", ".join(self._shapes)
             raise InputError("allocate", f"a function (shape, dtype) -> tensor for {names}", None)
-        values = {**values, **{name: Contiguous(shape) for name, shape, _ in intermediates}}
-        steps = tuple((kernel.bind(values, sizes), pick) for kernel, pick in kernels)
-        return Bound(steps, intermediates, allocate)
+        waiting = {name: Contiguous(shape, self._steps[name]) for name, shape, _ in intermediates}
+        steps = tuple((kernel.bind({**values, **waiting}, sizes), pick) for kernel, pick in kernels)
+        made = tuple((name, waiting[name].allocated, dtype) for name, _, dtype in intermediates)
+        return Bound(steps, made, allocate, self._lives(made))
 
     def settle(self, values: Mapping[str, Any]) -> tuple[dict[str, int], tuple[Made, ...]]:
         """The integers of a call by name, and the intermediates it takes: name, shape, dtype of each.
@@ -114,6 +139,17 @@ class Executable:
         self._check(sizes)
         made = self._shapes.items()
         return sizes, tuple((n, tuple(size(sizes) for size in shape), dtype) for n, (dtype, shape) in made)
+
+    def _lives(self, made: tuple[Made, ...]) -> tuple[tuple[tuple[Made, ...], tuple[str, ...]], ...]:
+        """Of each launch, the intermediates that no earlier one takes, and those that no later one does."""
+        taken = [{a.source for a in launch.arguments} for launch in self.artifact.manifest.launches]
+        found = []
+        for number, names in enumerate(taken):
+            before, after = set().union(*taken[:number]), set().union(*taken[number + 1 :])
+            here = [one for one in made if one[0] in names]
+            first = tuple(one for one in here if one[0] not in before)
+            found.append((first, tuple(name for name, *_ in here if name not in after)))
+        return tuple(found)
 
     @property
     def ir(self) -> str:

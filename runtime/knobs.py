@@ -76,8 +76,11 @@ CACHE_SIZE: Knob[int] = Knob(
 )
 NUM_THREADS: Knob[int] = Knob("GOSSAMER_NUM_THREADS", _integer(1), _own_cores, "an integer of at least 1")
 LOG: Knob[int] = Knob("GOSSAMER_LOG", _integer(0, 4), lambda: 0, "an integer from 0 to 4")
+WORKSPACE: Knob[int] = Knob(
+    "GOSSAMER_WORKSPACE", _bytes, lambda: 2 << 30, "a number of bytes such as 65536, 512M or 2G"
+)
 
-KNOBS: tuple[Knob, ...] = (CACHE_DIR, CACHE_SIZE, NUM_THREADS, LOG)
+KNOBS: tuple[Knob, ...] = (CACHE_DIR, CACHE_SIZE, NUM_THREADS, WORKSPACE, LOG)
 
 # The rungs of GOSSAMER_LOG; each includes those below it.
 LOG_CACHE, LOG_TIMINGS, LOG_IR, LOG_SOURCE = 1, 2, 3, 4

@@ -9,8 +9,8 @@ from typing import Any
 
 SIZE = 128  # bytes of a CUtensorMap
 _ALIGN = 64  # of the address that the driver writes it to
-_TYPES = {"f16": 6, "f32": 7, "f64": 8, "bf16": 9}  # CUtensorMapDataType
-_BYTES = {"f16": 2, "f32": 4, "f64": 8, "bf16": 2}
+_TYPES = {"u8": 0, "f16": 6, "f32": 7, "f64": 8, "bf16": 9}  # CUtensorMapDataType
+_BYTES = {"u8": 1, "f16": 2, "f32": 4, "f64": 8, "bf16": 2}
 _STEP = 16  # strides are multiples of this many bytes
 _L2_128 = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 _KEPT = 64  # maps by address: as many buffers as a program is likely to take turns with

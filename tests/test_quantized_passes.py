@@ -1,6 +1,8 @@
 """Quantised experts below the frontend: every level computes the same, texts parse, Triton's text runs."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from gossamer import testing
 from gossamer.ir import graph_interpret, kernel_interpret
 from gossamer.ir.errors import InputError, VerifyError
 from gossamer.ir.evaluate import evaluate, round_to
-from gossamer.ir.expr import float_of_bits, integer, parse, real, sigmoid, to_text
+from gossamer.ir.expr import float_of_bits, integer, parse, to_text
 from gossamer.ir.graph import Op
 from gossamer.ir.graph_text import op_text
 from gossamer.ir.kernel import For, Load
@@ -26,58 +28,14 @@ from gossamer.passes.moe_gradient import build_gradients
 from gossamer.passes.moe_pipeline import compile_experts, compile_gradients, lower_experts, run_experts
 from gossamer.passes.moe_spec import ExpertsSpec
 
-SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")
-E, I, T, TOP = 3, 16, 9, 2  # noqa: E741
-FORMATS = {
-    "int8": ("int", (8,), "f32"),
-    "int4": ("int", (4,), "bf16"),
-    "int2": ("int", (2,), "f16"),
-    "fp8": ("e4m3", (8,), "f32"),
-    "mxfp4": ("e2m1", (4,), "e8m0"),
-    "nested": ("int", (2, 4, 8), "f32"),
-}
-
-
-def stored(format, columns, group, bits=0):
-    element, planes, scale = FORMATS[format]
-    return Quantized(element, planes, columns, min(group, columns), scale, bits if len(planes) > 1 else 0)
-
-
-def spec_of(format, group=8, hidden=24, inner=I, bits=0, **more):
-    pair = tuple(stored(format, k, group, bits) for k in (hidden, inner))
-    return ExpertsSpec(E, TOP, hidden, inner, SWIGLU, quantized=pair, **({"aligned": False} | more))
-
-
-def arguments(spec, tokens=T, seed=0):
-    """Values of a graph's inputs, codes and all."""
-    rng, sizes = np.random.default_rng(seed), {"T": tokens, "rows": tokens * TOP}
-    found = {}
-    for value in build_experts(spec).inputs:
-        shape = [sizes.get(n, n) for n in value.shape]
-        found[value.name] = rng.standard_normal(shape).astype(np.float32)
-    for name, q in zip(("gate_up", "down"), spec.quantized, strict=True):
-        rows = 2 * spec.inner if name == "gate_up" else spec.hidden
-        for n in range(len(q.read)):
-            code = rng.integers(0, 256, (E, rows, q.row_bytes(n))).astype(np.uint8)
-            whole = q.element == "e4m3"
-            found[f"{name}_codes{n or ''}"] = np.where(whole & (code & 127 == 127), 0, code).astype(np.uint8)
-        if q.scale == "e8m0":
-            found[f"{name}_scales"] = rng.integers(122, 126, (E, rows, q.groups)).astype(np.uint8)
-        else:
-            found[f"{name}_scales"] = round_to(rng.random((E, rows, q.groups)) / 16, q.scale)
-        found[f"{name}_bits"] = rng.choice(q.planes, E).astype(np.int32)
-    found["ids"] = rng.integers(-1, E + 1, (tokens, TOP))
-    found["weights"] = rng.random((tokens, TOP)).astype(np.float32)
-    return {v.name: found[v.name] for v in build_experts(spec).inputs}
-
-
-def for_kernels(given, spec):
-    """The arguments of kernels: entries in a row, an output to fill, codes of dtypes that the target has."""
-    found = given | {name: given[name].reshape(-1) for name in ("ids", "weights")}
-    for name, q in zip(("gate_up", "down"), spec.quantized, strict=True):
-        if q.element == "e4m3" and not spec.is_cpu:
-            found[f"{name}_codes"] = e4m3(given[f"{name}_codes"]).astype(np.float32)
-    return found | {"o": np.full_like(given["x"], np.nan)}
+_SPEC = importlib.util.spec_from_file_location(
+    "gossamer_tests_quantized_cases", Path(__file__).with_name("quantized_cases.py")
+)
+CASES = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(CASES)
+FORMATS, SWIGLU, T, TOP = CASES.FORMATS, CASES.SWIGLU, CASES.T, CASES.TOP
+arguments, for_kernels, on_triton = CASES.arguments, CASES.for_kernels, CASES.on_triton
+spec_of, stored = CASES.spec_of, CASES.stored
 
 
 @settings(max_examples=25, deadline=None)
@@ -219,25 +177,29 @@ def test_e4m3_rounds_to_nearest():
     ],
 )
 def test_triton_interpreter(format, load, scales):
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     pytest.importorskip("triton")
-    from gossamer.codegen.triton import emit
-    from gossamer.runtime.triton_interpreter import run_interpreted
-
     group = 64 if scales == "sums" else 16
     tiling = Tiling(16, 16, 16, wide=2, unroll=2, scales=scales, turned=True)
     spec = spec_of(format, group, 64, 32, target="cuda:sm_90", load=load, tiling=(tiling, tiling))
     given = arguments(spec, 6)
     expected = graph_interpret.interpret(build_experts(spec), given)["o"]
     program = compile_experts(spec)
-    values = {k: torch.from_numpy(v.copy()) for k, v in for_kernels(given, spec).items()}
-    sizes = {"entries": 6 * TOP, "T": 6}
-    for t in program.intermediates:
-        shape = [int(evaluate(integer(n) if isinstance(n, str) else sympify(n), sizes)) for n in t.shape]
-        values[t.name] = torch.zeros(shape, dtype=torch.int32 if t.dtype == "i32" else torch.float32)
-    for kernel in program.kernels:
-        run_interpreted(emit(kernel), {a.name: values[a.name] for a in kernel.args})
+    values = on_triton(program, for_kernels(given, spec), 6)
     np.testing.assert_allclose(values["o"], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("cols", "chunks", "unroll"), [(2, 2, 1), (4, 1, 2), (8, 4, 2)])
+@pytest.mark.parametrize(("format", "group"), [("int4", 16), ("int8", 96), ("mxfp4", 32), ("int2", 8)])
+def test_a_handful_of_entries_at_every_level(format, group, cols, chunks, unroll):
+    """Any tiling: rows of 96 and 80 columns leave rests of turns, of chunks and of tiles of columns."""
+    tiling = Tiling(1, cols, 8 * chunks, unroll=unroll, scales="products")
+    facts = {"dtype": "bf16", "target": "cuda:sm_90", "load": "one", "tiling": (tiling, tiling)}
+    spec = spec_of(format, group, 96, 80, **facts)
+    given = arguments(spec, 2)
+    expected = graph_interpret.interpret(build_experts(spec), given)["o"]
+    found = kernel_interpret.interpret(compile_experts(spec), for_kernels(given, spec))["o"]
+    np.testing.assert_allclose(found, expected, rtol=2e-2, atol=2e-2 * np.abs(expected).max())
 
 
 def mixtral(format, load, group):

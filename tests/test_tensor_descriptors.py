@@ -89,3 +89,27 @@ def test_no_keys_at_all_describe_nothing(fake):
     q, k = torch.randn(1, 1, 33, 64, dtype=torch.float16), torch.randn(1, 1, 0, 64, dtype=torch.float16)
     gossamer.attention(q, k, k, mask=masks.causal())
     assert not fake.encoded and len(fake.launched) == 1
+
+
+def test_numbers_of_queries_come_as_queries_do_in_rows_of_16_bytes(fake):
+    q, k, v = (torch.randn(2, 3, 33, 40, dtype=torch.float16, requires_grad=True) for _ in range(3))
+    out = gossamer.attention(q, k, v, mask=masks.causal())
+    fake.encoded.clear()
+    torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    numbers = [(shape, strides, box) for shape, strides, box, _ in fake.encoded if len(shape) == 3]
+    assert len(numbers) == 2, "the log-sum-exp and delta"
+    for shape, strides, box in numbers:
+        assert shape == (33, 3, 2) and strides == (36 * 4, 36 * 4 * 3)
+        assert box[0] * 4 % 128 == 0
+
+
+@pytest.mark.parametrize("count, described", [(16, False), (32, True)])
+def test_boxes_fill_whole_lines_of_shared_memory(count, described):
+    text = f"""
+    kernel @numbers(x: f32[n, m] in unit 1 align 16, o: f32[n, m] out unit 1)
+    grid(t: n) axes(i: {count}) meta(descriptors=1) {{
+      tile X: f32[i] = load x[t, i] where i >= 0 and i < m else 0
+      store o[t, i] = X over i where i < m
+    }}
+    """
+    assert ("d_x.load" in codegen.emit(parse(text))) == described
