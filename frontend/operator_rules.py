@@ -131,7 +131,8 @@ class _Forward(SingleLevel):
         ctx: Any, keys: Any, form: Form, integers: Any, numbers: Any, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         query, key, value, *others = tensors
-        found = _below(FORWARD, keys, query, key, value, others, integers, numbers, form.text)
+        with torch.enable_grad():  # for the levels of torch.func below: this runs under no_grad
+            found = _below(FORWARD, keys, query, key, value, others, integers, numbers, form.text)
         _save(ctx, form, integers, numbers, tensors, found)
         return tuple(found)
 
@@ -146,7 +147,8 @@ class _Backward(SingleLevel):
 
     @staticmethod
     def forward(ctx: Any, keys: Any, arguments: Sequence[Any], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_below(BACKWARD, keys, *arguments))
+        with torch.enable_grad():
+            return tuple(_below(BACKWARD, keys, *arguments))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

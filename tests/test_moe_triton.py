@@ -223,7 +223,7 @@ def test_a_tile_that_spans_too_much_is_refused():
     }
     bind = load_text(emit(kernel)).bind
     with pytest.raises(OverflowError, match="one tile spans 2"):
-        bind(**given, gate_up=matrices(2**40, 2**28, 1))
+        bind(**given, gate_up=matrices(2**40, 2**30, 1))
     bound = bind(**given, gate_up=matrices(2**40, 32, 1))
     assert 2**40 in [value for value in bound if isinstance(value, int)]
 

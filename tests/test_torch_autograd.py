@@ -315,6 +315,16 @@ def test_vmap_within_grad() -> None:
     torch.testing.assert_close(torch.func.grad(loss)(q), inner.grad)
 
 
+def test_a_gradient_within_a_gradient_is_refused() -> None:
+    q, k, v = tensors(requires_grad=False)
+
+    def first(q: Tensor) -> Tensor:
+        return torch.func.grad(lambda q: gossamer.attention(q, k, v).square().sum())(q).sum()
+
+    with pytest.raises(UnsupportedError, match="gradients of gradients are not built"):
+        torch.func.grad(first)(q)
+
+
 # ---- the operators ----
 
 
