@@ -1,10 +1,11 @@
 """Mixture of experts on this machine's GPU: gossamer and torch's grouped_mm, replayed from CUDA graphs, in
 one run.
 
-    python benchmarks/moe_gpu.py                                     # every model, 1 to 8192 tokens, both
-    routings python benchmarks/moe_gpu.py --models olmoe,qwen3-30b --tokens 16,1024 --peers none
+    python benchmarks/moe_gpu.py                     # every model, 1 to 8192 tokens, both routings
+    python benchmarks/moe_gpu.py --models olmoe,qwen3-30b --tokens 16,1024 --peers none
     python benchmarks/moe_gpu.py --sweep --models olmoe --tokens 8192    # tile sizes of the two products
     python benchmarks/moe_gpu.py --models mixtral --weights bf16,int4,int8,fp8,mxfp4 --tokens 1,16,8192
+    python benchmarks/moe_gpu.py --tokens 8192 --backward                   # gradients beside the forward
 
 All start from ids and weights. Every result is held against float64 (over some tokens) before its time
 counts. Bound: 6 T K H I operations at the measured rate of a matrix product, or the bytes of the matrices in
@@ -45,6 +46,7 @@ def main(
     routing: Annotated[str, typer.Option(help="uniform, zipf or both")] = "both",
     weights: Annotated[str, typer.Option(help=f"bf16 or formats of codes: {', '.join(CODES)}")] = "bf16",
     sweep: Annotated[bool, typer.Option(help="time other schedules of the kernels, and print them")] = False,
+    backward: Annotated[bool, typer.Option(help="time gradients too, of dense matrices")] = False,
     budget: Annotated[float, typer.Option(help="seconds; nothing is started after them")] = 480.0,
     out: Annotated[
         Path | None, typer.Option(help="JSON; default benchmarks/results/moe_gpu_DEVICE.json")
@@ -77,6 +79,9 @@ def main(
                 if "ms" in row and dense.times.get((count, skewed)):
                     row["over_bf16"] = dense.times[count, skewed] / row["ms"]
                     print(f"  {row['over_bf16']:.2f} times as fast as bf16")
+                if backward and kind == "bf16" and "ms" in row:
+                    row["backward"] = layer.gradients(count, skewed, "grouped_mm" in others)
+                    failed += [row["case"]] if "failed" in row["backward"] else []
                 rows[tuple(row["case"])] = row
                 failed += [row["case"]] if "failed" in row else []
                 results["rows"] = list(rows.values())
@@ -147,6 +152,27 @@ class Layer:
             {k: round(v, 4) if isinstance(v, float) else v for k, v in shown.items()},
             flush=True,
         )
+        return row
+
+    def gradients(self, tokens: int, skewed: bool, beside: bool) -> dict[str, Any]:
+        """Times and memory of gradients, and, if asked for, of grouped_mm's, which ours are held against."""
+        from moe_backward import compared, measured
+
+        x = torch.randn(tokens, self.model.hidden, device="cuda", dtype=torch.bfloat16)
+        ids, weights = routed(self.model, tokens, skewed, torch.device("cuda"))
+        leaves = [x, weights, self.up, self.down]
+        row: dict[str, Any] = {}
+        try:
+            call = lambda x, weights, up, down: gossamer.experts(x, ids, weights, up, down)  # noqa: E731
+            row, ours = measured(call, leaves)
+            row["over_forward"] = row["backward_ms"] / row["forward_ms"]
+            if beside:
+                call = lambda x, weights, up, down: grouped_mm(x, ids, weights, up, down)  # noqa: E731
+                row["grouped_mm"], theirs = measured(call, leaves)
+                row["grouped_mm"] |= compared(ours, theirs)
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {error}"[:300]
+        print("  gradients", row, flush=True)
         return row
 
     def _judged(self, found: Any, x: Any, ids: Any, weights: Any) -> dict[str, float]:
