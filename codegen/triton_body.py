@@ -156,7 +156,8 @@ class Body:
             start = ", ".join(speller.convert(speller.integer(entry), "i32").text for entry in box.start)
             shape = ", ".join(map(str, box.shape))
             name = self._tile(stmt.dst, stmt.dtype, axes, True)
-            self._line(f"{name.text} = d_{stmt.tensor}.load([{start}]).reshape([{shape}])")
+            turned = f".permute({list(box.order)})" if box.order != tuple(sorted(box.order)) else ""
+            self._line(f"{name.text} = d_{stmt.tensor}.load([{start}]).reshape([{shape}]){turned}")
             self.zeros[stmt.dst] = frozenset(self.padded & set(axes))
             return
         pointer = self._address(speller, stmt.tensor, stmt.index, axes)
