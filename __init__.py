@@ -93,7 +93,7 @@ _MODULES = {
     "flex": "frontend.flex",
     "jax": "frontend.jax_face",
     "masks": "frontend.masks",
-    "operators": "frontend.operators",
+    "operators": "frontend.all_operators",
     "testing": "frontend.testing",
 }
 

@@ -1,11 +1,11 @@
 """Mixture of experts on this machine's GPU: gossamer and torch's grouped_mm, replayed from CUDA graphs, in
 one run.
 
-    python benchmarks/moe_gpu.py                     # every model, 1 to 8192 tokens, both routings
-    python benchmarks/moe_gpu.py --models olmoe,qwen3-30b --tokens 16,1024 --peers none
+    python benchmarks/moe_gpu.py                                     # every model, 1 to 8192 tokens, both
+    routings python benchmarks/moe_gpu.py --models olmoe,qwen3-30b --tokens 16,1024 --peers none
     python benchmarks/moe_gpu.py --sweep --models olmoe --tokens 8192    # tile sizes of the two products
+    python benchmarks/moe_gpu.py --backward --tokens 8192 --routing uniform
     python benchmarks/moe_gpu.py --models mixtral --weights bf16,int4,int8,fp8,mxfp4 --tokens 1,16,8192
-    python benchmarks/moe_gpu.py --tokens 8192 --backward                   # gradients beside the forward
 
 All start from ids and weights. Every result is held against float64 (over some tokens) before its time
 counts. Bound: 6 T K H I operations at the measured rate of a matrix product, or the bytes of the matrices in
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -30,6 +31,7 @@ import torch
 import typer
 from attention_gpu import device_slug, provenance_gpu
 from moe_models import MODELS, Model, bound_ms, routed
+from moe_training import compared
 from report import ROOT, load, save
 
 import gossamer
@@ -45,8 +47,8 @@ def main(
     peers: Annotated[str, typer.Option(help=f"of {', '.join(PEERS)}; or 'none'")] = "grouped_mm",
     routing: Annotated[str, typer.Option(help="uniform, zipf or both")] = "both",
     weights: Annotated[str, typer.Option(help=f"bf16 or formats of codes: {', '.join(CODES)}")] = "bf16",
+    backward: Annotated[bool, typer.Option(help="also time gradients and see what they hold")] = False,
     sweep: Annotated[bool, typer.Option(help="time other schedules of the kernels, and print them")] = False,
-    backward: Annotated[bool, typer.Option(help="time gradients too, of dense matrices")] = False,
     budget: Annotated[float, typer.Option(help="seconds; nothing is started after them")] = 480.0,
     out: Annotated[
         Path | None, typer.Option(help="JSON; default benchmarks/results/moe_gpu_DEVICE.json")
@@ -79,9 +81,8 @@ def main(
                 if "ms" in row and dense.times.get((count, skewed)):
                     row["over_bf16"] = dense.times[count, skewed] / row["ms"]
                     print(f"  {row['over_bf16']:.2f} times as fast as bf16")
-                if backward and kind == "bf16" and "ms" in row:
-                    row["backward"] = layer.gradients(count, skewed, "grouped_mm" in others)
-                    failed += [row["case"]] if "failed" in row["backward"] else []
+                if backward and kind == "bf16":
+                    row["backward"] = dense.gradients(count, skewed)
                 rows[tuple(row["case"])] = row
                 failed += [row["case"]] if "failed" in row else []
                 results["rows"] = list(rows.values())
@@ -154,26 +155,21 @@ class Layer:
         )
         return row
 
-    def gradients(self, tokens: int, skewed: bool, beside: bool) -> dict[str, Any]:
-        """Times and memory of gradients, and, if asked for, of grouped_mm's, which ours are held against."""
-        from moe_backward import compared, measured
-
+    def gradients(self, tokens: int, skewed: bool) -> dict[str, Any]:
+        """What gradients take and hold: ours, ours with the first product computed again, grouped_mm's."""
         x = torch.randn(tokens, self.model.hidden, device="cuda", dtype=torch.bfloat16)
         ids, weights = routed(self.model, tokens, skewed, torch.device("cuda"))
-        leaves = [x, weights, self.up, self.down]
-        row: dict[str, Any] = {}
-        try:
-            call = lambda x, weights, up, down: gossamer.experts(x, ids, weights, up, down)  # noqa: E731
-            row, ours = measured(call, leaves)
-            row["over_forward"] = row["backward_ms"] / row["forward_ms"]
-            if beside:
-                call = lambda x, weights, up, down: grouped_mm(x, ids, weights, up, down)  # noqa: E731
-                row["grouped_mm"], theirs = measured(call, leaves)
-                row["grouped_mm"] |= compared(ours, theirs)
-        except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {error}"[:300]
-        print("  gradients", row, flush=True)
-        return row
+        layers = {
+            "gossamer": gossamer.experts,
+            "recompute": partial(gossamer.experts, recompute=True),
+            "grouped_mm": grouped_mm,
+        }
+        rows = compared(layers, replayed, (x, ids, weights, self.up, self.down))
+        for name, row in rows.items():
+            print(
+                " ", name, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True
+            )
+        return rows
 
     def _judged(self, found: Any, x: Any, ids: Any, weights: Any) -> dict[str, float]:
         """Errors of ours and of bf16 torch against float64, over a few tokens. Raises AssertionError."""

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from ..ir.errors import UnsupportedError
 from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Scalar, Scan, Stmt, Store, Tensor
-from .tvm_context import Context
+from .tvm_context import LIVE, Context
 from .tvm_layout import BYTES, LINE, TENSOR_DTYPES, Tile
 from .tvm_memory import load, store
 from .tvm_names import safe
@@ -173,6 +173,17 @@ def _let(ctx: Context, stmt: Let) -> None:
     ):  # an element of a tensor: names of scalars are 64 bits wide
         text = f'T.Cast("int64", {value.text})'
     ctx.out.line(f"{safe(stmt.name)}: T.let = {text}")
+    for axis in ctx.kernel.axes:
+        if axis.live == stmt.name and ctx.is_live(axis.name):
+            _count_vectors(ctx, f"v_{axis.name}", safe(stmt.name))
+
+
+def _count_vectors(ctx: Context, name: str, count: str) -> None:
+    """How many vectors there are of a live axis, and how they are taken together. See Context.pieces."""
+    ctx.out.line(f'{name}: T.let = T.truncdiv(T.Cast("int32", {count}) + {LIVE - 1}, {LIVE})')
+    ctx.out.line(f"{name}_one: T.let = T.max(2 - {name}, 0)")
+    ctx.out.line(f"{name}_two: T.let = T.truncmod(2 * {name}, 3) - 2 * {name}_one")
+    ctx.out.line(f"{name}_three: T.let = T.truncdiv({name} - 2 * {name}_two, 3)")
 
 
 def _for(ctx: Context, stmt: For) -> None:

@@ -14,6 +14,7 @@ from .tvm_layout import Piece, Tile, Workspace, pieces, walk
 from .tvm_names import Names
 from .tvm_text import Lines
 
+LIVE = 16  # elements of the vectors that hold what is there of an axis
 Place = tuple[str, tuple[Expr, ...]]  # a tensor and an index
 
 
@@ -36,6 +37,29 @@ class Context:
 
     def extent(self, axis: str) -> int:
         return self.kernel.axis(axis).extent
+
+    def is_live(self, axis: str) -> bool:
+        """Whether the coordinates of an axis may be fewer than its extent, so that loops run over as many
+        vectors of LIVE as hold them."""
+        found = self.kernel.axis(axis)
+        return found.live is not None and found.extent > LIVE and found.extent % LIVE == 0
+
+    def count(self, axis: str, width: int = 1) -> str:
+        """How many blocks of `width`, a divisor of LIVE and of the extent, an axis has: a number, or text."""
+        if not self.is_live(axis):
+            return str(self.extent(axis) // width)
+        return f"v_{axis}" if width == LIVE else f"v_{axis} * {LIVE // width}"
+
+    def pieces(self, axis: str, dtype: str, *, blocked: bool = False) -> list[Piece]:
+        """The vectors of an axis. blocked: those whose accumulators share registers; of a live axis three, or
+        two where three do not divide what there is, or one that is alone."""
+        if not self.is_live(axis):
+            return pieces(self.extent(axis), dtype)
+        if not blocked:
+            return [Piece(0, self.count(axis, LIVE), LIVE)]
+        one, two, three = (f"v_{axis}_{n}" for n in ("one", "two", "three"))
+        found = [Piece(0, one, LIVE), Piece(0, two, 2 * LIVE), Piece(f"{two} * {2 * LIVE}", three, 3 * LIVE)]
+        return found[: self.extent(axis) // LIVE]
 
     def register(self, stem: str, shape: tuple[int, ...], dtype: str) -> str:
         """A local buffer, shared by uses of the same shape."""
@@ -75,7 +99,7 @@ class Context:
                 if self.extent(axis) == 1:
                     stack.enter_context(self.names.at(**{axis: "0"}))
                     continue
-                stack.enter_context(self.out.block(f"for i_{axis} in range({self.extent(axis)}):"))
+                stack.enter_context(self.out.block(f"for i_{axis} in range({self.count(axis)}):"))
                 stack.enter_context(self.names.at(**{axis: f"i_{axis}"}))
             yield
 
@@ -91,9 +115,15 @@ class Context:
             with self.loops(axis):
                 body()
         else:
-            for piece in pieces(self.extent(axis), dtype):
+            for piece in self.pieces(axis, dtype):
                 with self.outer(axis, piece), self.vector(axis, piece, address=address):
                     body()
+
+    @contextmanager
+    def blocks(self, axis: str, width: int) -> Iterator[None]:
+        """The loop over blocks of a whole axis."""
+        with self.out.block(f"for i_{axis}0 in range({self.count(axis, width)}):"):
+            yield
 
     @contextmanager
     def outer(self, axis: str, piece: Piece) -> Iterator[None]:
@@ -104,16 +134,25 @@ class Context:
         with self.out.block(f"for i_{axis}0 in range({piece.count}):"):
             yield
 
+    def lane(self, axis: str, piece: Piece) -> str:
+        """The number of an element in the vector of a piece, inside `vector`."""
+        parts = [f"i_{axis}1 * {piece.lanes}"] if piece.lanes < piece.width else []
+        return " + ".join([*parts, f"i_{axis}"]) if piece.lanes > 1 else "0"
+
     @contextmanager
     def vector(self, axis: str, piece: Piece, *, address: bool = False) -> Iterator[None]:
         """The lanes of one vector of a piece, inside `outer`."""
         # A tensor's index is 64 bits wide, and TVM sees no vector through a conversion.
-        width = f"T.int64({piece.width})" if address else str(piece.width)
+        lanes = piece.lanes
+        width = f"T.int64({lanes})" if address else str(lanes)
         with ExitStack() as stack:
-            terms = (
-                [f"i_{axis}0 * {piece.width}" if piece.width > 1 else f"i_{axis}0"] if piece.count > 1 else []
-            )
-            if piece.width > 1:
+            terms = [f"i_{axis}0 * {piece.width}" if piece.width > 1 else f"i_{axis}0"]
+            if piece.count == 1:
+                terms = []
+            if lanes < piece.width:
+                stack.enter_context(self.out.block(f"for i_{axis}1 in T.unroll({piece.width // lanes}):"))
+                terms.append(f"i_{axis}1 * {lanes}")
+            if lanes > 1:
                 stack.enter_context(self.out.block(f"for i_{axis} in T.vectorized({width}):"))
                 terms.append(f"i_{axis}")
             if piece.start or not terms:

@@ -40,7 +40,7 @@ TILE_DTYPES = {
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 LINE = 64  # bytes of a cache line: tiles start on one
-REGISTER_BYTES = 1024  # the largest local buffer that TVM puts on the stack
+REGISTER_BYTES = 1536  # of accumulators at most: 24 AVX-512 registers
 VECTOR_BYTES = 256  # the widest vector worth one loop: four AVX-512 registers
 
 
@@ -62,11 +62,16 @@ class Tile:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of an axis: count vectors of `width` elements from `start`."""
+    """A stretch of an axis: count vectors of `width` elements from `start`, numbers or what computes them."""
 
-    start: int
-    count: int
+    start: int | str
+    count: int | str
     width: int
+
+    @property
+    def lanes(self) -> int:
+        """Elements of a vector proper: a width that is no power of two is several of them, side by side."""
+        return self.width & -self.width
 
 
 def pieces(extent: int, dtype: str) -> list[Piece]:

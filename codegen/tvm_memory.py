@@ -7,6 +7,7 @@ axis; otherwise element by element, the unit-stride axis in the inner loop (a tr
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import sympy
@@ -17,6 +18,7 @@ from .tvm_context import Context
 from .tvm_layout import TENSOR_DTYPES, TILE_DTYPES, Tile, storage_order
 from .tvm_names import safe
 from .tvm_tiles import shape_comment
+from .tvm_transpose import block_width, transpose
 
 _INEQUALITIES = (sympy.StrictLessThan, sympy.LessThan, sympy.StrictGreaterThan, sympy.GreaterThan)
 
@@ -27,16 +29,31 @@ def load(ctx: Context, stmt: Load) -> None:
     ctx.out.line(f"{shape_comment(tile)} = {tensor.name}[...]")
     index, along = _walk_along(ctx, tensor, stmt.index, tile.axes)
 
-    def read(guard: Expr) -> None:
+    def read(guard: Expr, into: str = "") -> None:
         value = _load_text(ctx, tensor, index, tile)
         if guard != sympy.true:
             condition = ctx.printer(guard, address=True).text(guard, "bool")
             value = f"T.if_then_else({condition}, {value}, {_fill_text(ctx, stmt, tile)})"
-        ctx.out.line(f"{ctx.names.element(tile)} = {value}")
+        ctx.out.line(f"{into or ctx.names.element(tile)} = {value}")
 
-    def fill() -> None:
-        ctx.out.line(f"{ctx.names.element(tile)} = {_fill_text(ctx, stmt, tile)}")
+    def fill(into: str = "") -> None:
+        ctx.out.line(f"{into or ctx.names.element(tile)} = {_fill_text(ctx, stmt, tile)}")
 
+    if (width := _blocks(ctx, tile.axes, along, stmt.guard, tile.storage)) and along:
+
+        def read_block(into: str) -> None:
+            with _where(ctx, stmt.guard):
+                read(sympy.true, into)
+            if stmt.guard != sympy.true:
+                with ctx.out.block("else:"):
+                    fill(into)
+
+        def write_block(value: str) -> None:
+            ctx.out.line(f"{ctx.names.element(tile)} = {value}")
+
+        with ctx.loops(*(a for a in tile.axes[:-1] if a != along)):
+            transpose(ctx, (along, tile.axes[-1]), tile.storage, width, read_block, write_block, along)
+        return
     _guarded(ctx, tile.axes, along, stmt.guard, tile.storage, read, fill)
 
 
@@ -55,12 +72,23 @@ def store(ctx: Context, stmt: Store) -> None:
         source = _staged(ctx, stmt, axes, narrow)
     ctx.out.line(f"# {tensor.name}[...] = {'x'.join(str(ctx.extent(a)) for a in axes)} {tensor.dtype}")
 
+    if source and along and (width := _blocks(ctx, axes, along, stmt.guard, narrow)):
+        block = source
+
+        def write_block(value: str) -> None:
+            with _where(ctx, stmt.guard):
+                place = _place(ctx, tensor, index)
+                ctx.out.line(f"{place} = {f'{place} + {value}' if stmt.adds else value}")
+
+        def read_block(into: str) -> None:
+            ctx.out.line(f"{into} = {ctx.names.element(block)}")
+
+        with ctx.loops(*(a for a in axes[:-1] if a != along)):
+            transpose(ctx, (axes[-1], along), narrow, width, read_block, write_block, along)
+        return
+
     def write(guard: Expr) -> None:
-        with (
-            ctx.out.block(f"if {ctx.printer(guard, address=True).text(guard, 'bool')}:")
-            if guard != sympy.true
-            else _Here()
-        ):
+        with _where(ctx, guard):
             place = _place(ctx, tensor, index)
             text = (
                 ctx.names.element(source)
@@ -73,12 +101,19 @@ def store(ctx: Context, stmt: Store) -> None:
     _guarded(ctx, axes, along, stmt.guard, _wide(tensor), write, None)
 
 
-class _Here:
-    """No block."""
+def _where(ctx: Context, guard: Expr) -> AbstractContextManager[None]:
+    """A branch, where there is a condition."""
+    if guard == sympy.true:
+        return nullcontext()
+    return ctx.out.block(f"if {ctx.printer(guard, address=True).text(guard, 'bool')}:")
 
-    def __enter__(self) -> None: ...
 
-    def __exit__(self, *error: object) -> None: ...
+def _blocks(ctx: Context, axes: tuple[str, ...], along: str | None, guard: Expr, dtype: str) -> int:
+    """The width of blocks that are transposed between the axis that walks memory and the innermost; 0 where
+    that is one, or a vector along memory is there in part."""
+    if along is None or along == axes[-1] or ctx.depends(guard, along):
+        return 0
+    return block_width(ctx, (along, axes[-1]), dtype)
 
 
 def _tensor(ctx: Context, name: str) -> Tensor:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import sympy
+
 from ..ir.expr import integer
 from ..ir.kernel import Compute, Dot, Reduce, Scan
 from .tvm_context import Context
-from .tvm_layout import BYTES, REGISTER_BYTES, Piece, Tile, pieces
+from .tvm_layout import BYTES, REGISTER_BYTES, Piece, Tile
 from .tvm_math import literal
 from .tvm_names import safe
 from .tvm_value import nan_aware
 
 MOST_ROWS = 16  # of a micro-kernel
+BLOCK_BYTES = 1024  # of its accumulators, unless the kernel says how many rows
 WAYS = 4  # independent accumulators of a reduction, to hide the latency of one
 
 
@@ -107,7 +114,7 @@ def _reduce_apart(ctx: Context, stmt: Reduce, tile: Tile, axis: str) -> None:
     dtype = _accumulator(stmt, tile)
     *outer, last = stmt.over
     ways = WAYS if ctx.extent(last) % WAYS == 0 else 1
-    for piece in pieces(tile.shape[-1], dtype):
+    for piece in ctx.pieces(axis, dtype):
         r = ctx.register(stmt.dst, (ways, piece.width), dtype)
         lane = f"i_{axis}" if piece.width > 1 else "0"
         accumulators = [f"{r}[{way}, {lane}]" for way in range(ways)]
@@ -129,7 +136,7 @@ def _reduce_apart(ctx: Context, stmt: Reduce, tile: Tile, axis: str) -> None:
 def _reduce_across(ctx: Context, stmt: Reduce, tile: Tile, axis: str) -> None:
     """The vector axis goes too: a vector of partial results, folded in halves at the end."""
     dtype = _accumulator(stmt, tile)
-    parts = pieces(ctx.extent(axis), dtype)
+    parts = ctx.pieces(axis, dtype)
     total = ctx.register(f"{stmt.dst}_all", (1,), dtype) if len(parts) > 1 else ""
     if total:
         ctx.out.line(f"{total}[0] = {_neutral(stmt.op, dtype)}")
@@ -188,16 +195,35 @@ def dot(ctx: Context, stmt: Dot) -> None:
     ctx.out.line(f"{shape_comment(tile)} {more}dot({stmt.a}, {stmt.b}) over {stmt.over}")
     if wide.axes[-1] != axis:
         wide = _packed(ctx, wide, (stmt.over, axis))
-    for piece in pieces(tile.shape[-1], tile.storage):
-        with ctx.outer(axis, piece):
-            for start, count, size in _row_blocks(ctx, rows, piece.width * BYTES[tile.storage]):
-                head = f"for i_{rows}0 in range({count}):"
-                if count == 1:
-                    _micro_kernel(ctx, stmt, tile, (wide, narrow), piece, (rows, str(start), size))
-                    continue
-                with ctx.out.block(head):
-                    place = f"i_{rows}0 * {size}" + (f" + {start}" if start else "")
-                    _micro_kernel(ctx, stmt, tile, (wide, narrow), piece, (rows, place, size))
+    with _parts(ctx, stmt) as stmt:
+        for piece in ctx.pieces(axis, tile.storage, blocked=True):
+            with ctx.outer(axis, piece):
+                for start, count, size in _row_blocks(ctx, rows, piece.width * BYTES[tile.storage]):
+                    head = f"for i_{rows}0 in range({count}):"
+                    if count == 1:
+                        _micro_kernel(ctx, stmt, tile, (wide, narrow), piece, (rows, str(start), size))
+                        continue
+                    with ctx.out.block(head):
+                        place = f"i_{rows}0 * {size}" + (f" + {start}" if start else "")
+                        _micro_kernel(ctx, stmt, tile, (wide, narrow), piece, (rows, place, size))
+
+
+@contextmanager
+def _parts(ctx: Context, stmt: Dot) -> Iterator[Dot]:
+    """The loop over the parts of a sum, of `sums` products each: operands of a part stay in the cache."""
+    if _part(ctx, stmt.over) == ctx.extent(stmt.over):
+        yield stmt
+        return
+    if not stmt.accumulate:
+        compute(ctx, Compute(stmt.dst, stmt.dtype, stmt.axes, sympy.Float(0.0), declares=False))
+    with ctx.out.block(f"for {stmt.over}_part in range({ctx.extent(stmt.over) // _part(ctx, stmt.over)}):"):
+        yield replace(stmt, accumulate=True)
+
+
+def _part(ctx: Context, over: str) -> int:
+    """How many products are summed in registers."""
+    part, extent = ctx.meta.get("sums", 0), ctx.extent(over)
+    return part if part and extent % part == 0 else extent
 
 
 def _packed(ctx: Context, tile: Tile, axes: tuple[str, str]) -> Tile:
@@ -212,7 +238,7 @@ def _packed(ctx: Context, tile: Tile, axes: tuple[str, str]) -> Tile:
 def _row_blocks(ctx: Context, rows: str, row_bytes: int) -> list[tuple[int, int, int]]:
     """(start, count, size) of equal blocks of rows, and of what is left."""
     extent = ctx.extent(rows)
-    most = ctx.meta.get("block") or min(MOST_ROWS, REGISTER_BYTES // row_bytes)
+    most = ctx.meta.get("block") or min(MOST_ROWS, BLOCK_BYTES // row_bytes)
     most = max(1, min(most, REGISTER_BYTES // row_bytes))
     size = -(-extent // -(-extent // most))
     count, left = divmod(extent, size)
@@ -230,8 +256,8 @@ def _micro_kernel(
     rows, start, size = block
     axis, dtype = tile.axes[-1], tile.storage
     r = ctx.register(stmt.dst, (size, piece.width), dtype)
-    lane = f"i_{axis}" if piece.width > 1 else "0"
-    accumulator = f"{r}[i_{rows}, {lane}]"
+    accumulator = f"{r}[i_{rows}, {ctx.lane(axis, piece)}]"
+    narrow_tile = operands[1]
     place = f"i_{rows}" if start == "0" else f"{start} + i_{rows}"
 
     def each_row() -> _Rows:
@@ -239,13 +265,32 @@ def _micro_kernel(
 
     with each_row():
         ctx.out.line(f"{accumulator} = {_zero(dtype)}")
-    with ctx.loops(stmt.over), each_row():
-        narrow, wide = (_element_as(ctx, t, dtype) for t in reversed(operands))
-        ctx.out.line(f"{accumulator} = {accumulator} + {narrow} * {wide}")
+    part = _part(ctx, stmt.over)
+    along = (
+        f"i_{stmt.over}" if part == ctx.extent(stmt.over) else f"({stmt.over}_part * {part} + i_{stmt.over})"
+    )
+    with ctx.out.block(f"for i_{stmt.over} in range({part}):"), ctx.names.at(**{stmt.over: along}):
+        if narrow_tile.name in ctx.in_place and ctx.meta.get("prefetch"):
+            _prefetch(ctx, stmt.over, part, narrow_tile, rows, start, size)
+        with each_row():
+            narrow, wide = (_element_as(ctx, t, dtype) for t in reversed(operands))
+            ctx.out.line(f"{accumulator} = {accumulator} + {narrow} * {wide}")
     with each_row():
         element = ctx.names.element(tile)
         total = f"{element} + {accumulator}" if stmt.accumulate else accumulator
         ctx.out.line(f"{element} = {ctx.printer(dtype=dtype).rounded(total, tile.dtype)}")
+
+
+def _prefetch(ctx: Context, over: str, part: int, tile: Tile, rows: str, start: str, size: int) -> None:
+    """Rows behind those of a block, of which a turn of its loop fetches as much as it reads."""
+    at = f"(i_{over} * {size})"
+    row, column = f"{start} + {size} + {at} // {part}", f"{at} % {part}"
+    if part < ctx.extent(over):
+        column = f"{over}_part * {part} + {column}"
+    with ctx.names.at(**{rows: row, over: column}):
+        element = _element_as(ctx, tile, tile.storage)
+    hint = "T.int32(0), T.int32(3), T.int32(1)"  # to read, into all levels, data
+    ctx.out.line(f'T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of({element}), {hint})')
 
 
 class _Rows:

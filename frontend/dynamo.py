@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import traceback
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -68,6 +69,15 @@ def tracing() -> Any:
         return None
     backend = tracer.output.compiler_fn
     return getattr(backend, "compiler_fn", backend)
+
+
+def pass_on_settings() -> None:
+    """Let `torch.compile` ask a backend for the context in which programs are captured, its
+    `backend_ctx_ctor`, as `torch._dynamo.optimize` does."""
+    wrapper = torch._TorchCompileWrapper
+    if not hasattr(wrapper, "backend_ctx_ctor"):
+        ask = property(lambda self: getattr(self.compiler_fn, "backend_ctx_ctor", nullcontext))
+        wrapper.backend_ctx_ctor = ask  # type: ignore[attr-defined]
 
 
 def line_of_trace() -> str:

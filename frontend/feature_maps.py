@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError, TraceError
 from .activation import baked
+from .pure import pure
 from .term import Term, constant
 from .trace import run_traced, trace_activation
 
@@ -181,16 +181,15 @@ def of(given: Any, where: str) -> FeatureMap:
         return NAMED[given]
     if not callable(given):
         raise InputError(where, f"a function, a FeatureMap or one of {', '.join(NAMED)}", repr(given))
+    return FeatureMap(_parts_of(given))
+
+
+@pure
+def _parts_of(function: Callable[..., Any]) -> tuple[Term, ...]:
     try:
-        traced = trace_activation(given, gated=False)
+        return (baked(trace_activation(function, gated=False)),)
     except TraceError:  # a tuple of features, or what `trace` says better
-        return trace(given)
-    return _single(baked(traced))
-
-
-@lru_cache(maxsize=64)
-def _single(term: Term) -> FeatureMap:
-    return FeatureMap((term,))
+        return trace(function).parts
 
 
 def _relu(eps: float) -> Term:

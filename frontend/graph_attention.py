@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import fx
 
-from .graph_contract import contraction
+from .graph_contract import Contraction, contraction
 from .graph_flex import flex, is_flex
 from .graph_fused import fused
 from .graph_match import Attention
@@ -37,11 +37,19 @@ def find_attention(reader: Reader, graph: fx.Graph) -> Iterator[tuple[fx.Node, A
             continue
         if weights is not None:
             seen.add(weights[1])
+            if not _has_columns(product, weights[0]):
+                continue
             yield weights[1], _attempt(lambda p=product, w=weights: written(reader, p, *w))
     for node in graph.nodes:
         did = operation(node)
         if did is not None and did.name == "softmax" and node not in seen and _of_products(reader, node):
             yield node, _why_alone(reader, node)
+
+
+def _has_columns(product: Contraction, which: int) -> bool:
+    """Whether what probabilities weigh has columns of its own, as values have; a router's has none."""
+    (_, labels), (_, its) = product.operand(which), product.operand(1 - which)
+    return any(label is not None and label not in labels for label in its)
 
 
 def _attempt(match: Callable[[], Attention]) -> Attention | str:

@@ -15,13 +15,17 @@ from .graph_create import CREATIONS
 from .graph_expert_site import replace_experts
 from .graph_experts import find_experts
 from .graph_inline import is_whole, write_out
+from .graph_linear import find_linear
+from .graph_linear_site import replace_linear
 from .graph_match import Attention
 from .graph_memory import Memory
+from .graph_operand import memory_order
 from .graph_ops import operation, value_of
 from .graph_report import place
 from .graph_score import LOW, bind, split
 from .graph_site import Site, numbers_in, tensors_in
-from .graph_tensor import SIZE, LeftAlone, Opaque, Reader, size_term
+from .graph_slots import symbols
+from .graph_tensor import LeftAlone, Opaque, Reader, size_term
 from .graph_terms import kind_of, reads_in, tidy
 from .graph_views import VIEWS
 from .report import Compiled, Left
@@ -43,8 +47,9 @@ def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled
     for kind, (find, replace) in KINDS.items():
         for node, match in list(find(reader, module.graph)):
             parts.append(_replaced(kind, replace, reader, node, match))
+        if any(isinstance(part, Compiled) for part in parts):
+            sweep(module.graph, reader.memory)
     if any(isinstance(part, Compiled) for part in parts):
-        sweep(module.graph, reader.memory)
         module.recompile()
     for body in _bodies(module):
         parts += compile_graph(body)[1]
@@ -101,21 +106,21 @@ def replace_attention(graph: fx.Graph, reader: Reader, match: Attention) -> None
     numbers = numbers_in(*terms, *sizes.values())
     held = [reader.tensor_of(name) for name in tensors]
     _check_reads(match, reader)
-    symbols = {_symbol(node): node for node in graph.nodes if _symbol(node) is not None}
-    missing = [name for name in numbers if name not in symbols]
+    known = symbols(graph)
+    missing = [name for name in numbers if name not in known]
     if missing:
         raise LeftAlone(f"a size ({missing[0]}) that is no input of the graph")
     value = value_of(match.node)
     _check_prob(match)
     low = max(LOW, torch.finfo(value.dtype).min / 2)
     constants = frozenset(name for name, node in zip(tensors, held, strict=True) if _is_constant(node))
-    order = _memory_order(value)
+    order = memory_order(value)
     site = Site(
         match.operands, match.axes, match.out, order, sizes, match.score, match.prob, low, match.empty,
         numbers, tensors, constants, match.sinks, match.least,
     )  # fmt: skip
     with graph.inserting_before(match.node):
-        given = (*match.tensors, *(symbols[name] for name in numbers), *held)
+        given = (*match.tensors, *(known[name] for name in numbers), *held)
         call = graph.call_function(site, given)
     call.meta = dict(match.node.meta)
     reader.memory.place[call] = reader.memory.place[match.node]
@@ -171,18 +176,6 @@ def _check_prob(match: Attention) -> None:
     raise LeftAlone("its probabilities are changed, and there may be rows without keys")
 
 
-def _symbol(node: fx.Node) -> str | None:
-    """The name of the size that a node of the graph is."""
-    value = value_of(node)
-    if not isinstance(value, torch.SymInt):
-        return None
-    try:
-        term = size_term(value)
-    except Opaque:
-        return None
-    return term if isinstance(term, str) and term.startswith(SIZE) else None
-
-
 def _is_constant(node: fx.Node) -> bool:
     """Whether a tensor belongs to a module or to the surroundings of a program, and is no argument of it."""
     if node.op == "get_attr":
@@ -200,19 +193,6 @@ def _is_constant(node: fx.Node) -> bool:
     return False
 
 
-def _memory_order(value: torch.Tensor) -> tuple[int, ...]:
-    """The dimensions of a tensor as they lie in memory, from outside in."""
-    strides = value.stride()
-    if not all(isinstance(s, int) for s in (*strides, *value.shape)):
-        return tuple(range(value.dim())) if value.is_contiguous() else _by_hint(value)
-    return tuple(sorted(range(value.dim()), key=lambda d: (-strides[d], d)))
-
-
-def _by_hint(value: torch.Tensor) -> tuple[int, ...]:
-    strides = [s if isinstance(s, int) else s.node.hint for s in value.stride()]
-    return tuple(sorted(range(value.dim()), key=lambda d: (-(strides[d] or 0), d)))
-
-
 def sweep(graph: fx.Graph, memory: Memory) -> None:
     """Remove operations that nobody needs any more, writes to what nobody sees among them."""
     for node in reversed(list(graph.nodes)):
@@ -228,6 +208,7 @@ _PURE = frozenset((*CREATIONS, *VIEWS, *FUNCTIONS, *METHODS, *_PRODUCTS))
 
 # Kind -> (what finds it: nodes that stand for it, with a match or why it is left alone; what replaces it).
 KINDS: dict[str, tuple[Find, Replace]] = {
+    "linear attention": (find_linear, replace_linear),
     "attention": (find_attention, replace_attention),
     "experts": (find_experts, replace_experts),
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from .graph_ops import operation, value_of
-from .graph_product import Product, linear_product, stacked_product
+from .graph_product import Product
 from .graph_tensor import LeftAlone, Reader, same_size
 from .graph_terms import reads_in, replaced, tidy
 from .term import Term
@@ -30,31 +31,40 @@ class Network:
 class Experts:
     """The experts of a graph. node: what gives the result. root: the tensor that it is written to, if it is.
 
-    networks: one of every expert, or one whose products hold all experts. x: (T, H). ids, weights: (T, k).
-    scales: the nodes that hold weights where they are used."""
+    networks: one of every expert, or one whose products hold all experts. x: (T, H). ids, weights: (T, k),
+    None until `prepare` has made them. scales: the nodes that hold weights where they are used."""
 
     node: fx.Node
     root: fx.Node | None
     x: fx.Node
-    ids: fx.Node
-    weights: fx.Node
+    ids: Any
+    weights: Any
     networks: list[Network]
     scales: list[fx.Node]
 
+    def prepare(self, graph: fx.Graph, reader: Reader) -> list[fx.Node]:
+        """Put nodes that the layer takes before it: those. Raises LeftAlone, and changes nothing then."""
+        return []
+
 
 def network(
-    reader: Reader, second: Product, at: fx.Node, rows: tuple[Term, ...]
+    reader: Reader,
+    second: Product,
+    at: fx.Node,
+    rows: tuple[Term, ...],
+    product_of: Callable[[fx.Node], Product | None],
 ) -> tuple[Network, list[fx.Node]]:
     """(the expert whose second product is known, what its first products take).
 
-    rows: the indices of a row of the second product's input, whose last index is that of the summed one."""
+    rows: the indices of a row of the second product's input, whose last index is that of the summed one.
+    product_of: reads a node as a first product."""
     tensor = reader.operand(second.source, at)
     inner, place = tensor.shape[-1], f"i{len(tensor.shape) - 1}"
     firsts: dict[str, Product] = {}
     used: dict[Term, tuple[str, str]] = {}
     for read in reads_in(tensor.term):
         leaf = reader.leaves[read[1]]
-        product = linear_product(leaf) if len(rows) == 1 else stacked_product(leaf)
+        product = product_of(leaf)
         if read[0] != "readf" or product is None or tuple(read[2:-1]) != rows:
             raise LeftAlone(f"between its products stands {leaf.name}, which is no product of its tokens")
         part = _part(read[-1], place, inner)

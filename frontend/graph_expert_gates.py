@@ -46,7 +46,7 @@ def dense(reader: Reader, node: fx.Node) -> Experts:
     second = stacked_product(behind(outs, ("to", "contiguous")))
     if second is None or [labels.index(x) for x in (expert, token)] != list(second.places[:2]):
         raise LeftAlone("what it weighs are no products of every expert's rows with a matrix")
-    found, given = network(reader, second, second.node, ("i0", "i1"))
+    found, given = network(reader, second, second.node, ("i0", "i1"), stacked_product)
     x, order = same_node(given), second.read  # which dimensions of the second's input are experts, tokens
     if any(p.places != (*order, 2) for p in found.firsts) or second.read_last != 2:
         raise LeftAlone("the dimensions of its products are exchanged between them")

@@ -112,7 +112,7 @@ def _one(reader: Reader, add: fx.Node) -> _One:
     second = linear_product(leaf)
     if second is None:
         raise LeftAlone("its rows are no product with a matrix")
-    expert, given = network(reader, second, leaf, ("i0",))
+    expert, given = network(reader, second, leaf, ("i0",), linear_product)
     x = same_node([_rows_of(node, tokens) for node in given])
     weights, places = _weights_of(scale, tokens)
     ids, which = _chosen(reader, tokens, places)

@@ -10,6 +10,7 @@ from torch import fx
 
 from .graph_constant import identity
 from .graph_expert import Experts, Network
+from .graph_grouped import ADDS
 from .graph_memory import Memory
 from .graph_ops import Operation, operation, value_of
 from .graph_product import Product
@@ -64,6 +65,16 @@ def _stacked(part: Any, order: Sequence[int]) -> torch.Tensor:
 
 def replace_experts(graph: fx.Graph, reader: Reader, match: Experts) -> None:
     """Put an ExpertSite in the place of experts. Raises LeftAlone, and changes nothing then."""
+    made = match.prepare(graph, reader)
+    try:
+        _replace(graph, reader, match)
+    except LeftAlone:
+        for node in reversed(made):
+            graph.erase_node(node)
+        raise
+
+
+def _replace(graph: fx.Graph, reader: Reader, match: Experts) -> None:
     _check(match, reader.memory)
     first, root = match.networks[0], match.root
     products = [[*n.firsts, n.second] for n in match.networks]
@@ -130,7 +141,7 @@ def _learns(node: fx.Node) -> bool:
 def _matrices(reader: Reader, column: Sequence[Product], at: fx.Node) -> tuple[Any, Sequence[int]]:
     """(a stack of matrices, or one matrix an expert, and how their dimensions become (E, out, in))."""
     if len(column) == 1 and len(column[0].order) == 3:
-        return column[0].matrix, column[0].order
+        return _stack(reader, column[0], at)
     terms = [reader.operand(p.matrix, at).term for p in column]
     base = terms[0][1] if isinstance(terms[0], tuple) and len(terms[0]) == 5 else None
     for places in (("i0", "i1"), ("i1", "i0")):
@@ -142,6 +153,14 @@ def _matrices(reader: Reader, column: Sequence[Product], at: fx.Node) -> tuple[A
     if len({p.order for p in column}) > 1:
         raise LeftAlone("its experts multiply in different ways")
     return [p.matrix for p in column], column[0].order
+
+
+def _stack(reader: Reader, product: Product, at: fx.Node) -> tuple[fx.Node, Sequence[int]]:
+    """A stack of matrices as it lies in memory, below transposes."""
+    read = reader.operand(product.matrix, at).term
+    if isinstance(read, tuple) and read[0] == "readf" and sorted(map(str, read[2:])) == ["i0", "i1", "i2"]:
+        return reader.tensor_of(read[1]), [read[2:].index(f"i{d}") for d in product.order]
+    return product.matrix, product.order
 
 
 def _erase(graph: fx.Graph, reader: Reader, match: Experts) -> None:
@@ -164,7 +183,7 @@ def _is_removable(node: fx.Node) -> bool:
     did = operation(node)
     if did is None or did.name in RANDOM:
         return False
-    return did.name == "index_add" or not did.writes
+    return did.name in ADDS or not did.writes
 
 
 def _checks(above: set[fx.Node]) -> set[fx.Node]:

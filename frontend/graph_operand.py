@@ -152,3 +152,16 @@ def back(
     out = out.reshape(shape)
     inverse = sorted(range(len(order)), key=lambda d: order[d])
     return out.permute(*order).contiguous().permute(*inverse)
+
+
+def memory_order(value: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions of a tensor as they lie in memory, from outside in."""
+    strides = value.stride()
+    if not all(isinstance(s, int) for s in (*strides, *value.shape)):
+        return tuple(range(value.dim())) if value.is_contiguous() else _by_hint(value)
+    return tuple(sorted(range(value.dim()), key=lambda d: (-strides[d], d)))
+
+
+def _by_hint(value: torch.Tensor) -> tuple[int, ...]:
+    strides = [s if isinstance(s, int) else s.node.hint for s in value.stride()]
+    return tuple(sorted(range(value.dim()), key=lambda d: (-(strides[d] or 0), d)))

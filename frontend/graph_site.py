@@ -20,7 +20,7 @@ PER_CALL: Any = object()
 MAX_BOUND = 256  # calls with different sizes or constants that are remembered
 
 
-class _Sizes(dict[str, int]):
+class Sizes(dict[str, int]):
     """The values of sizes, worked out as they are asked for."""
 
     def __init__(self, terms: Mapping[str, Term], numbers: dict[str, int]) -> None:
@@ -83,7 +83,7 @@ class Site:
         count = len(self.numbers)
         numbers = dict(zip(self.numbers, map(int, others[:count]), strict=True))
         tensors = dict(zip(self.tensors, others[count:], strict=True))
-        sizes = _Sizes(self.sizes, numbers)
+        sizes = Sizes(self.sizes, numbers)
         q, k, v = (
             x if plain and not full else o.arranged(x, self.axes, row, sizes, bool(full))
             for (o, row, full, plain), x in zip(self._arrange, (query, key, value), strict=True)

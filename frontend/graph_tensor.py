@@ -19,8 +19,8 @@ from torch import fx
 from ..ir.errors import GossamerError
 from .graph_memory import Memory
 from .graph_ops import Operation, operation, value_of
-from .graph_terms import reads_in, size_of, tidy
-from .term import Term, constant, rename
+from .graph_terms import kind_of, size_of, tidy
+from .term import Term, children, constant, rename
 from .trace_capture import Trace
 from .trace_tensor import dtype_name
 from .trace_value import Value
@@ -182,7 +182,7 @@ class Reader:
         """Whether gradients stop at a node, by `detach` or `no_grad`, that its operands would have."""
         if value_of(node).requires_grad or self.inner:
             return False
-        return any(value_of(self.leaves[read[1]]).requires_grad for read in reads_in(term))
+        return any(value_of(self.leaves[read[1]]).requires_grad for read in _weighed(term))
 
     def _operate(self, node: fx.Node, did: Operation) -> Tensor | None:
         from .graph_create import CREATIONS
@@ -208,6 +208,16 @@ class Reader:
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
             raise Opaque(f"an integer {value}")
         return int(value) if isinstance(value, float) else size_term(value)
+
+
+def _weighed(term: Term) -> list[Term]:
+    """The reads of a term whose gradients its own passes to: those in conditions and indices get none."""
+    if not isinstance(term, tuple) or kind_of(term) != "float":
+        return []
+    if term[0] == "readf":
+        return [term]
+    parts = term[2:] if term[0] == "where" else children(term)
+    return [read for part in parts for read in _weighed(part)]
 
 
 def broadcast(tensor: Tensor, shape: tuple[Any, ...]) -> Term:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph_ops import arguments, operation, value_of
+from .graph_ops import Operation, arguments, operation, value_of
 from .graph_tensor import Opaque, Reader, Tensor, axis, broadcast, is_one, same_size, size_term
 from .graph_terms import combined, divided, from_linear, linear, tidy
 from .term import Term, rename
@@ -263,19 +263,39 @@ def _gathered(
         else:
             indices.append(_sliced(reader, item, tensor.shape[d], shape[out], out))
             out += 1
-    if not reader.inner and not all(_counts_up(i) for i in indices):
+    if not reader.inner and not all(_counts_up(reader, i) for i in indices):
         raise Opaque("an index that may count from the end")
     return tensor.at(indices), tensor.kind
 
 
-def _counts_up(index: Term) -> bool:
+def _counts_up(reader: Reader, index: Term) -> bool:
     """Whether an index is known to be 0 or more."""
     if isinstance(index, tuple) and index[0] in ("floordiv", "mod") and isinstance(index[2], int):
-        return index[2] > 0 and _counts_up(index[1])
+        return index[2] > 0 and _counts_up(reader, index[1])
+    if isinstance(index, tuple) and index[0] == "read":
+        leaf = reader.leaves[index[1]]
+        return (operation(leaf) or Operation("")).name == "argsort" or _is_order(leaf)
     parts = linear(index)
     if parts == {index: 1}:
         return isinstance(index, str)
-    return all(c > 0 and (t == 1 or _counts_up(t)) for t, c in parts.items())
+    return all(c > 0 and (t == 1 or _counts_up(reader, t)) for t, c in parts.items())
+
+
+def _is_order(node: fx.Node) -> bool:
+    """Whether a node is the second result of a sort."""
+    given: Any = (*node.args, None, None)
+    source = operation(given[0]) if isinstance(given[0], fx.Node) else None
+    return source == Operation("sort") and given[1] == 1 and operation(node) == Operation("getitem")
+
+
+def _index_select(reader: Reader, node: fx.Node) -> tuple[tuple[Any, ...], Term, str]:
+    tensor, shape = _first(reader, node), _shape(node)
+    _, dim, index = arguments(node, "input", "dim", "index")
+    dim %= len(shape)
+    places: list[Term] = [0 if is_one(n) else axis(d) for d, n in enumerate(tensor.shape)]
+    if not is_one(tensor.shape[dim]):
+        places[dim] = rename(broadcast(reader.operand(index, node), (shape[dim],)), {axis(0): axis(dim)})
+    return shape, tensor.at(places), tensor.kind
 
 
 def _select(reader: Reader, node: fx.Node) -> tuple[tuple[Any, ...], Term, str]:
@@ -322,6 +342,7 @@ VIEWS: dict[str, Rule] = {
     "tile": _repeat,
     "repeat_interleave": _repeat_interleave,
     "getitem": _getitem,
+    "index_select": _index_select,
     "select": _select,
     "narrow": _narrow,
     "dropout": _dropout,

@@ -43,7 +43,7 @@ class Groups:
             return compile_groups(ExpertsSpec(*sizes, **rest))
 
         flat = [*made[:2], Made("place", (entries,), torch.int32)]
-        found = launched(("groups", facts), {"ids": ids.detach().reshape(-1)}, {}, flat, make)
+        found = launched(("groups", facts), {"ids": ids.detach().reshape(-1).contiguous()}, {}, flat, make)
         return [*found[:2], found[2].view(ids.shape)]
 
     def differentiate(self, *_: Any) -> dict[str, Tensor]:

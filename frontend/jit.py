@@ -19,7 +19,7 @@ try:
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.jit") from None
 
-from . import adapt_bigbird, adapt_experts, adapt_longformer  # noqa: F401  they register themselves
+from . import adapt_bigbird, adapt_experts, adapt_longformer, dynamo  # noqa: F401  they register themselves
 from .graph_compile import compile_graph
 from .graph_report import Findings
 from .report import Report
@@ -100,6 +100,8 @@ def _piece(graph: torch.fx.GraphModule) -> Any:
     return (lines[0], lines[-1]) if lines else None
 
 
+backend.backend_ctx_ctor = _Settings  # type: ignore[attr-defined]
+dynamo.pass_on_settings()
 if "gossamer" not in torch._dynamo.list_backends(exclude_tags=()):
     torch._dynamo.register_backend(compiler_fn=backend, name="gossamer")
 

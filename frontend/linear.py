@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+from ..ir.errors import InputError, MissingDependencyError
 from . import feature_maps
-from .layers import check_tensor
+from .layers import FLOATS, check_tensor
 from .linear_launch import Settings, attend
-from .operators import is_traced
-from .problem import _fill_names
-from .pure import uncompiled
+from .linear_operator import call as traced
+from .linear_operator import watched
 
 try:
     import torch
@@ -25,7 +24,6 @@ BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "refe
 WIDEST = 1024
 
 
-@uncompiled
 def linear_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -75,7 +73,9 @@ def linear_attention(
     """
     q_map = feature_maps.of(feature_map, "linear_attention.feature_map")
     k_map = q_map if key_map is None else feature_maps.of(key_map, "linear_attention.key_map")
-    _check(query, key, value, causal=causal, enable_gqa=enable_gqa, backend=backend)
+    if not torch.compiler.is_compiling():  # else the operator does
+        check(query, key, value, causal=causal, enable_gqa=enable_gqa)
+        _check_backend(query, backend)
     if not isinstance(eps, int | float) or not eps >= 0:
         raise InputError("linear_attention.eps", "a number of at least 0", repr(eps))
     if len(q_map.parts) != len(k_map.parts):
@@ -94,8 +94,11 @@ def linear_attention(
     settings = Settings(
         q_map, k_map, bool(causal), float(eps) if normalize else None, bool(states), bool(return_state)
     )
-    empty = 0 in (*query.shape, *key.shape, *value.shape)
-    if backend == "reference" or empty:
+    if backend == "reference":
+        found = reference(rows_q, rows_k, value, states, settings)
+    elif watched((rows_q, rows_k, value, *states)):
+        found = traced(rows_q, rows_k, value, states, settings, bool(enable_gqa))
+    elif 0 in (*query.shape, *key.shape, *value.shape):
         found = reference(rows_q, rows_k, value, states, settings)
     else:
         found = attend(rows_q, rows_k, value, states, settings)
@@ -104,11 +107,12 @@ def linear_attention(
     return found[0], (found[1:] if normalize else found[1])
 
 
-def _check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool, backend: Any) -> None:
+def check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool) -> None:
+    """Raise InputError for tensors that do not fit each other."""
     where = "linear_attention"
     for name, tensor in (("query", q), ("key", k), ("value", v)):
         check_tensor(f"{where}.{name}", tensor, 4, "(batch, heads, length, size)")
-        if tensor.dtype not in _fill_names():
+        if tensor.dtype not in FLOATS:
             raise InputError(f"{where}.{name}", "float16, bfloat16, float32 or float64", tensor.dtype)
         if tensor.dtype != q.dtype:
             raise InputError(
@@ -116,11 +120,6 @@ def _check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool, backend: A
             )
         if tensor.device != q.device:
             raise InputError(f"{where}.{name}", f"a tensor on {q.device}, as the query is", tensor.device)
-    if is_traced((q, k, v)):
-        raise UnsupportedError(
-            f"{where}: inside torch.export, make_fx, torch.func.vmap, grad, jvp or another class of tensor, "
-            "which are not built. Use torch.autograd, and call it outside of transforms"
-        )
     if v.shape[:3] != k.shape[:3]:
         raise InputError(f"{where}.value", f"{tuple(k.shape[:3])} + (Dv,), as key has", tuple(v.shape))
     if not v.shape[3] <= WIDEST:
@@ -140,6 +139,10 @@ def _check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool, backend: A
         raise InputError(
             f"{where}.key", f"length {q.shape[2]}, as the query has, with causal=True", k.shape[2]
         )
+
+
+def _check_backend(q: Any, backend: Any) -> None:
+    where = "linear_attention"
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise InputError(f"{where}.backend", f"one of {', '.join(BACKENDS)}", repr(backend))
     if q.device.type not in BACKENDS[backend]:

@@ -49,14 +49,14 @@ NAMES: tuple[str, ...] = ("q", "k", "v", "state", "sums")
 def attend(q: Any, k: Any, v: Any, states: tuple[Any, ...], settings: Settings) -> tuple[Any, ...]:
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *states)):
         return _Linear.apply(settings, q, k, v, *states)
-    return _forward(dict(zip(NAMES, (q, k, v, *states), strict=False)), settings, keeps=False)
+    return forward(dict(zip(NAMES, (q, k, v, *states), strict=False)), settings, keeps=False)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: Settings, *tensors: Any) -> tuple[Any, ...]:
         values = dict(zip(NAMES, tensors, strict=False))
-        found = _forward(values, settings, keeps=True)
+        found = forward(values, settings, keeps=True)
         normalised = settings.eps is not None
         o, den, new = (found[0], found[1:2], found[2:]) if normalised else (found[0], (), found[1:])
         ctx.settings, ctx.count = settings, len(tensors)
@@ -72,14 +72,17 @@ class _Linear(torch.autograd.Function):
         values |= dict(zip(("do", "dnew_state", "dnew_sums"), grads, strict=False))
         asked = zip(NAMES, ctx.needs_input_grad[1:], strict=False)
         wanted = tuple(name for name, needed in asked if needed)
-        found = dict(zip(wanted, _gradients(values, ctx.settings, wanted), strict=True))
+        found = dict(zip(wanted, gradients(values, ctx.settings, wanted), strict=True))
         return (None, *(found.get(name) for name in NAMES[: ctx.count]))
 
 
-def _forward(values: dict[str, Any], settings: Settings, *, keeps: bool) -> tuple[torch.Tensor, ...]:
+def forward(
+    values: dict[str, Any], settings: Settings, *, keeps: bool, contiguous: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """o, then den if it is kept, then the new states. contiguous: else o lies in memory as the queries do."""
     q, k, v = (values[name] for name in ("q", "k", "v"))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    outputs = [Output("o", (*q.shape[:3], v.shape[3]), q.dtype, _by_length(q))]
+    outputs = [Output("o", (*q.shape[:3], v.shape[3]), q.dtype, not contiguous and _by_length(q))]
     normalised = settings.eps is not None
     if keeps and normalised:
         outputs.append(Output("den", tuple(q.shape[:3]), wide))
@@ -91,11 +94,14 @@ def _forward(values: dict[str, Any], settings: Settings, *, keeps: bool) -> tupl
     return _launch(values, tuple(outputs), settings, keeps, ())
 
 
-def _gradients(
-    values: dict[str, Any], settings: Settings, wanted: tuple[str, ...]
+def gradients(
+    values: dict[str, Any], settings: Settings, wanted: tuple[str, ...], *, contiguous: bool = False
 ) -> tuple[torch.Tensor, ...]:
+    """The gradients of the tensors wanted, which lie in memory as these do, or are contiguous."""
     tensors = {name: values[name] for name in wanted}
-    outputs = [Output(f"d{n}", tuple(t.shape), t.dtype, _by_length(t)) for n, t in tensors.items()]
+    outputs = [
+        Output(f"d{n}", tuple(t.shape), t.dtype, not contiguous and _by_length(t)) for n, t in tensors.items()
+    ]
     return _launch(values, tuple(outputs), settings, True, wanted)
 
 

@@ -19,10 +19,9 @@ from torch.nn.functional import pad
 from ..ir.errors import InputError
 from . import feature_maps
 from .attention import attention
-from .layers import check_tensor
+from .layers import FLOATS, check_tensor
 from .linear import linear_attention
 from .mask import Mask
-from .problem import _fill_names
 from .pure import pure
 
 CHUNK = 128  # rows whose near keys are weighed at once, at most
@@ -229,9 +228,13 @@ def combiner_attention(
 
 
 @pure
-@lru_cache(maxsize=64)
 def _combined(block: int, causal: bool, blocks: int) -> Mask:
     """Columns: `blocks` summaries, then the keys."""
+    return _mask(block, causal, blocks)
+
+
+@lru_cache(maxsize=64)
+def _mask(block: int, causal: bool, blocks: int) -> Mask:
 
     def attends(b: Any, h: Any, q: Any, k: Any) -> Any:
         own = (k >= blocks) & ((k - blocks) // block == q // block)
@@ -247,7 +250,7 @@ def _check(where: str, tensors: dict[str, Any]) -> None:
     (first, query), *rest = tensors.items()
     for name, tensor in tensors.items():
         check_tensor(f"{where}.{name}", tensor, 4, "(batch, heads, length, size)")
-    if query.dtype not in _fill_names():
+    if query.dtype not in FLOATS:
         raise InputError(f"{where}.{first}", "float16, bfloat16, float32 or float64", query.dtype)
     for name, tensor in rest:
         size = query.shape[3] if name.endswith("key") else tensor.shape[3]

@@ -9,16 +9,14 @@ import torch
 
 from ..ir.errors import InputError
 from ..ir.graph import Graph, Op, Value
-from .layers import check_tensor
+from .layers import FLOATS, check_tensor
 from .linear import linear_attention
-from .problem import _fill_names
-from .pure import uncompiled
+from .pure import pure
 
 Weights = dict[str, torch.Tensor]
 Step = tuple[str, str, str]  # left, right, made
 
 
-@uncompiled
 def flurka(
     x: torch.Tensor,
     w_q: torch.Tensor,
@@ -57,7 +55,8 @@ def flurka(
     _check(tensors, heads)
     if {"causal", "initial_state", "return_state", "enable_gqa"} & options.keys():
         raise InputError("flurka", "options eps, normalize, key_map and backend", ", ".join(options))
-    found = _run(_steps(_sizes(tensors, heads)), tensors, heads)
+    sizes = tuple((name, 1 if name == "B" else int(n)) for name, n in _sizes(tensors, heads))
+    found = _run(_steps(sizes), tensors, heads)  # every order takes as many operations for each batch
     out = linear_attention(found["q"], found["k_low"], found["v_low"], feature_map, **options)
     return out.transpose(1, 2).flatten(2)
 
@@ -86,7 +85,7 @@ def flurka_orders(
 def _check(tensors: Weights, heads: Any) -> None:
     x = tensors["x"]
     check_tensor("flurka.x", x, 3, "(batch, length, channels)")
-    if x.dtype not in _fill_names():
+    if x.dtype not in FLOATS:
         raise InputError("flurka.x", "float16, bfloat16, float32 or float64", x.dtype)
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise InputError("flurka.heads", "a number of heads, at least 1", repr(heads))
@@ -153,8 +152,13 @@ def _graph(sizes: tuple[tuple[str, int], ...]) -> tuple[Graph, dict[str, int]]:
     return Graph("low_rank", tuple(inputs), tuple(ops), ("k_low", "v_low")), known
 
 
-@lru_cache(maxsize=256)
+@pure
 def _steps(sizes: tuple[tuple[str, int], ...]) -> tuple[Step, ...]:
+    return _ordered(sizes)
+
+
+@lru_cache(maxsize=256)
+def _ordered(sizes: tuple[tuple[str, int], ...]) -> tuple[Step, ...]:
     from ..passes.reassociate import reassociate
 
     graph, known = _graph(sizes)

@@ -247,7 +247,7 @@ def forward(x: Any, given: dict[str, Any], layer: Layer, term: Any, *, keeps: bo
 
     given: ids and weights; tokens, bounds, place and weights by token; or these with starts, by row."""
     top_k = given["weights"].shape[1] if "starts" not in given else 0
-    flat = {name: tensor.detach().reshape(-1) for name, tensor in given.items()}
+    flat = {name: tensor.detach().reshape(-1).contiguous() for name, tensor in given.items()}
     values = {"x": x.detach(), **flat, **{name: tensor.detach() for name, tensor in layer.tensors.items()}}
     outputs = (("o", tuple(x.shape), x.dtype),)
     columns = layer.inner * (2 if layer.gated else 1)

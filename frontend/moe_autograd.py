@@ -83,7 +83,7 @@ def gradients(
         spread = torch.where(routing["place"] < 0, rows, routing["place"]).reshape(-1).long()
         by_row = by_row.new_zeros(rows + 1).index_put((spread,), by_row.reshape(-1))[:-1]
     do = do if do.stride(1) == 1 or hidden == 1 else do.contiguous()
-    values = {name: tensor.reshape(-1) for name, tensor in routing.items()}
+    values = {name: tensor.reshape(-1).contiguous() for name, tensor in routing.items()}
     values |= {"x": x.detach(), "do": do, "row_weights": by_row}
     values |= {name: tensor.detach() for name, tensor in layer.matrices.items()}
     values |= {name: tensor.detach() for name, tensor in layer.lora.items()}

@@ -1,7 +1,4 @@
-"""`gossamer.operators`: loading it registers `torch.ops.gossamer`, which exported programs call.
-
-Also decided here: which calls of `gossamer.attention` go through the operators.
-"""
+"""Which calls of `gossamer.attention` go through its operators."""
 
 from __future__ import annotations
 

@@ -26,11 +26,15 @@ from .expr import Expr
 
 @dataclass(frozen=True)
 class Axis:
-    """A tile axis: coordinates 0 <= name < extent, stored padded to size (extent on a CPU)."""
+    """A tile axis: coordinates 0 <= name < extent, stored padded to size (extent on a CPU).
+
+    live: the `let` that says how many coordinates there are, 1 to extent, from that statement on; tiles over
+    the axis come after it, and nothing is summed along it. A backend computes those beyond, or not."""
 
     name: str
     extent: int
     size: int
+    live: str | None = None
 
     @property
     def symbol(self) -> sympy.Symbol:

@@ -226,6 +226,20 @@ class _Machine:
 
     def _let(self, s: K.Let) -> None:
         self.scalars[s.name] = self.value(s.expr, ())
+        for axis in self.kernel.axes:
+            if axis.live == s.name:
+                self._cut(axis)
+
+    def _cut(self, axis: K.Axis) -> None:
+        """From here on an axis has as many coordinates as a `let` says."""
+        count = int(self.scalars[str(axis.live)])
+        if not 1 <= count <= axis.extent:
+            self.fail(f"expected 1 to {axis.extent} coordinates of axis {axis.name}; got {count}")
+        if count == self.extents[axis.name]:
+            return
+        self.extents[axis.name] = count
+        self.tiles[axis.name] = ("i64", (axis.name,), np.arange(count))
+        self.plans.clear()  # they hold the shapes of tiles
 
     def _compute(self, s: K.Compute) -> None:
         self.write(s, self.value(s.expr, s.axes, s.dtype))

@@ -162,7 +162,8 @@ class _Reader:
         name = c.name("the name of an axis")
         c.expect(":")
         extent = c.integer("an extent")
-        return K.Axis(name, extent, c.integer("a padded extent") if c.take("of") else extent)
+        size = c.integer("a padded extent") if c.take("of") else extent
+        return K.Axis(name, extent, size, c.name("a `let`") if c.take("live") else None)
 
     def hint(self) -> tuple[str, int]:
         name = self.cursor.word("the name of a hint")

@@ -81,7 +81,8 @@ def _extent(extent: int | str | K.Expr) -> str:
 
 
 def _axis(axis: K.Axis) -> str:
-    return f"{axis.name}: {axis.extent}" + (f" of {axis.size}" if axis.size != axis.extent else "")
+    size = f" of {axis.size}" if axis.size != axis.extent else ""
+    return f"{axis.name}: {axis.extent}{size}" + (f" live {axis.live}" if axis.live else "")
 
 
 def _target(statement: K.Compute | K.Dot | K.Reduce | K.Scan, equals: str = "=") -> str:

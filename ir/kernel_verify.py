@@ -60,6 +60,7 @@ class _Verifier:
         self.scope: dict[str, _Value] = {}
         self.tensors = {t.name: t for t in kernel.tensors}
         self.axes = {a.name for a in kernel.axes}
+        self.live = {a.name: a.live for a in kernel.axes if a.live is not None}
         self.tiles: dict[str, _Value] = {}
         self.where = f"kernel @{kernel.name}"
 
@@ -229,6 +230,13 @@ class _Verifier:
             self.fail(
                 rule, f"expected different axes of the kernel ({', '.join(sorted(self.axes))}); got {axes}"
             )
+        for axis in axes:
+            if axis in self.live and self.scope.get(self.live[axis]) != _Value("scalar", "i64"):
+                self.fail("axis", f"{axis}: expected `let {self.live[axis]}` before what is over it")
+
+    def summed(self, rule: str, axes: Iterable[str]) -> None:
+        for axis in set(axes) & set(self.live):
+            self.fail(rule, f"expected no sum along {axis!r}, of which only `{self.live[axis]}` are there")
 
     def place(self, tensor: str, index: tuple[E.Expr, ...], axes: tuple[str, ...], rule: str) -> K.Tensor:
         found = self.tensors.get(tensor)
@@ -280,6 +288,7 @@ class _Verifier:
         if len(s.axes) != 2 or s.over in s.axes:
             self.fail("dot", f"expected a result over two axes other than {s.over!r}; got {s.axes}")
         self.over_axes("dot", (*s.axes, s.over))
+        self.summed("dot", (s.over,))
         if s.over == self.kernel.lanes:
             self.fail("dot", f"expected to sum over another axis than the lanes; got {s.over!r}")
         operands = [self.operand(name, {axis, s.over}) for name, axis in zip((s.a, s.b), s.axes, strict=True)]
@@ -308,6 +317,7 @@ class _Verifier:
         if not s.over:
             self.fail("reduce", "expected at least one axis to reduce over")
         self.over_axes("reduce", (*s.axes, *s.over))
+        self.summed("reduce", s.over)
         if (s.op == "any") != (s.dtype == "bool"):
             self.fail(
                 "reduce", f"expected bool for 'any' and a number for others; got {s.dtype} for {s.op!r}"
@@ -320,6 +330,7 @@ class _Verifier:
             self.fail("scan", f"expected to sum along one of ({', '.join(s.axes)}); got {s.over!r}")
         if s.dtype == "bool":
             self.fail("scan", "expected sums of numbers; got bool")
+        self.summed("scan", (s.over,))
         self.expression(s.expr, dtype_kind(s.dtype), s.axes)
         self.target(s, s.declares)
 

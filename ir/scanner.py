@@ -45,6 +45,7 @@ RESERVED = frozenset(
         "meta",
         "unit",
         "of",
+        "live",
         "out",
         "inout",
     }

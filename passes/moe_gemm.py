@@ -131,6 +131,8 @@ class _Builder:
     def _axes(self) -> tuple[Axis, ...]:
         t = self.tiling
         rows, columns = self._axis("i", t.rows), self._axis("n", t.cols)
+        if self.spec.is_cpu:
+            rows = replace(rows, live="here")
         tile = (columns, rows) if t.turned else (rows, columns)
         low = [self._axis("l", int(self.added[0].shape[1]))] if self.added else []
         return (*tile, self._axis("d", self.tiles.step), self._axis("z", self.experts), *low)
@@ -194,6 +196,8 @@ class _Builder:
 
     def _rows(self) -> list[Stmt]:
         out: list[Stmt] = [Compute("row", "i32", ("i",), minimum(ROW0 + ROW_AT, LAST - 1))]
+        if self.spec.is_cpu:
+            out.insert(0, Let("here", minimum(LAST - ROW0, sympy.Integer(self.tiling.rows))))
         if self.tokens:
             out.append(Load("token", "i32", ("i",), "tokens", (ROW,)))
         return out

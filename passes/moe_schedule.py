@@ -20,7 +20,11 @@ from .moe_codes import is_uniform, steps_of
 from .moe_direct import LANE
 from .moe_spec import BYTES, ExpertsSpec
 
-CPU_ROWS = {"one": 16, "few": 16, "some": 32, "many": 32}
+CPU_ROWS = 32, 112  # at least and at most; 112: consecutive features lie in different sets of the cache
+BLOCK = 16  # columns of a micro-kernel, as far as there are registers
+SHARES = 16  # of the work, a thread: experts have different numbers of rows
+CPU_FEW = 16  # where experts get no more on average
+CPU_TILE = 256 * 1024  # bytes of a row tile, a part of the second-level cache
 CPU_COLS = 32
 CPU_INNER = 128  # summed one after another; sums of more are added up, which keeps rounding errors small
 # (rows, columns of each half where there are two, summed extent of a step, warps, stages) by load
@@ -80,8 +84,10 @@ def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
         return _of_codes(op, op.attr("quantized"), spec, inner, columns)
     if spec.is_cpu:
         step = _part(inner, CPU_INNER)
-        meta = (("in_place", 1),)
-        return Tiling(CPU_ROWS[spec.load], min(CPU_COLS, columns), step, True, blocked=True, meta=meta)
+        cols, meta = min(CPU_COLS, columns), _cpu_meta(spec, prefetch=1)
+        if op.attr("transpose_b") and op.attr("unit") == 2 and columns % cols == 0 and inner % step == 0:
+            step, meta = inner, tuple(sorted([*meta, ("sums", step)]))  # matrices are read where they lie
+        return Tiling(_cpu_rows(spec), cols, step, True, blocked=True, meta=meta)
     rows, cols, step, warps, stages = (GPU if op.attr("halves") else GPU_PLAIN)[spec.load]
     size = {"f64": 4, "f32": 2}.get(spec.dtype, 1)
     cols = min(max(16, cols // size), max(16, 1 << (columns - 1).bit_length()))
@@ -116,7 +122,7 @@ def _of_codes(op: Op, q: Quantized, spec: ExpertsSpec, inner: int, columns: int)
         if by_rows and q.stretch > CPU_STEPS * step:
             step = _part(q.stretch, CPU_INNER)
         cols = min(CPU_COLS, columns if by_rows else q.stretch)
-        return Tiling(CPU_ROWS[spec.load], cols, step, True, blocked=True, meta=(("in_place", 1),))
+        return Tiling(_cpu_rows(spec), cols, step, True, blocked=True, meta=_cpu_meta(spec))
     parts = (2 if op.attr("halves") else 1) if by_rows else q.slices
     table, size = GPU_FIELDS if q.slices > 1 else GPU_BYTES, BYTES[spec.dtype]
     rows, *widths, most, warps, stages = table["few" if spec.load == "one" else spec.load]
@@ -170,6 +176,22 @@ def _of_entries(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling | None:
     unroll = min(turns, max(1, ENTRIES[op.kind] // (halves * cols)))
     step = 32 * warps * lanes
     return Tiling(1, cols, step, meta=(("stages", 1), ("warps", warps)), unroll=unroll, scales="products")
+
+
+def _cpu_rows(spec: ExpertsSpec) -> int:
+    """Rows of a tile, of which those that are there are computed: as many as the cache holds for both
+    products, so that most experts have one tile and their matrices are read once."""
+    if spec.load in ("one", "few"):
+        return CPU_FEW
+    least, most = CPU_ROWS
+    held = CPU_TILE // (max(spec.hidden, spec.inner) * BYTES[spec.accumulator])
+    return min(most, max(least, held // 16 * 16))
+
+
+def _cpu_meta(spec: ExpertsSpec, **more: int) -> tuple[tuple[str, int], ...]:
+    """Hints. prefetch: of matrices that are read where they lie. transpose: rows, in registers."""
+    many = {} if _cpu_rows(spec) == CPU_FEW else {"shares": SHARES, "transpose": 1}
+    return tuple(sorted({"block": BLOCK, "in_place": 1, **many, **more}.items()))
 
 
 def _room(spec: ExpertsSpec) -> int:

@@ -75,7 +75,8 @@ class TvmBackend:
         _check_cpu_name(target)
         source = codegen.emit(kernel)
         binary = cpu.build_object(source, str(target))
-        return Compiled(source, binary, kernel.name, codegen.workspace_bytes(kernel))
+        details = {key: value for key, value in kernel.meta if key == "shares"}
+        return Compiled(source, binary, kernel.name, codegen.workspace_bytes(kernel), details)
 
     def requirements(self, target: Target) -> Requirements:
         tvm = _tvm()

@@ -27,7 +27,8 @@ Kernel = Callable[..., None]  # (*arguments, worker, workers, workspace)
 
 # Levels 2 and 3 only add a search for vectors in code that is vectors already (0.4 s).
 _LLVM_LEVEL = 1
-_SHARES = 2  # a thread: more even out cores that are busy elsewhere, at some microseconds each
+_SHARES = 2  # a thread, unless a kernel asks for more: they even out cells that take different times and
+# cores that are busy elsewhere, at some microseconds each
 _LINE = 64
 
 
@@ -75,14 +76,13 @@ def _register_pipeline() -> None:
             passes.BF16ComputeLegalize(),
             passes.NarrowDataType(32),
             passes.VectorizeLoop(True),
-            passes.UnrollLoop(),
             passes.CommonSubexprElim(),
             passes.AnnotateEntryFunc(),
             passes.SplitHostDevice(),
             passes.MakePackedAPI(),
             passes.BF16StorageLegalize(),
         ]
-        host = transform.Sequential([passes.LowerTVMBuiltin(), passes.LowerIntrin()])
+        host = transform.Sequential([passes.LowerTVMBuiltin(), passes.LowerIntrin(), passes.UnrollLoop()])
         return transform.Sequential(lowering), lambda: host, lambda: host
 
     tirx.compilation_pipeline.register_tir_pipeline(_PIPELINE, pipeline)
@@ -111,28 +111,33 @@ class CpuKernel:
         self._scalars = [a.source for a in launch.arguments if a.kind == "scalar"]
         given = [*tensors, *self._scalars]
         self._order = [given.index(a.source) for a in launch.arguments]
+        self._shares = int(launch.details.get("shares", _SHARES))
 
     def bind(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Runner:
         """What runs the kernel on tensors (of any sizes) with these scalars; see `backends.Loaded`."""
-        function, workspace, order = self._function, self._workspace, self._order
+        function, workspace, order, shares = self._function, self._workspace, self._order, self._shares
         scalars = [values[name] for name in self._scalars]
 
         def run(tensors: Sequence[Any], threads: int | None) -> None:
             given = [*tensors, *scalars]
-            launch(function, [given[place] for place in order], threads or NUM_THREADS.get(), workspace)
+            arguments = [given[place] for place in order]
+            launch(function, arguments, threads or NUM_THREADS.get(), workspace, shares)
 
         return run
 
 
-def launch(function: Kernel, arguments: Sequence[Any], threads: int, workspace_bytes: int) -> None:
+def launch(
+    function: Kernel, arguments: Sequence[Any], threads: int, workspace_bytes: int, a_thread: int = _SHARES
+) -> None:
     """Run a kernel on the calling thread and up to threads - 1 others.
 
-    arguments: tensors (anything with DLPack) and numbers, in the kernel's order. Errors of any worker
-    are raised here. Safe from several threads at once, and after a fork."""
+    arguments: tensors (anything with DLPack) and numbers, in the kernel's order. a_thread: shares of the work
+    for each, which threads take one after another. Errors of any worker are raised here. Safe from several
+    threads at once, and after a fork."""
     if threads <= 1:
         function(*arguments, 0, 1, _workspace(workspace_bytes))
         return
-    shares = threads * _SHARES
+    shares = threads * a_thread
 
     def run(share: int) -> None:
         function(*arguments, share, shares, _workspace(workspace_bytes))

@@ -127,6 +127,40 @@ def test_routers(name):
     torch.testing.assert_close(on_gpu.weights.cpu(), on_cpu.weights, rtol=1e-5, atol=1e-6)
 
 
+def test_matrices_of_more_than_two_billion_elements():
+    """All tokens go to the last expert, which begins beyond 2**31 elements; so do the gradients of it."""
+    shape = (17, 2 * 8192, 8192)
+    assert (shape[0] - 1) * shape[1] * shape[2] >= 2**31
+    up = torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(0, 0.01).requires_grad_()
+    down = torch.empty(17, 8192, 8192, device="cuda", dtype=torch.bfloat16).normal_(0, 0.01)
+    for tokens in (1, 40):
+        x = torch.randn(tokens, 8192, device="cuda", dtype=torch.bfloat16)
+        ids, weights = torch.full((tokens, 1), 16, device="cuda"), torch.ones(tokens, 1, device="cuda")
+        out = gossamer.experts(x, ids, weights, up, down)
+        (du,) = torch.autograd.grad(out, up, torch.ones_like(out))
+        last = up[16:].detach().clone().requires_grad_()
+        wanted = gossamer.experts(x, torch.zeros_like(ids), weights, last, down[16:].clone())
+        (expected,) = torch.autograd.grad(wanted, last, torch.ones_like(wanted))
+        torch.testing.assert_close(out, wanted, rtol=2e-2, atol=1e-2 * wanted.abs().max().item())
+        torch.testing.assert_close(du[16:], expected, rtol=2e-2, atol=1e-2 * expected.abs().max().item())
+        assert not du[:16].any()
+        del out, du, wanted, expected
+
+
+def test_rows_of_more_than_two_billion_elements():
+    """x, the rows between the kernels and the result are larger than 2**31 elements; the end is compared."""
+    tokens, hidden = 2**20 + 100, 2048
+    assert tokens * hidden > 2**31
+    case = Case(tokens=64, experts=4, top_k=1, dtype=torch.bfloat16, hidden=hidden, inner=64)
+    layer = cuda(case.layer())
+    x = torch.empty(tokens, hidden, device="cuda", dtype=torch.bfloat16).normal_()
+    ids = torch.arange(tokens, device="cuda").reshape(-1, 1) % 4
+    weights = torch.ones(tokens, 1, device="cuda")
+    found = gossamer.experts(x, ids, weights, **layer)[-500:]
+    wanted = gossamer.experts(x[-500:], ids[-500:], weights[-500:], **layer)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2 * wanted.abs().max().item())
+
+
 def test_a_graph_takes_new_routings():
     case = Case(tokens=64, experts=8, **HALF)
     layer, x = cuda(case.layer()), case.x().cuda()

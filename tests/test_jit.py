@@ -466,3 +466,28 @@ def test_gradients_stop_where_they_did(program):
         f = gossamer.jit(program)
         torch.testing.assert_close(gradients(f), wanted, rtol=1e-9, atol=1e-11)
     assert len(f.report().compiled) == ("bias" in program.__name__), f.report()
+
+
+class WithDropout(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = torch.nn.Dropout(0.3)
+
+    def forward(self, q, k, v):
+        return self.drop((q @ k.mT * 0.3).softmax(-1)) @ v
+
+
+def test_dropout_of_a_module_is_left_alone_while_it_trains():
+    module, given = WithDropout(), torch.randn(3, 1, 2, 20, 8).unbind()
+    f = gossamer.jit(module)
+    results = []
+    for call in (f, module):
+        torch.manual_seed(3)
+        results.append(call(*given))
+    assert torch.equal(*results)
+    (left,) = f.report().left
+    assert "dropout in training" in left.why and "test_jit.py:" in left.where
+    module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(f(*given), module(*given))
+    assert len(f.report().compiled) == 1

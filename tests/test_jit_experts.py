@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gossamer
+from gossamer.frontend.graph_compile import compile_graph
 
 T, H, INNER, EXPERTS, TOP = 13, 16, 24, 4, 2
 
@@ -287,3 +288,20 @@ def test_a_changed_activation_or_order_is_computed_as_it_is_written():
         return out
 
     check(Block(odd))
+
+
+def test_torch_compile_captures_loops_too():
+    block, x = Block(loop_of_modules).eval(), torch.randn(T, H)
+    seen = []
+
+    def spied(graph):
+        compiled, parts = compile_graph(graph)
+        seen.extend(parts)
+        return compiled, parts
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gossamer.frontend.jit.compile_graph", spied)
+        found = torch.compile(block, backend="gossamer", fullgraph=True)(x)
+        torch.testing.assert_close(found, block(x))
+    assert [type(part).__name__ for part in seen] == ["Compiled"]
+    assert not torch._dynamo.config.capture_dynamic_output_shape_ops

@@ -26,10 +26,29 @@ Case, activated, check, plain = CASES.Case, CASES.activated, CASES.check, CASES.
 SIZES = [(1, 1), (5, 3)]  # experts, top_k
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.sampled_from(SIZES), st.sampled_from([0, 1, 7, 130]), st.integers(0, 99))
-def test_any_routing(sizes, tokens, seed):
-    check(Case(tokens=tokens, experts=sizes[0], top_k=sizes[1]), seed)
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(SIZES),
+    st.sampled_from([0, 1, 7, 130]),
+    st.sampled_from(["any", "one", "repeated", "some", "nowhere"]),
+    st.integers(0, 99),
+)
+def test_any_routing(sizes, tokens, kind, seed):
+    experts, top_k = sizes
+    case = Case(tokens=tokens, experts=experts, top_k=top_k)
+    ids = case.routing(seed, -1, experts + 1)[0]
+    match kind:
+        case "one":  # all tokens to one expert, each once
+            ids = torch.where(torch.arange(top_k) == seed % top_k, seed % experts, torch.full_like(ids, -1))
+        case "repeated":  # one expert several times in a token's list
+            ids = ids[:, :1].expand(-1, top_k)
+        case "some":  # most experts get nothing
+            ids = torch.where(ids % 3 == 0, ids, -7)
+        case "nowhere":  # ids of experts that are elsewhere
+            ids = torch.where(ids < 0, ids, ids + experts)
+    found = check(case, seed, ids=ids)
+    if kind == "nowhere":
+        assert not found.any()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +122,26 @@ def test_nan_stays_in_its_token():
     assert torch.equal(found[others], clean[others])
 
 
+@pytest.mark.parametrize("tokens", [3, 40, 130])  # 1, 20 and 65 rows an expert: kernels of every kind
+@pytest.mark.parametrize("bad", ["x", "weights"])
+def test_nan_stays_in_the_gradients_of_its_token(tokens, bad):
+    case = Case(tokens=tokens)
+    layer, (ids, weights) = case.layer(), case.routing()
+
+    def gradients(spoilt):
+        x, w = (t.clone() for t in (case.x(), weights))
+        if spoilt:
+            (x if bad == "x" else w)[1] = torch.nan
+        leaves = x.requires_grad_(), w.requires_grad_()
+        out = gossamer.experts(x, ids, w, **layer)
+        return (out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out)))
+
+    others = torch.arange(tokens) != 1
+    for spoilt, clean in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(spoilt[others], clean[others])
+        assert clean.isfinite().all()
+
+
 def test_results_do_not_depend_on_the_run():
     case = Case(tokens=200, experts=8, top_k=4)
     layer, x = case.layer(), case.x()
@@ -131,6 +170,24 @@ def test_far_elements_are_addressed_in_64_bits():
     x, (ids, weights) = case.x(), case.routing()
     expected = gossamer.experts(x, ids, weights, **layer)
     assert torch.equal(gossamer.experts(x, ids, weights, **(layer | {"gate_up_proj": spread})), expected)
+
+
+@pytest.mark.parametrize("name", ["x", "down_proj"])
+def test_far_rows_and_gradients_of_far_matrices(name):
+    case = Case(experts=2, tokens=2 if name == "x" else 6, top_k=1, dtype=torch.float16)
+    given = case.layer() | {"x": case.x()}
+    ids, weights = case.routing()
+    near = given[name]
+    far = torch.empty(2**31 + near[0].numel(), dtype=torch.float16)
+    given[name] = far.as_strided(near.shape, (2**31, *near.stride()[1:])).copy_(near)
+
+    def results(x, **layer):
+        x = x.detach().requires_grad_()
+        out = gossamer.experts(x, ids, weights, **layer)
+        return out, *torch.autograd.grad(out.sum(), x)
+
+    for found, expected in zip(results(**given), results(**(given | {name: near})), strict=True):
+        assert torch.equal(found, expected)
 
 
 # ---- routing ----

@@ -67,7 +67,7 @@ def flat(given, spec):
     st.booleans(),
     st.booleans(),
     st.sampled_from(["cpu", "cuda:sm_90"]),
-    st.sampled_from(["one", "few"]),
+    st.sampled_from(["one", "few", "many"]),
 )
 def test_every_level_computes_the_same(
     experts, top_k, tokens, halves, biased, transposed, single, target, load

@@ -23,6 +23,7 @@ from gossamer.passes.moe_router_gradient import compile_router_gradient  # noqa:
 from gossamer.passes.moe_router_spec import RouterSpec  # noqa: E402
 from gossamer.passes.moe_spec import LOADS, ExpertsSpec  # noqa: E402
 from gossamer.runtime.gpu import compile_ahead  # noqa: E402
+from gossamer.runtime.gpu import load as load_text  # noqa: E402
 from gossamer.runtime.triton_interpreter import run_interpreted  # noqa: E402
 
 SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")
@@ -179,6 +180,52 @@ def test_strides_of_matrices_are_64_bits():
     for kernel, matrix in zip(program.kernels[2:4], ("gate_up", "down"), strict=True):
         types = {a.name: a.type for a in signature(kernel)}
         assert types[f"s_{matrix}_0"] == "i64"
+
+
+def _kernels_of_all_kinds():
+    facts = {"dtype": "bf16", "target": "cuda:sm_90"}
+    wanted = ("x", "gate_up", "down", "weights")
+    for load in LOADS:
+        yield from compile_experts(ExpertsSpec(64, 8, 2048, 1024, SWIGLU, load=load, **facts)).kernels
+    for more in ({"keeps": True}, {"ranks": (8, 8)}, {"transposed": True, "units": (1, 1), "biased": True}):
+        spec = ExpertsSpec(64, 8, 2048, 1024, SWIGLU, **facts, **more)
+        yield from compile_experts(spec).kernels
+        yield from compile_gradients(spec, wanted).kernels
+
+
+def test_what_may_lie_beyond_32_bits_is_addressed_in_64():
+    """Strides are 64 bits wide; as 32 bits they only meet coordinates in a tile, whose span `bind` checks."""
+    for kernel in _kernels_of_all_kinds():
+        text = emit(kernel)
+        assert all(a.type == "i64" for a in signature(kernel) if a.name.startswith("s_")), kernel.name
+        body = text.split("@triton.jit")[1].split("\nkernel = ")[0]
+        narrow = set(re.findall(r"^    (r_\w+) = s_\w+\.to\(tl\.int32\)$", body, re.MULTILINE))
+        for name in narrow:
+            uses = re.findall(rf"(\S+?(?:\[[^]]*\])?) \* {name}\b", body)
+            assert len(uses) == len(re.findall(rf"\b{name}\b", body)) - 1, (kernel.name, name)
+            assert all(use.strip("(").startswith("i_") for use in uses), uses
+            tensor, dimension = re.fullmatch(r"r_(\w+)_(\d)", name).groups()
+            assert f"{tensor}.stride({dimension}) * " in text.split("def bind")[1]
+
+
+def test_a_tile_that_spans_too_much_is_refused():
+    spec = ExpertsSpec(2, 1, 32, 128, SWIGLU, dtype="f16", target="cuda:sm_90", aligned=False)
+    kernel = next(k for k in compile_experts(spec).kernels if k.name == "experts_h")
+
+    def matrices(*strides):
+        return torch.empty(1, dtype=torch.float16, device="meta").as_strided((2, 256, 32), strides)
+
+    given = {
+        "x": torch.empty(4, 32),
+        "h": torch.empty(4, 128),
+        "bounds": torch.zeros(3),
+        "tokens": torch.zeros(4),
+    }
+    bind = load_text(emit(kernel)).bind
+    with pytest.raises(OverflowError, match="one tile spans 2"):
+        bind(**given, gate_up=matrices(2**40, 2**28, 1))
+    bound = bind(**given, gate_up=matrices(2**40, 32, 1))
+    assert 2**40 in [value for value in bound if isinstance(value, int)]
 
 
 @pytest.mark.parametrize("target", ["cuda:sm_80", "hip:gfx942"])
