@@ -12,6 +12,7 @@ from ..ir.expr import Expr
 from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Scan, Stmt, Store
 from .layout import INDENT, WIDTH, wrap
 from .triton_boxes import box_of
+from .triton_e2m1 import e2m1_of
 from .triton_expr import Speller
 from .triton_fields import field_of
 from .triton_helpers import HELPERS
@@ -113,7 +114,7 @@ class Body:
 
     def _compute(self, stmt: Compute) -> None:
         axes = self.scope.order(stmt.axes)
-        field = field_of(stmt, self.scope) if self.packs else None
+        field = (field_of(stmt, self.scope) or e2m1_of(stmt, self.scope)) if self.packs else None
         if field is not None:
             self.scope.fields[field.name] = field.source
             name = self._tile(stmt.dst, stmt.dtype, axes, stmt.declares)
