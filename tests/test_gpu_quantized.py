@@ -70,7 +70,7 @@ def test_formats(format, options, tokens):
     ("format", "tokens"), [("int4", 2000), ("int2", 2000), ("mxfp4", 2000), ("fp8", 3600), ("int8", 3600)]
 )
 def test_decoded_once(format, tokens, hidden, inner):
-    """A thousand rows an expert and more: matrices are decoded before their products, forward and backward."""
+    """A thousand rows an expert and more: matrices are decoded before their products, gradients too."""
     case = Case(tokens=tokens, hidden=hidden, inner=inner, dtype=torch.bfloat16)
     layer = case.layer()
     judge(case, *(gossamer.quantize(layer[n].cuda(), format) for n in ("gate_up_proj", "down_proj")))
