@@ -12,6 +12,7 @@ from .feature_maps import FeatureMap
 from .linear_launch import NAMES, Settings, forward, gradients, shapes_of
 from .moe_form import MoeForm
 from .operator_rules import is_traced
+from .step_autograd import recording
 from .step_operator import Arguments, Made, define, learns, refuse
 
 define("linear_attention", {"linear_attention": "linear_operator"})
@@ -75,10 +76,10 @@ class LinearStep:
         given = {n: slopes.get(n, torch.zeros_like(t)) for n, t in results.items() if settings.given(n)}
         if _is_empty(values):
             leaves = {n: t.requires_grad_(n in wanted) for n, t in values.items()}
-            with torch.enable_grad():
-                made = _reference(leaves, settings)
             asked = [leaves[n] for n in wanted]
-            found = torch.autograd.grad(made, asked, [*given.values()], materialize_grads=True)
+            with recording(), torch.enable_grad():
+                made = _reference(leaves, settings)
+                found = torch.autograd.grad(made, asked, [*given.values()], materialize_grads=True)
             return dict(zip(wanted, found, strict=True))
         values |= {n: results[n] for n in settings.kept}
         values |= {f"d{n}": t for n, t in given.items()}

@@ -90,6 +90,14 @@ def register(
     library.impl(f"{name}_backward", backward, "Autograd", with_keyset=True)
 
 
+def recording() -> Any:
+    """In it autograd records, in an operator's kernel too, which is called below autograd."""
+    key, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
+    for one in (key.AutogradFunctionality, key.AutogradOther, key.AutogradNestedTensor):
+        excluded = excluded.remove(one)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
 def _learns(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
