@@ -293,6 +293,17 @@ def test_vmap_over_captured_tensors() -> None:
     torch.testing.assert_close(per_example[1], one.grad, atol=1e-4, rtol=1e-4)
 
 
+def test_batches_of_gradients() -> None:
+    q, k, v = (torch.randn(2, 4, 20, 16, requires_grad=True) for _ in range(3))
+    out = gossamer.attention(q, k, v, mask=masks.causal())
+    many = torch.randn(3, *out.shape)
+    gradient = lambda g: torch.autograd.grad(out, (q, k, v), g, retain_graph=True)  # noqa: E731
+    expected = [torch.stack(found) for found in zip(*map(gradient, many), strict=True)]
+    torch.testing.assert_close(list(torch.vmap(gradient)(many)), expected)
+    with pytest.raises(UnsupportedError, match=r"Use torch\.func\.jacrev"):
+        torch.autograd.grad(out, q, many, is_grads_batched=True)
+
+
 def test_vmap_within_grad() -> None:
     q, k, v = tensors(requires_grad=False)
 
