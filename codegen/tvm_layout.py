@@ -40,7 +40,7 @@ TILE_DTYPES = {
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 LINE = 64  # bytes of a cache line: tiles start on one
-REGISTER_BYTES = 1536  # of accumulators at most: 24 AVX-512 registers
+REGISTER_BYTES = 1024  # the largest local buffer that TVM puts on the stack
 VECTOR_BYTES = 256  # the widest vector worth one loop: four AVX-512 registers
 
 

@@ -17,7 +17,6 @@ from .tvm_names import safe
 from .tvm_value import nan_aware
 
 MOST_ROWS = 16  # of a micro-kernel
-BLOCK_BYTES = 1024  # of its accumulators, unless the kernel says how many rows
 WAYS = 4  # independent accumulators of a reduction, to hide the latency of one
 
 
@@ -238,7 +237,7 @@ def _packed(ctx: Context, tile: Tile, axes: tuple[str, str]) -> Tile:
 def _row_blocks(ctx: Context, rows: str, row_bytes: int) -> list[tuple[int, int, int]]:
     """(start, count, size) of equal blocks of rows, and of what is left."""
     extent = ctx.extent(rows)
-    most = ctx.meta.get("block") or min(MOST_ROWS, BLOCK_BYTES // row_bytes)
+    most = ctx.meta.get("block") or min(MOST_ROWS, REGISTER_BYTES // row_bytes)
     most = max(1, min(most, REGISTER_BYTES // row_bytes))
     size = -(-extent // -(-extent // most))
     count, left = divmod(extent, size)

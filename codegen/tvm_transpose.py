@@ -68,7 +68,7 @@ def _interleave(ctx: Context, source: str, target: str, width: int) -> None:
     half, lanes = width // 2, f"T.Ramp(0, 1, {width})"
     order = [n + side * width for n in range(width) for side in range(2)]
     with ctx.out.block(f"for k in T.unroll({half}):"):
-        ctx.out.line(f"two = [{source}[k, {lanes}], {source}[k + {half}, {lanes}]]")
+        two = f"[{source}[k, {lanes}], {source}[k + {half}, {lanes}]]"  # a name would make TVM allocate it
         for n in range(2):
-            mixed = f"T.Shuffle(two, {order[n * width : (n + 1) * width]})"
+            mixed = f"T.Shuffle({two}, {order[n * width : (n + 1) * width]})"
             ctx.out.line(f"{target}[2 * k{' + 1' if n else ''}, {lanes}] = {mixed}")

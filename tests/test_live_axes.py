@@ -72,6 +72,11 @@ def test_transposes_and_prefetches_are_there_where_the_kernel_asks():
     assert "T.Shuffle" not in plain and "llvm.prefetch" not in plain and "d_part" not in plain
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_objects_ask_tvm_for_no_memory(dtype):
+    assert b"TVMBackendAllocWorkspace" not in build_object(emit(product(dtype)), "cpu")
+
+
 def test_the_interpreter_has_only_what_is_there():
     text = to_text(product())
     assert "i: 80 live here" in text and parse(text) == product()
