@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gossamer
+import gossamer.jax
 from gossamer import masks
 from gossamer.frontend.score import ScoreMod
 from gossamer.ir.derivative import derivative
@@ -150,3 +153,23 @@ def test_torch_compile() -> None:
         found.append(torch.autograd.grad(run(*inputs).square().sum(), wanted, materialize_grads=True))
     assert not found[0][3].any() and found[0][4].any()
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_jax_programs() -> None:
+    def attend(q: Any, k: Any, v: Any, gain: Any) -> Any:
+        scores = q @ jnp.swapaxes(k, -1, -2) * 0.25
+        scores = scores + jax.lax.stop_gradient(scores) * gain[:, None, None]
+        return jax.nn.softmax(scores, -1) @ v
+
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 2, 20, 16)), jnp.float32) for _ in range(3))
+    inputs = (q, k, v, jnp.asarray([0.5, -0.3]))
+    compiled = gossamer.jax.jit(attend)
+
+    def slopes(run: Callable[..., Any]) -> Any:
+        return jax.grad(lambda *x: jnp.square(run(*x)).sum(), (0, 1, 2, 3))(*inputs)
+
+    found, expected = slopes(compiled), slopes(attend)
+    assert len(compiled.report().compiled) == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
