@@ -20,6 +20,9 @@ from gossamer.frontend.score import ScoreMod
 from gossamer.ir.derivative import derivative
 from gossamer.ir.evaluate import evaluate
 from gossamer.ir.expr import real
+from gossamer.ir.kernel_text import to_text
+from gossamer.passes.pipeline import compile_spec
+from gossamer.passes.spec import AttentionSpec, Gradient
 
 from .gradient_cases import check_gradients
 
@@ -173,3 +176,35 @@ def test_jax_programs() -> None:
     assert len(compiled.report().compiled) == 1
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+# ---- what gradients of several reads have in common ----
+
+
+def _mixture(count: int) -> Callable[[Any], Any]:
+    """Of Gaussians of the distance: weights, centres and widths by head."""
+
+    def made(t: Any) -> Any:
+        def score_mod(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+            each = ((t[h, m, 0], (q - k - t[h, m, 1]) ** 2 / (2 * t[h, m, 2] ** 2 + 1)) for m in range(count))
+            return s + torch.log(sum(torch.exp(w) * torch.exp(-d) for w, d in each) + 1e-3)
+
+        return score_mod
+
+    return made
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda:sm_90"])
+def test_functions_are_computed_once_a_tile(target: str) -> None:
+    counts = []
+    for count in (1, 2, 4):
+        score = ScoreMod.trace(_mixture(count)(torch.randn(2, count, 3))).ir
+        spec = AttentionSpec(masks.causal().ir, score, "f32", 16, 16, return_lse=True, target=target)
+        *_, kernel = compile_spec(spec, gradient=Gradient(("t0",))).kernels
+        counts.append(to_text(kernel).count("exp("))
+    assert counts == [4, 8, 16]  # two in the scores, two in all gradients, of each Gaussian
+
+
+def test_shared_functions() -> None:
+    parameters = torch.randn(2, 1, 3, dtype=torch.float64)
+    check_gradients(33, 50, masks.causal(), captures=[parameters], score=_mixture(1))
