@@ -1,13 +1,13 @@
 """Kernels under JAX on this machine's NVIDIA GPU: whether they are right, and how long they take.
 
-    python benchmarks/jax_gpu.py                          # both, about a minute
+    python benchmarks/jax_gpu.py                          # both, about two minutes
     python benchmarks/jax_gpu.py --sections right
     python benchmarks/jax_gpu.py --sections speed --length 8192 --budget 120
 
 Every output and gradient is held against float64 by the rule of docs/design.md: at most twice the error of
 the formula in plain JAX in the same dtype, plus one ulp of the largest number. Times are of programs compiled
 by `jax.jit`, the median of batches of calls that wait for the GPU once a batch. What fails is printed, and
-the rest goes on. Results go to benchmarks/results/jax_DEVICE.json.
+the rest goes on. Results go to benchmarks/results/jax_DEVICE.json, after each case and each time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,13 +163,28 @@ def program(function: Callable[..., Any], case: Case) -> Run:
 NAMED = ("output", "dq", "dk", "dv", "the others")
 
 
-def right(case: Case, draws: int = 3) -> tuple[float, str]:
+def references(case: Case) -> tuple[Run, Run]:
+    """The formula in the case's dtype, and in float64 on the CPU; compiled."""
+
+    def compiled(kind: Any, wide: Any) -> Run:
+        given, weight = inputs(case, 0)
+        arrays = tuple(jax.ShapeDtypeStruct(x.shape, kind) for x in given)
+        run: Any = program(partial(formula, jnp, case), case)
+        return run.lower(arrays, jax.ShapeDtypeStruct(weight.shape, wide)).compile()
+
+    plain = compiled(NAMES[case.dtype], jnp.float32)
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return plain, compiled(jnp.float64, jnp.float64)
+
+
+def right(case: Case, known: Future[tuple[Run, Run]], draws: int = 3) -> tuple[float, str]:
     """The largest error over what is allowed, of the output and the gradients, and whose it is.
 
-    Errors of all draws count as one: the largest of ours, twice the largest of plain JAX."""
+    known: the references. Errors of all draws count as one: the largest of ours, twice the largest of plain
+    JAX."""
     dtype, cpu = NAMES[case.dtype], jax.local_devices(backend="cpu")[0]
-    ours, plain = program(partial(attend, case), case), program(partial(formula, jnp, case), case)
-    exact = program(partial(formula, jnp, case), case)
+    ours = program(partial(attend, case), case)
+    plain, exact = known.result()
     errors: dict[str, list[float]] = {}
     for seed in range(draws):
         given, weight = inputs(case, seed)
@@ -180,9 +196,9 @@ def right(case: Case, draws: int = 3) -> tuple[float, str]:
             true = [np.asarray(x) for x in true]
         for name, x, y, z in zip(NAMED, ours(arrays, narrow), plain(arrays, narrow), true, strict=False):
             mine, near = (float(np.abs(np.asarray(a, np.float64) - z).max()) for a in (x, y))
-            known = errors.setdefault(name, [0.0, 0.0, 0.0])
+            most = errors.setdefault(name, [0.0, 0.0, 0.0])
             ulp = float(jnp.finfo(dtype).eps) * float(np.abs(z).max())
-            errors[name] = [max(a, b) for a, b in zip(known, (mine, near, ulp), strict=True)]
+            errors[name] = [max(a, b) for a, b in zip(most, (mine, near, ulp), strict=True)]
             if math.isnan(mine):
                 return math.nan, name
     ratios = {name: mine / (2 * near + ulp) for name, (mine, near, ulp) in errors.items()}
@@ -247,11 +263,12 @@ def contenders(length: int, width: int) -> dict[str, Callable[..., Any]]:
     }
 
 
-def speed(length: int, width: int, backward: bool, until: float) -> dict[str, float]:
-    """Milliseconds of each contender, B=4 N=16 H=128 bf16."""
+def speed(
+    length: int, width: int, backward: bool, until: float, found: dict[str, float], keep: Callable[[], None]
+) -> None:
+    """Milliseconds of each contender, B=4 N=16 H=128 bf16, into `found`; `keep` is called after each."""
     keys = jax.random.split(jax.random.key(0), 3)
     arrays = [jax.random.normal(key, (4, length, 16, 128), jnp.bfloat16) for key in keys]
-    found = {}
     for name, function in contenders(length, width).items():
         if monotonic() > until and found:
             print(f"  {name}: left out, the budget is spent")
@@ -264,6 +281,7 @@ def speed(length: int, width: int, backward: bool, until: float) -> dict[str, fl
         try:
             found[name] = milliseconds(partial(run, *arrays))
             print(f"  {name}: {found[name]:.3f} ms", flush=True)
+            keep()
         except Exception as error:  # one that does not fit leaves the others
             print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
     ours = found.get("gossamer")
@@ -273,8 +291,7 @@ def speed(length: int, width: int, backward: bool, until: float) -> dict[str, fl
         ("XLA with the mask", 10.0),
     ):
         if ours and name in found:
-            print(f"  {found[name] / ours:.2f}x over {name} (goal {goal}x)")
-    return found
+            print(f"  {found[name] / ours:.2f}x over {name} (goal {goal}x)", flush=True)
 
 
 def main() -> None:
@@ -297,38 +314,55 @@ def main() -> None:
     start, device = monotonic(), jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
     results: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "right": {}, "ms": {}}
-    failures = 0
-    if device.platform != "cpu" and "right" in asked.sections:
-        compile_beside(jax_gpu.device().target)
-        print(f"kernels compiled in {monotonic() - start:.0f} s", flush=True)
-    for case in cases() if "right" in asked.sections else []:
-        name = f"{case.name} {case.dtype} {case.q_len}x{case.kv_len} size {case.size}"
-        if asked.only not in name:
-            continue
-        if monotonic() - start > asked.budget:
-            print("the budget is spent")
-            break
-        try:
-            worst, whose = right(case)
-            verdict = "right" if worst <= 1 else "inexact" if worst <= 3 else "WRONG"
-            print(f"{verdict}: {name}: {worst:.2f} of what is allowed ({whose})", flush=True)
-        except Exception as error:
-            worst, verdict = math.inf, "FAILED"
-            print(f"FAILED: {name}: {type(error).__name__}: {str(error)[:600]}", flush=True)
-            if failures == 0:
-                traceback.print_exc(limit=-6)
-        failures += verdict != "right"
-        results["right"][name] = worst
-    for backward in (False, True) if "speed" in asked.sections else ():
-        what = (
-            f"{'forward and backward' if backward else 'forward'}, S = {asked.length}, window {asked.width}"
-        )
-        print(what, flush=True)
-        results["ms"][what] = speed(asked.length, asked.width, backward, start + asked.budget)
-    print(f"{failures} cases are not right; {monotonic() - start:.0f} s")
     folder = Path(__file__).parent / "results"
     path = asked.out or folder / f"jax_{device.device_kind.replace(' ', '_')}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+
+    def keep() -> None:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+    chosen = [case for case in cases() if asked.only in title(case)] if "right" in asked.sections else []
+    for backward in (False, True) if "speed" in asked.sections else ():
+        kind = "forward and backward" if backward else "forward"
+        what = f"{kind}, S = {asked.length}, window {asked.width}"
+        print(what, flush=True)
+        times = results["ms"].setdefault(what, {})
+        speed(asked.length, asked.width, backward, start + asked.budget, times, keep)
+    print(f"{monotonic() - start:.0f} s", flush=True)
+    # XLA compiles the references on other cores, beside kernels and cases that run.
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        known = [pool.submit(references, case) for case in chosen]
+        if device.platform != "cpu" and chosen:
+            compile_beside(jax_gpu.device().target)
+            print(f"kernels compiled after {monotonic() - start:.0f} s", flush=True)
+        failures = 0
+        for case, references_of in zip(chosen, known, strict=True):
+            if monotonic() - start > asked.budget:
+                print("the budget is spent")
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+            failures += judge(case, references_of, results["right"], told=failures == 0)
+            keep()
+    print(f"{failures} cases are not right; {monotonic() - start:.0f} s")
+
+
+def title(case: Case) -> str:
+    return f"{case.name} {case.dtype} {case.q_len}x{case.kv_len} size {case.size}"
+
+
+def judge(case: Case, known: Future[tuple[Run, Run]], found: dict[str, float], *, told: bool) -> bool:
+    """Whether a case is not right. told: print where an exception comes from."""
+    name = title(case)
+    try:
+        worst, whose = right(case, known)
+        verdict = "right" if worst <= 1 else "inexact" if worst <= 3 else "WRONG"
+        print(f"{verdict}: {name}: {worst:.2f} of what is allowed ({whose})", flush=True)
+    except Exception as error:
+        worst, verdict = math.inf, "FAILED"
+        print(f"FAILED: {name}: {type(error).__name__}: {str(error)[:600]}", flush=True)
+        if told:
+            traceback.print_exc(limit=-6)
+    found[name] = worst
+    return verdict != "right"
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """Linear attention: gossamer, and the plain composition eager and under torch.compile, in one run.
 
     python benchmarks/linear.py                                        on a GPU if there is one, else a CPU
-    python benchmarks/linear.py --cases flurka --json benchmarks/results/linear_mine.json
+    python benchmarks/linear.py --cases flurka --launches --json benchmarks/results/linear_mine.json
 
-Forward, and forward with gradients of everything that has them, through autograd. On a GPU milliseconds come
-from events over many calls, as everywhere here; on a CPU contestants take turns. `error` is the largest one
-against float64 over twice that of the plain composition plus one ulp of the largest result: above 1 the rule
-of docs/design.md is broken. Goals for FLuRKA at S=8192 on an H100, over torch.compile: 2.5 forward, 1.8 with
-gradients.
+Forward, and forward with gradients of everything that has them, through autograd. On a GPU milliseconds
+come from events over many calls, as everywhere here; `graph` columns are replays of a CUDA graph of the same
+call, which leave out what the host does. On a CPU contestants take turns. `error` is the largest one
+against float64 over twice that of the plain composition plus one ulp of the largest result, of the output or
+of any gradient: above 1 the rule of docs/design.md is broken. Goals for FLuRKA at S=8192 on an H100, over
+torch.compile: 2.5 forward, 1.8 with gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Any
 
 import torch
@@ -26,6 +28,7 @@ from rich.table import Table
 
 import gossamer
 from gossamer import feature_maps
+from gossamer.frontend.measure_gpu import milliseconds
 
 console = Console()
 EPS = 1e-6
@@ -150,47 +153,69 @@ def main(
     cases: Annotated[str, typer.Option(help="beginnings of names, separated by commas, or 'all'")] = "all",
     rounds: Annotated[int, typer.Option(help="turns of every contestant, on a CPU")] = 5,
     compiled: Annotated[bool, typer.Option(help="time torch.compile too")] = True,
+    launches: Annotated[bool, typer.Option(help="on a GPU, print the time of each launch of ours")] = False,
+    budget: Annotated[float, typer.Option(help="seconds; no case is started after them")] = 480.0,
     json: Annotated[Path | None, typer.Option(help="where to write results")] = None,
 ) -> None:
     """Time every case forward and with gradients: bfloat16 on a GPU, float32 on a CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     starts = tuple("" if c == "all" else c for c in cases.split(","))
-    rows = []
+    deadline = monotonic() + budget
+    results = provenance(threads=torch.get_num_threads()) | {"rows": []}
     for name, case in CASES[device.type].items():
-        if name.startswith(starts):
-            rows += measure(name, case, device, dtype, rounds, compiled)
+        if not name.startswith(starts):
+            continue
+        if monotonic() > deadline:
+            console.print(f"the budget is spent before {name}")
+            continue
+        for row in measure(name, case, device, dtype, rounds, compiled, launches):
+            results["rows"].append(row)
             if json is not None:
-                save(json, provenance(threads=torch.get_num_threads()) | {"rows": rows})
-    heads = ("case", "what", "ours", "eager", "compile", "over eager", "over compile", "error")
-    table = Table(*heads, title=f"milliseconds, {dtype} on {device.type}")
-    for row in rows:
-        told = (f"{row[h]:.3f}" if isinstance(row[h], float) else str(row[h]) for h in row)
-        table.add_row(*told)
+                save(json, results)
+    table = Table(*COLUMNS, title=f"milliseconds, {dtype} on {device.type}")
+    for row in results["rows"]:
+        table.add_row(
+            *(f"{row[c]:.3f}" if isinstance(row.get(c), float) else str(row.get(c)) for c in COLUMNS)
+        )
     console.print(table)
 
 
+CONTESTANTS = ("ours", "eager", "compile", "ours graph", "compile graph")
+OVER = {"over eager": ("ours", "eager"), "over compile": ("ours", "compile"),
+        "over compile graph": ("ours graph", "compile graph")}  # fmt: skip
+COLUMNS = ("case", "what", *CONTESTANTS, *OVER, "error")
+
+
 def measure(
-    name: str, case: Case, device: torch.device, dtype: torch.dtype, rounds: int, compiled: bool
-) -> list[dict[str, Any]]:
+    name: str,
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    compiled: bool,
+    launches: bool,
+) -> Iterator[dict[str, Any]]:
     """Two rows: forward, and forward with gradients."""
     tensors = case.tensors(device, dtype)
-    error = judged(case, tensors)
     contestants = {"ours": case.ours, "eager": case.plain}
     if compiled:
         contestants["compile"] = torch.compile(case.plain)
-    rows = []
-    for what in ("forward", "with gradients"):
-        runs = {who: runner(run, tensors, learns=what != "forward") for who, run in contestants.items()}
-        ms = timed(runs, device, rounds)
-        rows.append(
-            {"case": name, "what": what}
-            | {who: ms.get(who, float("nan")) for who in ("ours", "eager", "compile")}
-            | {f"over {who}": ms.get(who, float("nan")) / ms["ours"] for who in ("eager", "compile")}
-            | {"error": error}
-        )
-        console.print(f"{name} {what}: {ms}")
-    return rows
+    for learns in (False, True):
+        what = "with gradients" if learns else "forward"
+        runs = {who: runner(run, tensors, learns=learns) for who, run in contestants.items()}
+        row: dict[str, Any] = {"case": name, "what": what, "error": judged(case, tensors, learns=learns)}
+        if device.type == "cpu":
+            row |= {who: 1e3 * t.median for who, t in interleaved(runs, rounds=rounds).items()}
+        else:
+            row |= {who: milliseconds(run) for who, run in runs.items() if run() is not None}
+            graphs = {who: run for who, run in runs.items() if who != "eager"}
+            row |= {f"{who} graph": milliseconds(replay(run)) for who, run in graphs.items()}
+        row |= {title: row[b] / row[a] for title, (a, b) in OVER.items() if a in row and b in row}
+        if launches and device.type == "cuda":
+            row["launches_us"] = launched(runs["ours"])
+        console.print(row)
+        yield row
 
 
 def runner(run: Run, tensors: list[torch.Tensor], *, learns: bool) -> Callable[[], Any]:
@@ -206,23 +231,60 @@ def runner(run: Run, tensors: list[torch.Tensor], *, learns: bool) -> Callable[[
     return lambda: torch.autograd.grad(run(*leaves), leaves, grad)
 
 
-def timed(runs: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, float]:
-    if device.type == "cpu":
-        return {who: 1e3 * t.median for who, t in interleaved(runs, rounds=rounds).items()}
-    from gossamer.frontend.measure_gpu import milliseconds
-
-    for run in runs.values():
+def replay(run: Callable[[], Any]) -> Callable[[], Any]:
+    """A CUDA graph of the call, as a function that runs it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         run()
-    return {who: milliseconds(run) for who, run in runs.items()}
+    return graph.replay
 
 
-def judged(case: Case, tensors: list[torch.Tensor]) -> float:
+def launched(run: Callable[[], Any], calls: int = 10) -> list[tuple[str, float]]:
+    """The kernels of a call in the order of their launches, with microseconds each, by torch's profiler."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    events = [e for e in found.events() or () if e.device_type == DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    count = len(events) // calls
+    last = events[-count:] if count else []
+    return [(event.name[:60], float(event.time_range.elapsed_us())) for event in last]
+
+
+def judged(case: Case, tensors: list[torch.Tensor], *, learns: bool) -> float:
     """Our largest error over what the rule allows, against float64."""
-    with torch.no_grad():
-        exact = case.plain(*(t.double() for t in tensors))
-        plain, ours = (run(*tensors).double() for run in (case.plain, case.ours))
-    ulp = torch.finfo(tensors[0].dtype).eps * exact.abs().max()
-    return float((ours - exact).abs().max() / (2 * (plain - exact).abs().max() + ulp))
+    exact, plain, ours = (
+        _results(run, [t.to(dtype) for t in tensors], learns)
+        for run, dtype in (
+            (case.plain, torch.float64), (case.plain, tensors[0].dtype), (case.ours, tensors[0].dtype),
+        )
+    )  # fmt: skip
+    worst = 0.0
+    for e, p, o in zip(exact, plain, ours, strict=True):
+        ulp = torch.finfo(o.dtype).eps * e.abs().max()
+        worst = max(worst, float((o - e).abs().max() / (2 * (p - e).abs().max() + ulp)))
+    return worst
+
+
+def _results(run: Run, tensors: list[torch.Tensor], learns: bool) -> tuple[torch.Tensor, ...]:
+    """The output, or the gradients of a fixed weighted sum of it."""
+    leaves = [t.detach().requires_grad_(learns) for t in tensors]
+    out = run(*leaves)
+    if not learns:
+        return (out,)
+    g = torch.Generator().manual_seed(1)
+    weights = torch.randn(out.shape, generator=g).to(torch.bfloat16).to(out.device, out.dtype)
+    return torch.autograd.grad(out, leaves, weights)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
 """Whole models: gossamer.jit, eager mode and torch.compile in one run, interleaved.
 
     python benchmarks/models.py                                 # minutes on a CPU
-    python benchmarks/models.py --models longformer --layers 2 --no-compile
+    python benchmarks/models.py --cases longformer --layers 2 --no-compile
     python benchmarks/models.py --device cuda --dtype bf16 --rounds 20 --json benchmarks/results/mine.json
 
 Models have the sizes of the published ones and random weights; times are those of a forward pass of one
-sequence; differences are those to eager mode. `capture`: what a first call on the CPU takes, of a decoder of
-12 layers, with no kernel in the cache, and in another process with all of them there.
+sequence; differences are those to eager mode. Results are written after each case:
+
+    longformer, bigbird   base-sized, against Hugging Face's eager mode
+    step                  a decoder of sliding windows at S=2048: time a call, and time until the call returns
+    generate              new tokens a second behind a prompt, static and dynamic caches
+    longformer_compiled, bigbird_compiled
+                          the same, and torch.compile
+    capture               what a first call on the CPU takes, of a decoder of 12 layers, with no kernel in the
+                          cache, and in another process with all of them there
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -39,19 +47,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "longformer": ("Longformer", BASE | dict(attention_window=512, sep_token_id=2)),
     "bigbird": ("BigBird", BASE | dict(attention_type="block_sparse", block_size=64, num_random_blocks=3)),
 }
+CASES = (*MODELS, "step", "generate", *(f"{name}_compiled" for name in MODELS), "capture")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def main(
-    models: Annotated[str, typer.Option(help=f"some of {', '.join(MODELS)}")] = ",".join(MODELS),
+    cases: Annotated[str, typer.Option(help="some of these, in any order")] = ",".join(CASES),
     layers: Annotated[int, typer.Option(help="of each model")] = 12,
-    seq: Annotated[int, typer.Option(help="tokens")] = 4096,
+    seq: Annotated[int, typer.Option(help="tokens of longformer and bigbird")] = 4096,
+    prompt: Annotated[int, typer.Option(help="tokens of step and generate")] = 2048,
+    width: Annotated[int, typer.Option(help="of step's and generate's model; 0: 768, 2048 on a GPU")] = 0,
+    tokens: Annotated[int, typer.Option(help="that generate makes")] = 64,
     rounds: int = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"one of {', '.join(DTYPES)}")] = "f32",
     compile: Annotated[bool, typer.Option(help="also torch.compile")] = True,
-    capture: Annotated[bool, typer.Option(help="also what a first call takes")] = True,
     json: Annotated[Path | None, typer.Option(help="write the results here")] = None,
 ) -> None:
     """Time whole models on this machine."""
@@ -59,16 +70,32 @@ def main(
     results["load"] = os.getloadavg()[0]  # of everything on this machine, before we start
     if device == "cuda":
         results["gpu"] = torch.cuda.get_device_name()
+    width = width or (2048 if device == "cuda" else 768)
+
+    def keep(case: str, found: dict[str, Any]) -> None:
+        console.print(case, found)
+        results[case] = found
+        if json is not None:
+            save(json, results)
+
     with torch.no_grad():
-        results["models"] = [
-            one(*build(name, layers, seq, device, DTYPES[dtype]), name, rounds, compile)
-            for name in models.split(",")
-        ]
-    if capture:
-        results["capture"] = captures()
-        console.print(results["capture"])
-    if json is not None:
-        save(json, results)
+        for case in cases.split(","):
+            start = perf_counter()
+            if case.removesuffix("_compiled") in MODELS:
+                name, _, compiled = case.partition("_")
+                if compile or not compiled:
+                    made = build(name, layers, seq, device, DTYPES[dtype])
+                    keep(case, one(*made, name, rounds, bool(compiled)))
+            elif case == "step":
+                keep(case, step(decoder(layers, width, device, DTYPES[dtype]), prompt, rounds, compile))
+            elif case == "generate":
+                keep(case, generate(decoder(layers, width, device, DTYPES[dtype]), prompt, tokens, rounds))
+            elif case == "capture":
+                keep(case, captures())
+            else:
+                raise typer.BadParameter(f"{case!r} is none of {', '.join(CASES)}", param_hint="--cases")
+            console.print(f"{case} took {perf_counter() - start:.0f} s")
+            torch._dynamo.reset()
 
 
 def one(model: Any, inputs: dict[str, Any], name: str, rounds: int, compile: bool) -> dict[str, Any]:
@@ -93,7 +120,6 @@ def one(model: Any, inputs: dict[str, Any], name: str, rounds: int, compile: boo
         speedup = timings["eager"].median / timing.median
         table.add_row(name, contestant, f"{timing.median:.3f}", f"{timing.best:.3f}", f"{speedup:.2f}")
     console.print(table)
-    torch._dynamo.reset()
     return found
 
 
@@ -120,6 +146,82 @@ def build(name: str, layers: int, seq: int, device: str, dtype: torch.dtype) -> 
     if name == "longformer":
         inputs["global_attention_mask"] = torch.zeros_like(ids).index_fill(1, torch.tensor([0]), 1)
     return model.to(device, dtype), {key: value.to(device) for key, value in inputs.items()}
+
+
+# ---- a decoder ----
+
+
+def decoder(layers: int, width: int, device: str, dtype: torch.dtype) -> Any:
+    """A decoder of sliding windows, with grouped heads of 64."""
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=32000, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=max(1, width // 256), sliding_window=1024,
+        max_position_embeddings=8192, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model: Any = transformers.MistralForCausalLM(config)
+    return model.eval().to(device, dtype)
+
+
+def step(model: Any, seq: int, rounds: int, compile: bool) -> dict[str, Any]:
+    """Seconds of a forward pass, and until the call returns, which a GPU hides where it takes longer."""
+    ids = torch.randint(5, 30000, (1, seq), device=model.device)
+    body, found = model.model, {"layers": model.config.num_hidden_layers, "seq": seq}
+    ours = gossamer.jit(body)
+    calls = {"gossamer": ("eager", ours), "eager": ("eager", body), "sdpa": ("sdpa", body)}
+    calls |= {"torch.compile": ("sdpa", torch.compile(body))} if compile else {}
+
+    def run(attention: str, call: Any) -> Any:
+        model.set_attn_implementation(attention)
+        return call(input_ids=ids, use_cache=False)
+
+    contestants = {name: partial(run, *how) for name, how in calls.items()}
+    plain = contestants["eager"]().last_hidden_state
+    for name, run in contestants.items():
+        out = run().last_hidden_state
+        found[f"{name} against eager"] = (out.float() - plain.float()).abs().max().item()
+    found["sites"], found["left"] = len(ours.report().compiled), len(ours.report().left)
+    whole = {name: finished(run, {}) for name, run in contestants.items()}
+    for name, timing in interleaved(whole, rounds=rounds, slot=0.0).items():
+        found[name] = {"median": timing.median, "best": timing.best, "host": returned(contestants[name])}
+    extra = found["gossamer"]["host"] - found["sdpa"]["host"]
+    found["host time beside sdpa, of a step"] = extra / found["gossamer"]["median"]
+    return found
+
+
+def returned(run: Callable[[], Any]) -> float:
+    """Seconds until a call returns, which may be before the device has done it."""
+    samples = []
+    for _ in range(5):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = perf_counter()
+        run()
+        samples.append(perf_counter() - start)
+    return min(samples)
+
+
+def generate(model: Any, prompt: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """New tokens a second behind a prompt."""
+    gossamer.register_transformers()
+    ids = torch.randint(5, 30000, (1, prompt), device=model.device)
+    found: dict[str, Any] = {"prompt": prompt, "tokens": tokens}
+    for cache in ("dynamic", "static"):
+
+        def run(attention: str, cache: str = cache) -> Any:
+            model.set_attn_implementation(attention)
+            kind = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+            mask = torch.ones_like(ids)
+            return model.generate(
+                ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, **kind
+            ).cpu()
+
+        runs = {attention: partial(run, attention) for attention in ("gossamer", "sdpa")}
+        outs = {name: run() for name, run in runs.items()}
+        same = (outs["gossamer"] == outs["sdpa"]).float().mean().item()
+        timings = interleaved(runs, rounds=min(rounds, 3), slot=0.0)
+        found[cache] = {name: tokens / timing.best for name, timing in timings.items()} | {"same": same}
+    return found
 
 
 # ---- first calls ----

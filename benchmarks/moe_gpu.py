@@ -66,9 +66,8 @@ def main(
     others = () if peers == "none" else tuple(peers.split(","))
     kinds = {"uniform": (False,), "zipf": (True,), "both": (False, True)}[routing]
     failed: list[Any] = []
-    if sweep:
-        counts = [int(n) for n in tokens.split(",")]
-        sweep_ahead([MODELS[name] for name in names], weights.split(","), counts)
+    counts = [int(n) for n in tokens.split(",")]
+    ahead([MODELS[name] for name in names], weights.split(","), counts, sweep=sweep, backward=backward)
     for name in names:
         dense = Layer(MODELS[name])
         for kind in weights.split(","):
@@ -216,31 +215,36 @@ class Layer:
 
 
 def schedules(model: Model, kind: str, tokens: int, formats: tuple[Any, Any]) -> tuple[list[Any], list[Any]]:
-    """What a sweep times for a case, and the specs of it."""
-    from moe_sweep import candidates, specs
+    """What a sweep times for a case, the default first, and the specs of it."""
+    from moe_sweep import Candidate, candidates, specs
 
     from gossamer.frontend.device import target_of
     from gossamer.frontend.layer import is_handful, load_of
+    from gossamer.passes.moe_once import decodes_once
 
     entries = tokens * model.top_k
     alone = is_handful(tokens, entries, model.experts)
     load = "one" if alone else load_of(entries / model.experts, torch.device("cuda"))
-    found = candidates(kind, tokens, entries / model.experts, formats)
+    mean, target = entries / model.experts, target_of(torch.device("cuda"))
+    once = tuple(load == "many" and q is not None and decodes_once(q, mean, "bf16", target) for q in formats)
+    found = [Candidate("default", more={"once": once}), *candidates(kind, tokens, mean, formats)]
     shape = (model.experts, model.top_k, model.hidden, model.inner)
-    return found, specs(found, shape, load, entries <= 512, target_of(torch.device("cuda")), formats)
+    return found, specs(found, shape, load, entries <= 512, target, formats)
 
 
-def sweep_ahead(models: list[Model], kinds: list[str], tokens: list[int]) -> None:
-    """Compile what sweeps of these cases time."""
-    from moe_sweep import compiled_ahead
+def ahead(models: list[Model], kinds: list[str], tokens: list[int], *, sweep: bool, backward: bool) -> None:
+    """Compile what these cases time, in parallel."""
+    from moe_sweep import compiled_ahead, with_gradients
 
-    every = []
+    every: list[Any] = []
     for model, kind, count in product(models, kinds, tokens):
         formats: tuple[Any, Any] = (None, None)
         if kind != "bf16":
             sizes = model.hidden, model.inner
             formats = tuple(gossamer.quantize(torch.zeros(1, 1, n), kind)._q for n in sizes)  # type: ignore[assignment]
-        every += schedules(model, kind, count, formats)[1]
+        found = schedules(model, kind, count, formats)[1]
+        every += found if sweep else found[:1]
+        every += with_gradients(found[0]) if backward and kind == "bf16" else ()
     began = perf_counter()
     compiled_ahead(every)
     print(f"compiled {len(every)} programs in {perf_counter() - began:.0f} s", flush=True)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -22,7 +22,7 @@ import torch
 
 from gossamer.ir.expr import real, sigmoid
 from gossamer.ir.ragged import Tiling
-from gossamer.passes.moe_pipeline import compile_experts
+from gossamer.passes.moe_pipeline import compile_experts, compile_gradients
 from gossamer.passes.moe_spec import ExpertsSpec
 from gossamer.runtime.driver import driver
 
@@ -56,15 +56,14 @@ def tile(
 
 
 def candidates(kind: str, tokens: int, mean: float, q: tuple[Any, Any]) -> list[Candidate]:
-    """What to time for matrices of a kind, of experts that get so many rows on average."""
+    """What to time beside the default for matrices of a kind, of experts that get so many rows on average."""
     if kind == "bf16":
-        return [Candidate("default"), *_dense(tokens, mean)]
-    found = [Candidate("default")]
+        return [*_dense(tokens, mean)]
     if tokens == 1:
-        return [*found, *_entries(q)]
+        return [*_entries(q)]
     if mean > 64:
-        return [*found, Candidate("decoded once", more={"once": (True, True)}), *_coded(q)]
-    return [*found, *_coded_few(q)]
+        return [Candidate("decoded once", more={"once": (True, True)}), *_coded(q)]
+    return [*_coded_few(q)]
 
 
 def _dense(tokens: int, mean: float) -> Iterator[Candidate]:
@@ -150,16 +149,29 @@ def specs(
     return [ExpertsSpec(*shape, SWIGLU, **facts, tiling=c.tilings, **c.more) for c in found]
 
 
-def compiled_ahead(every: list[ExpertsSpec]) -> None:
-    """Compile specs in parallel; errors come again where the program is asked for."""
+def with_gradients(spec: ExpertsSpec) -> list[tuple[ExpertsSpec, tuple[str, ...]]]:
+    """What a step of training compiles, keeping the first product or not: forward and gradients of all."""
+    found: list[tuple[ExpertsSpec, tuple[str, ...]]] = []
+    for keeps in (True, False):
+        routed = replace(spec, routed=True, keeps=keeps, single=False, routing=("i32", "f32"))
+        found.append((routed, ()))
+        found.append((replace(routed, routing=("i32", "bf16")), ("x", "weights", "gate_up", "down")))
+    return found
+
+
+def compiled_ahead(every: list[Any]) -> None:
+    """Compile specs, or specs and of which inputs the gradients are wanted, in parallel; errors come again
+    where the program is asked for."""
     cores = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(min(cores, 16), mp_context=get_context("spawn")) as pool:
         list(pool.map(_compile, every, chunksize=1))
 
 
-def _compile(spec: ExpertsSpec) -> None:
+def _compile(asked: Any) -> None:
+    spec, wanted = asked if isinstance(asked, tuple) else (asked, ())
     with suppress(Exception):
-        driver().compile(compile_experts(spec), spec.target)
+        made = compile_gradients(spec, wanted) if wanted else compile_experts(spec)
+        driver().compile(made, spec.target)
 
 
 def timed(

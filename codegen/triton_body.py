@@ -12,6 +12,7 @@ from ..ir.expr import Expr
 from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Scan, Stmt, Store
 from .layout import INDENT, WIDTH, wrap
 from .triton_boxes import box_of
+from .triton_e2m1 import e2m1_of
 from .triton_expr import Speller
 from .triton_fields import field_of
 from .triton_helpers import HELPERS
@@ -113,7 +114,7 @@ class Body:
 
     def _compute(self, stmt: Compute) -> None:
         axes = self.scope.order(stmt.axes)
-        field = field_of(stmt, self.scope) if self.packs else None
+        field = (field_of(stmt, self.scope) or e2m1_of(stmt, self.scope)) if self.packs else None
         if field is not None:
             self.scope.fields[field.name] = field.source
             name = self._tile(stmt.dst, stmt.dtype, axes, stmt.declares)
@@ -156,7 +157,8 @@ class Body:
             start = ", ".join(speller.convert(speller.integer(entry), "i32").text for entry in box.start)
             shape = ", ".join(map(str, box.shape))
             name = self._tile(stmt.dst, stmt.dtype, axes, True)
-            self._line(f"{name.text} = d_{stmt.tensor}.load([{start}]).reshape([{shape}])")
+            turned = f".permute({list(box.order)})" if box.order != tuple(sorted(box.order)) else ""
+            self._line(f"{name.text} = d_{stmt.tensor}.load([{start}]).reshape([{shape}]){turned}")
             self.zeros[stmt.dst] = frozenset(self.padded & set(axes))
             return
         pointer = self._address(speller, stmt.tensor, stmt.index, axes)

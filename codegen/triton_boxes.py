@@ -25,11 +25,13 @@ SHARED_ALIGN = 128  # bytes, of where the engine writes: whatever precedes a box
 
 @dataclass(frozen=True)
 class Box:
-    """A load of a box: where it starts, its extents by dimension of the tensor, and those of the tile."""
+    """A load of a box: where it starts, its extents by dimension of the tensor, those of them that a tile
+    has, and which of these is which dimension of the tile."""
 
     start: tuple[Expr, ...]
     extents: tuple[int, ...]
     shape: tuple[int, ...]
+    order: tuple[int, ...]
 
 
 def box_of(load: Load, axes: tuple[str, ...], speller: Speller, scope: Scope) -> Box | None:
@@ -53,9 +55,10 @@ def box_of(load: Load, axes: tuple[str, ...], speller: Speller, scope: Scope) ->
         extents.append(scope.axis(axis).size if axis is not None else 1)
     whole = math.prod(extents) * BYTES[tensor.dtype] % SHARED_ALIGN == 0
     fits = max(extents) <= MAX_EXTENT and extents[last] > 1 and whole
-    if tuple(found) != axes or not fits or not _bounded(load, tensor):
+    if sorted(found) != sorted(axes) or not fits or not _bounded(load, tensor):
         return None
-    return Box(tuple(starts), tuple(extents), tuple(scope.axis(a).size for a in axes))
+    shape = tuple(scope.axis(a).size for a in found)
+    return Box(tuple(starts), tuple(extents), shape, tuple(map(found.index, axes)))
 
 
 def _axis(varying: Expr, axes: tuple[str, ...]) -> str | None:

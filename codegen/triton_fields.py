@@ -46,17 +46,26 @@ class Field:
     @property
     def source(self) -> str:
         """The helper's definition, after FLAG."""
-        wide = self.dtype == "f32"
-        lines = _words(self) if wide else _halves(self)
-        text = "\n".join(f"        {line}" for line in lines)
-        inputs, outputs = ("r", "=r,=r,=r,=r") if wide else ("h", "=r")
+        says = f"{self.bits} bits of bytes from bit {self.shift} up, minus {self.offset:g}."
         field = f"(b.to(tl.int32) >> {self.shift}) & {(1 << self.bits) - 1}"
-        return f'''\
+        plain = f"({field}).to(tl.float32) - {self.offset!r}"
+        return helper(
+            self.name, self.dtype, says, plain, _words(self) if self.dtype == "f32" else _halves(self)
+        )
+
+
+def helper(name: str, dtype: str, says: str, plain: str, lines: list[str]) -> str:
+    """The text of a function of a tile of bytes: assembly for two of them that gives both numbers in one
+    register, or, in f32, for four. plain: the same as an expression over b."""
+    wide = dtype == "f32"
+    text = "\n".join(f"        {line}" for line in lines)
+    inputs, outputs = ("r", "=r,=r,=r,=r") if wide else ("h", "=r")
+    return f'''\
 @triton.jit
-def {self.name}(b):
-    """{self.bits} bits of bytes from bit {self.shift} up, minus {self.offset:g}."""
+def {name}(b):
+    """{says}"""
     if not ASSEMBLY:
-        return (({field}).to(tl.float32) - {self.offset!r}).to({TL[self.dtype]})
+        return ({plain}).to({TL[dtype]})
     return tl.inline_asm_elementwise(
         """
         {{
@@ -65,7 +74,7 @@ def {self.name}(b):
         """,
         "{outputs},{inputs}",
         [b],
-        dtype={TL[self.dtype]},
+        dtype={TL[dtype]},
         is_pure=True,
         pack={4 if wide else 2},
     )
@@ -128,16 +137,16 @@ def _halves(field: Field) -> list[str]:
         at = field.shift
     move = field.shift - at
     magic, unit = (bias + mantissa) << mantissa, (bias - at) << mantissa
-    less = _half_bits(-(2.0 ** (mantissa - at) + field.offset), field.dtype)
+    less = half_bits(-(2.0 ** (mantissa - at) + field.offset), field.dtype)
     mask = ((1 << field.bits) - 1) << at
     return [
         ".reg .b32 a, u, c;",
         "cvt.u32.u16 a, $1;",
         "prmt.b32 a, a, 0, 0x4140;",
         *([f"sh{'r' if move > 0 else 'l'}.b32 a, a, {abs(move)};"] if move else []),
-        f"lop3.b32 a, a, {_twice(mask)}, {_twice(magic)}, 0xEA;",
-        f"mov.b32 u, {_twice(unit)};",
-        f"mov.b32 c, {_twice(less)};",
+        f"lop3.b32 a, a, {twice(mask)}, {twice(magic)}, 0xEA;",
+        f"mov.b32 u, {twice(unit)};",
+        f"mov.b32 c, {twice(less)};",
         f"fma.rn.{field.dtype}x2 $0, a, u, c;",
     ]
 
@@ -176,11 +185,11 @@ def _f32(value: float) -> str:
     return f"0f{struct.unpack('<I', struct.pack('<f', value))[0]:08X}"
 
 
-def _half_bits(value: float, dtype: str) -> int:
+def half_bits(value: float, dtype: str) -> int:
     if dtype == "f16":
         return int(struct.unpack("<H", struct.pack("<e", value))[0])
     return int(struct.unpack("<I", struct.pack("<f", value))[0] >> 16)
 
 
-def _twice(half: int) -> str:
+def twice(half: int) -> str:
     return f"0x{half << 16 | half:08X}"

@@ -103,7 +103,7 @@ def train(attend: Attend, options: argparse.Namespace, title: str) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 20))
     losses: list[Tensor] = []
-    begun = half = perf_counter()
+    half = perf_counter()
     for n, text in enumerate(track(batches(options), title, options.steps, transient=True)):
         if n == options.steps // 2:
             losses[-1].item()  # a GPU has finished what came before
@@ -116,7 +116,7 @@ def train(attend: Attend, options: argparse.Namespace, title: str) -> Run:
         losses.append(loss.detach())
     found = torch.stack(losses).cpu() / math.log(2)
     last = options.steps - options.steps // 2
-    return Run(found, (perf_counter() - (half if options.steps > 1 else begun)) / last)
+    return Run(found, (perf_counter() - half) / last)
 
 
 def smooth(losses: Tensor, over: int = 15) -> Tensor:
@@ -192,7 +192,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--picture", type=Path, default=picture, help=f"where to write it (default: {picture})"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.steps < 2 or min(options.length, options.batch) < 1:
+        parser.error("expected --steps of 2 or more, --length and --batch of 1 or more")
+    return options
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ else, other backends of torch.compile included, it is the class's own.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -56,12 +57,14 @@ def capturing() -> bool:
 
 
 @torch._dynamo.assume_constant_result
-def adopt(module: torch.nn.Module, kind: str, why_not: str | None) -> int:
-    """What `adapted` knows a module by. why_not: why this call is left to the module, for the report."""
+def adopt(number: int, kind: str, why_not: str | None) -> int:
+    """What `adapted` knows a module by. number: its `id`, for not every dynamo hands modules to what it runs;
+    a module that is captured is alive. why_not: why this call is left to the module, for the report."""
+    module = ctypes.cast(number, ctypes.py_object).value
     if why_not is not None:
         tracing().findings.leave(module, kind, line_of_trace(), why_not)
-    _MODULES[id(module)] = module
-    return id(module)
+    _MODULES[number] = module
+    return number
 
 
 def run(name: str, original: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -69,9 +72,9 @@ def run(name: str, original: Any, module: Any, args: tuple[Any, ...], kwargs: di
     adapter = ADAPTERS[name]
     taken = adapter.take(module, *args, **kwargs)
     if isinstance(taken, str):
-        adopt(module, adapter.kind, taken)
+        adopt(id(module), adapter.kind, taken)
         return original(module, *args, **kwargs)
-    return adapter.give(adapted(name, adopt(module, adapter.kind, None), *taken))
+    return adapter.give(adapted(name, adopt(id(module), adapter.kind, None), *taken))
 
 
 def of_class(name: str, original: Any) -> Any:

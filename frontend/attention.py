@@ -20,8 +20,8 @@ from ..runtime.driver import driver
 from .captured import is_array
 from .form import Call, Options
 from .mask import Mask
-from .operator_rules import autocast, wants_gradient
-from .operators import call_operator, is_traced
+from .operator_rules import autocast, is_traced, wants_gradient
+from .operators import call_operator
 from .placement import NOWHERE, Placement, check_placement, tensors_of
 from .plan import recall, serves
 from .prepare import number_of, prepare

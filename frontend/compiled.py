@@ -49,7 +49,7 @@ class CapturedAttention(HigherOrderOperator):
         from .trace_graph import trace_graph
 
         call = form.join(tensors, integers, numbers)
-        mask, score, prob = functions
+        mask, score, prob = (_near(function, query.device) for function in functions)
         table = None
         if isinstance(mask, torch.Tensor):
             table, call = mask, call._replace(mask=Mask.of(mask))
@@ -62,6 +62,15 @@ class CapturedAttention(HigherOrderOperator):
         if dropout is not None:
             call = call._replace(prob=(call.prob or ProbMod.identity()).dropped_out(*dropout))
         return dispatch(query, key, value, call, table)
+
+
+def _near(function: Any, device: torch.device) -> Any:
+    """A function whose lifted numbers are on a device: those of Python come in tensors of the CPU's."""
+    if not isinstance(function, tuple):
+        return function
+    graph, lifted = function
+    numbers = (isinstance(x, torch.Tensor) and x.dim() == 0 for x in lifted)
+    return graph, tuple(x.to(device) if n else x for x, n in zip(lifted, numbers, strict=True))
 
 
 captured_attention = CapturedAttention()

@@ -23,7 +23,7 @@ from .graph_ops import arguments, operation, value_of
 from .graph_product import stacked_product
 from .graph_slots import CHOICE, TOKEN, Choices, Dispatched
 from .graph_sums import Summand, Sums, fixed_by, general_product
-from .graph_tensor import LeftAlone, Opaque, Reader, is_one, same_size, size_term
+from .graph_tensor import AT, LeftAlone, Opaque, Reader, is_one, same_size, size_term
 from .graph_terms import kind_of, linear, names_in, number, replaced
 from .term import Term, rename
 
@@ -69,7 +69,7 @@ def _rows(
         read = reader.operand(node, at).at([f"l{x}" for x in labels])
     except (LeftAlone, Opaque):
         return None
-    if not isinstance(read, tuple) or read[0] != "readf":
+    if not isinstance(read, tuple) or read[0] != "readf" or AT in read[1]:
         return None
     leaf = reader.leaves[read[1]]
     second = stacked_product(leaf)
@@ -120,7 +120,7 @@ def _source(reader: Reader, product: Any, rows: fx.Node) -> tuple[fx.Node, Index
     names = {product.read[0]: EXPERT, product.read[1]: SLOT, product.read_last: "h"}
     rows = behind(rows, ("to", "contiguous", "type_as"))
     read = reader.operand(rows, product.node).at([names[d] for d in range(3)])
-    leaf = reader.leaves[read[1]] if isinstance(read, tuple) and read[0] == "readf" else None
+    leaf = reader.made(read[1]) if isinstance(read, tuple) and read[0] == "readf" else None
     found = None if leaf is None else general_product(leaf)
     if leaf is None or found is None or len(found[0]) != 2 or len(found[2]) != 1:
         raise LeftAlone("its slots are not filled by a product of tokens and a dispatch tensor")
@@ -245,7 +245,7 @@ class _Reading:
 
         Proves that choices with the same expert read different counts."""
         is_read = isinstance(read, tuple) and read[0] in ("read", "readf")
-        leaf = self.reader.leaves[read[1]] if is_read else None
+        leaf = self.reader.made(read[1]) if is_read else None
         if leaf is None or name_of(leaf) != "cumsum":
             raise LeftAlone("its slots are no running counts")
         _check_exact(leaf)

@@ -63,7 +63,7 @@ def network(
     firsts: dict[str, Product] = {}
     used: dict[Term, tuple[str, str]] = {}
     for read in reads_in(tensor.term):
-        leaf = reader.leaves[read[1]]
+        leaf = reader.made(read[1])
         product = product_of(leaf)
         if read[0] != "readf" or product is None or tuple(read[2:-1]) != rows:
             raise LeftAlone(f"between its products stands {leaf.name}, which is no product of its tokens")

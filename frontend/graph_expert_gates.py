@@ -9,7 +9,7 @@ from .graph_contract import Labels, contraction
 from .graph_expert import Experts, behind, first_argument, name_of, network, same_node
 from .graph_ops import Operation, arguments, operation, value_of
 from .graph_product import stacked_product
-from .graph_tensor import LeftAlone, Reader
+from .graph_tensor import AT, LeftAlone, Reader
 from .graph_terms import number
 from .term import Term
 
@@ -108,6 +108,8 @@ def _one_hot(reader: Reader, term: Term) -> fx.Node | None:
     if isinstance(term, tuple) and term[0] == "cast":
         term = term[2]
     if not isinstance(term, tuple) or term[0] != "read" or term[2:] != ("i0", "i1", "i2"):
+        return None
+    if AT in term[1]:
         return None
     leaf = reader.leaves[term[1]]
     return first_argument(leaf) if name_of(leaf) == "one_hot" else None

@@ -108,7 +108,7 @@ def _one(reader: Reader, add: fx.Node) -> _One:
         ("mul", scales[0], products[0]),
     ):
         raise LeftAlone("what it adds is no product of an expert's rows and weights")
-    leaf, scale = reader.leaves[products[0][1]], reader.leaves[scales[0][1]]
+    leaf, scale = reader.made(products[0][1]), reader.made(scales[0][1])
     second = linear_product(leaf)
     if second is None:
         raise LeftAlone("its rows are no product with a matrix")
@@ -172,7 +172,7 @@ def _is_expert(reader: Reader, term: Term) -> tuple[fx.Node, int, tuple[Term, ..
         term = term[1]
     expert: Any = None
     ids, order = None, ()
-    if isinstance(term, tuple) and term[0] == "read" and name_of(reader.leaves[term[1]]) == "one_hot":
+    if isinstance(term, tuple) and term[0] == "read" and name_of(reader.made(term[1])) == "one_hot":
         *order, expert = term[2:]
         ids = first_argument(reader.leaves[term[1]])
     elif isinstance(term, tuple) and term[0] == "eq" and isinstance(term[1], tuple) and term[1][0] == "read":

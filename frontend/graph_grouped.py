@@ -20,7 +20,7 @@ from .graph_expert import Experts, first_argument, name_of, network, same_node
 from .graph_ops import arguments, operation, value_of
 from .graph_product import Product
 from .graph_sums import Sums
-from .graph_tensor import LeftAlone, Reader, same_size
+from .graph_tensor import AT, LeftAlone, Reader, same_size
 from .graph_terms import divided, number, reads_in, replaced, tidy
 from .term import Term
 
@@ -69,7 +69,8 @@ def _rows_name(add: fx.Node) -> str:
 
 def _second(reader: Reader, term: Term) -> Any:
     """The first read of a grouped product's rows in a term."""
-    return next((r for r in reads_in(term) if name_of(reader.leaves[r[1]]) in MM), None)
+    reads = (r for r in reads_in(term) if AT not in r[1])
+    return next((r for r in reads if name_of(reader.leaves[r[1]]) in MM), None)
 
 
 def _factors(reader: Reader, node: fx.Node) -> list[Term]:
@@ -118,7 +119,7 @@ def _added(reader: Reader, node: fx.Node) -> Found:
     reads = [r for r in reads_in(tokens) if r[0] == "read"]
     if len(reads) != 1 or reads[0][2:] != ("i0",):
         raise LeftAlone("its rows are not added to those of the choices that they are of")
-    sort = reader.leaves[reads[0][1]]
+    sort = reader.made(reads[0][1])
     product = _second(reader, term)
     weights = next((r for r in reads_in(term) if r[0] == "readf" and r != product), None)
     if product[2:] != ("i0", "i1") or weights is None or len(weights) != 4:
@@ -144,7 +145,7 @@ def _summed(reader: Reader, node: fx.Node) -> Found:
     back = product[2] if product[0] == "readf" and product[3:] == (COLUMN,) else None
     if not isinstance(back, tuple) or back[0] != "read" or back[2:] != (place,):
         raise LeftAlone("its rows are not put back into the order of the choices")
-    sort = _argument_of_sort(reader, reader.leaves[back[1]])
+    sort = _argument_of_sort(reader, reader.made(back[1]))
     sort = None if sort is None else sort[0]
     if sort is None or _argument_of_sort(reader, sort) is None:
         raise LeftAlone("its rows are not put back into the order of the choices")
@@ -240,8 +241,8 @@ def _behind_casts(reader: Reader, node: fx.Node, at: fx.Node) -> tuple[fx.Node, 
     """(what casts are of, whether none of them rounds numbers of rows)."""
     exact = True
     while True:
-        node = reader.memory.current(node, at)[0]
-        exact &= value_of(node).dtype in (torch.int32, torch.int64, torch.float32, torch.float64)
+        node, whole = reader.memory.current(node, at)
+        exact &= whole and value_of(node).dtype in (torch.int32, torch.int64, torch.float32, torch.float64)
         source = first_argument(node)
         if name_of(node) not in CASTS or source is None:
             return node, exact

@@ -19,7 +19,7 @@ from torch import fx
 from .graph_contract import Labels, contraction
 from .graph_match import simplified
 from .graph_ops import Operation, arguments, operation, value_of
-from .graph_tensor import LeftAlone, Reader, is_one, same_size, size_term
+from .graph_tensor import AT, LeftAlone, Reader, is_one, same_size, size_term
 from .graph_terms import combined, from_linear, kind_of, linear, names_in, number, tidy
 from .term import FALSE, TRUE, Term, children, rename
 
@@ -130,7 +130,7 @@ class Sums:
         leaf = self.reader.leaves[name]
         did = operation(leaf)
         whole = [Summand((read,))]
-        if self._is_narrow(indices) or "@" in name or did is None or did.writes:
+        if self._is_narrow(indices) or AT in name or did is None or did.writes:
             return whole
         if did.name == "one_hot":
             ids, size = arguments(leaf, "input", "num_classes")

@@ -27,6 +27,7 @@ from .trace_value import Value
 
 MAX_SIZE = 400  # operations of a term that is still worth carrying on; larger ones are read as tensors
 LEAF, SIZE = "%", "$"  # how the names of tensors and of sizes start
+AT = "@"  # before the node that reads a tensor of which a part was written to
 PRODUCT = "#"  # how the name of a product ends that is a part of its node's result
 
 
@@ -137,7 +138,7 @@ class Reader:
         dtype = dtype_name(value.dtype)
         if dtype is None:
             raise LeftAlone(f"{node.name} has dtype {value.dtype}, which kernels do not read")
-        name = LEAF + node.name + (f"@{at.name}" if at is not None else "")
+        name = LEAF + node.name + (AT + at.name if at is not None else "")
         self.leaves[name], self._read_at[name] = node, at or node
         shape = tuple(value.shape)
         indices = [0 if is_one(n) else axis(d) for d, n in enumerate(shape)] or [0]
@@ -154,6 +155,12 @@ class Reader:
         node = self.leaves[name]
         self.check(node, self._read_at[name])
         return node
+
+    def made(self, name: str) -> fx.Node:
+        """The node of a leaf that holds what the node made. Raises LeftAlone where a part is overwritten."""
+        if AT in name:
+            raise LeftAlone(f"{self.leaves[name].name} is written in place before it is used")
+        return self.leaves[name]
 
     def check(self, node: fx.Node, at: fx.Node) -> None:
         """Raise LeftAlone if something writes to a tensor after the node `at` has read it."""

@@ -17,7 +17,7 @@ from .graph_contract import Contraction, Labels, contraction
 from .graph_match import Attention, check_whole, checked, is_role, shared
 from .graph_operand import Axes, Operand
 from .graph_ops import Operation, arguments, operation, value_of
-from .graph_tensor import LeftAlone, Reader, axis, is_one
+from .graph_tensor import AT, LeftAlone, Reader, axis, is_one
 from .graph_terms import names_in, reads_in, replaced, tidy
 from .term import Term, rename
 
@@ -35,7 +35,7 @@ def weights_of(reader: Reader, product: Contraction) -> tuple[int, fx.Node] | No
         for read in reads_in(reader.operand(node, product.node).term):
             softmax = reader.leaves[read[1]]
             did = operation(softmax)
-            if did is None or did.name != "softmax":
+            if did is None or did.name != "softmax" or AT in read[1]:
                 continue
             dim = softmax_dim(softmax)
             if dim is not None and len(read) > dim + 2 and summed in names_in(read[2 + dim]):
@@ -179,6 +179,9 @@ def _dot(reader: Reader, term: Term, dim: int) -> tuple[Contraction, Term]:
     for read in reads_in(term):
         product = contraction(reader.leaves[read[1]])
         if product is None or axis(dim) not in read[2:]:
+            continue
+        if AT in read[1]:
+            reason = "its scores are written in place before the softmax"
             continue
         if sum(r[1] == read[1] for r in reads_in(term)) > 1:
             reason = "its scores are used at other places of the row or the column too"

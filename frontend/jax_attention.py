@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,13 @@ from .jax_call import Call, Source
 from .jax_gradient import attend
 from .jax_problem import FLOATS, Bound
 from .mask import Mask
+from .placement import NAMES
 from .problem import as_integer
 from .score import ProbMod, ScoreMod
 from .trace_tensor import dtype_name
 
+HELD = {"q_offsets", *NAMES.values()}
+"""Operands whose contents say where sequences are."""
 LAYOUTS = {"BTNH": "(batch, length, heads, size)", "BNTH": "(batch, heads, length, size)"}
 
 
@@ -42,6 +46,9 @@ def attention(
     sinks: Any = None,
     q_offset: Any = None,
     kv_lens: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_kv: Any = None,
+    block_table: Any = None,
     layout: str = "BTNH",
 ) -> Any:
     """Softmax attention over the pairs of a mask: softmax(scale * q k^T, where mask) v.
@@ -66,6 +73,12 @@ def attention(
         sinks: (N,) floats: one more score for each query head, which has no value.
         q_offset: the position of the first query of each sequence, an integer or an integer array (B,).
         kv_lens: (B,) integers: the keys of each sequence; what lies behind them is never read.
+        cu_seqlens_q, cu_seqlens_kv: (B + 1,) integers, the bounds of sequences packed one after the other:
+            query is (1, total, N, H), key and value are (1, total, K, H), and so are the results. Indices
+            count from the start of a sequence; b is its number. Queries behind the last have no keys.
+        block_table: (B, max_pages) integers: key and value are caches of pages (pages, page_size, K, H), and
+            key k of sequence b is row k % page_size of page block_table[b, k // page_size]. Needs kv_lens.
+            Pages have no gradients.
         layout: "BTNH", or "BNTH" for (B, N, T, H), (B, K, S, H) and (B, K, S, Hv).
 
     Returns:
@@ -80,11 +93,13 @@ def attention(
     """
     if layout not in LAYOUTS:
         raise InputError("attention.layout", " or ".join(LAYOUTS), repr(layout))
-    arrays, single = _checked(query, key, value, layout)
-    _check_mask(mask, arrays, layout)
+    arrays, single = _checked(query, key, value, layout, paged=block_table is not None)
+    where = {"q_bounds": cu_seqlens_q, "kv_bounds": cu_seqlens_kv, "block_table": block_table}
+    if where["q_bounds"] is None and block_table is None:
+        _check_mask(mask, arrays, layout)
     faces = Mask.of(mask), ScoreMod.of(score_mod), ProbMod.of(prob_mod)
     options: dict[str, Any] = dict(
-        scale=scale, return_lse=return_lse, sinks=sinks, q_offset=q_offset, kv_lens=kv_lens
+        scale=scale, return_lse=return_lse, sinks=sinks, q_offset=q_offset, where={"kv_lens": kv_lens} | where
     )
     call, operands = call_of(arrays, *faces, **options, layout=layout)
     found: Any = attend(call.text, operands)
@@ -107,21 +122,25 @@ def call_of(
     return_lse: bool = False,
     sinks: Any = None,
     q_offset: Any = None,
-    kv_lens: Any = None,
+    where: Mapping[str, Any] = MappingProxyType({}),
     layout: str = "BTNH",
 ) -> tuple[Call, tuple[Any, ...]]:
-    """The call of checked query, key and value, and its operands in order. Raises InputError."""
+    """The call of checked query, key and value, and its operands in order. Raises InputError.
+
+    where: the arrays that say where sequences are, by the kernels' names, or None."""
     heads = arrays[0].shape[2 if layout == "BTNH" else 1]
     operands: dict[str, Any] = dict(zip(("q", "k", "v"), arrays, strict=True))
     if sinks is not None:
         operands["sinks"] = _sinks(sinks, heads)
     if is_array(q_offset) and (len(q_offset.shape) or _is_traced(q_offset)):
         operands["q_offsets"], q_offset = jnp.atleast_1d(jnp.asarray(q_offset)), None
-    if kv_lens is not None:
-        operands["kv_lens"] = jnp.asarray(kv_lens)
+    operands |= {name: jnp.asarray(x) for name, x in where.items() if x is not None}
     maps = [f if f is None else _source(f, c, operands) for f, c in ((score, "t"), (prob, "w"))]
     given = (name in operands for name in ("sinks", "q_offsets", "kv_lens"))
-    settings = (_scale(scale), layout, _offset(q_offset), *given, bool(return_lse))
+    packed = "q" * ("q_bounds" in operands) + "k" * ("kv_bounds" in operands)
+    settings = (
+        _scale(scale), layout, _offset(q_offset), *given, bool(return_lse), packed, "block_table" in operands
+    )  # fmt: skip
     call = Call(_source(mask, "c", operands), *maps, *settings)  # type: ignore[arg-type]
     _check(call, operands)
     return call, tuple(operands[name] for name in call.operands)
@@ -179,7 +198,9 @@ def _is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def _checked(query: Any, key: Any, value: Any, layout: str) -> tuple[tuple[Any, ...], bool]:
+def _checked(
+    query: Any, key: Any, value: Any, layout: str, *, paged: bool = False
+) -> tuple[tuple[Any, ...], bool]:
     """The arrays with a batch, and whether they came without."""
     arrays = tuple(jnp.asarray(x) for x in (query, key, value))
     q, k, v = arrays
@@ -197,7 +218,9 @@ def _checked(query: Any, key: Any, value: Any, layout: str) -> tuple[tuple[Any, 
         raise InputError("attention.value", f"{k.shape[:-1]} + (size,), as key has", v.shape)
     if k.shape[-1] != q.shape[-1]:
         raise InputError("attention.key", f"the query's head size {q.shape[-1]}", k.shape[-1])
-    if q.ndim == 4 and k.shape[0] not in (1, q.shape[0]):
+    if paged and q.ndim != 4:
+        raise InputError("attention.query", "a batch, beside block_table", q.shape)
+    if q.ndim == 4 and not paged and k.shape[0] not in (1, q.shape[0]):
         raise InputError("attention.key", f"batch {q.shape[0]} (the query's) or 1", k.shape[0])
     place = -2 if layout == "BTNH" else -3
     if k.shape[place] == 0 or q.shape[place] % k.shape[place]:
@@ -223,11 +246,7 @@ def _check(call: Call, operands: dict[str, Any]) -> None:
     """Check shapes against each other, and contents of lengths and offsets where they are known.
 
     Raises InputError."""
-    known = {
-        name: np.asarray(x)
-        for name, x in operands.items()
-        if name in ("q_offsets", "kv_lens") and not _is_traced(x)
-    }
+    known = {name: np.asarray(x) for name, x in operands.items() if name in HELD and not _is_traced(x)}
     described = {
         name: Strided(
             known[name].ctypes.data if name in known else 0, x.shape, dtype_name(x.dtype) or str(x.dtype)
@@ -235,5 +254,5 @@ def _check(call: Call, operands: dict[str, Any]) -> None:
         for name, x in operands.items()
     }
     bound = Bound(call, described)
-    if known.keys() == operands.keys() & {"q_offsets", "kv_lens"}:
+    if known.keys() == operands.keys() & HELD:
         bound.placed.check_values(bound.problem)

@@ -72,7 +72,8 @@ class Call:
     """One attention, arrays aside.
 
     layout: of query, key and value: "BTNH" or "BNTH". q_offset: of all queries, where `offsets` is False.
-    sinks, offsets, lens: whether those are operands. lse: whether it is a result."""
+    sinks, offsets, lens, paged (a table of pages): whether those are operands. packed: whose bounds are:
+    those of queries ("q"), of keys too ("qk"), or nobody's. lse: whether it is a result."""
 
     mask: Source
     score: Source | None = None
@@ -84,11 +85,20 @@ class Call:
     offsets: bool = False
     lens: bool = False
     lse: bool = False
+    packed: str = ""
+    paged: bool = False
 
     @cached_property
     def operands(self) -> tuple[str, ...]:
         """The names of the operands, in order; captured arrays are c0, ..., t0, ..., w0, ..."""
-        asked = (("sinks", self.sinks), ("q_offsets", self.offsets), ("kv_lens", self.lens))
+        asked = (
+            ("sinks", self.sinks),
+            ("q_offsets", self.offsets),
+            ("kv_lens", self.lens),
+            ("q_bounds", "q" in self.packed),
+            ("kv_bounds", "k" in self.packed),
+            ("block_table", self.paged),
+        )
         captured = [f"{letter}{i}" for letter, source in self.sources for i in range(len(source.signature))]
         return ("q", "k", "v", *(name for name, there in asked if there), *captured)
 

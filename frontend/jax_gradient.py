@@ -14,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import batching
 
+from ..ir.errors import UnsupportedError
 from . import jax_cpu
 from .executables import SLOTS
 from .jax_call import Call, GradientCall
@@ -42,7 +43,7 @@ define(gradient_p, _shapes, jax_cpu.GRADIENT)
 def _batched(args: Sequence[Any], dims: Sequence[int | None], *, call: str) -> Any:
     asked, args = GradientCall.parse(call), leading(args, dims)
     own = {name: d is not None for name, d in zip(asked.operands, dims, strict=True)}
-    if own.get("sinks"):
+    if own.get("sinks") or asked.call.packed or asked.call.paged:
         return one_by_one(gradient_p, args, list(own.values()), call)
     captured = [name for name in asked.wanted if name[1:].isdecimal()]
     given = {name: x for name, x in zip(asked.operands, args, strict=True) if name != "sinks"}
@@ -92,6 +93,11 @@ def _forward(call: str, operands: tuple[Any, ...]) -> Any:
         for name, x in zip(parsed.operands, operands, strict=True)
         if x.perturbed and jnp.issubdtype(x.value.dtype, jnp.floating) and name[0] != "c"
     )
+    if wanted and parsed.paged:
+        raise UnsupportedError(
+            "attention: pages of keys have no gradient. Pass query, key and value through "
+            "jax.lax.stop_gradient"
+        )
     out, lse = attention_p.bind(*arrays, call=replace(parsed, lse=True).text)
     return (out, lse) if parsed.lse else (out,), (arrays, out, lse, wanted)
 

@@ -137,7 +137,7 @@ def fold(
 def _batched(args: Sequence[Any], dims: Sequence[int | None], *, call: str) -> Any:
     parsed, args = Call.parse(call), leading(args, dims)
     own = {name: d is not None for name, d in zip(parsed.operands, dims, strict=True)}
-    if own.get("sinks"):
+    if own.get("sinks") or parsed.packed or parsed.paged:
         return one_by_one(attention_p, args, list(own.values()), call)
     # Sinks are no part of a sequence.
     given = {name: x for name, x in zip(parsed.operands, args, strict=True) if name != "sinks"}
@@ -149,7 +149,8 @@ def _batched(args: Sequence[Any], dims: Sequence[int | None], *, call: str) -> A
 
 
 def one_by_one(primitive: Primitive, args: Sequence[Any], own: Sequence[bool], call: str) -> Any:
-    """Kernels take one set of sinks: calls with sinks of their own run one after the other."""
+    """Calls that are not one call of more sequences, as kernels take one set of sinks: they run one after the
+    other."""
 
     def run(mine: Sequence[Any]) -> Any:
         left = iter(mine)

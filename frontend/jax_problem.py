@@ -12,7 +12,7 @@ from ..ir.errors import InputError
 from ..runtime.strided import Strided
 from .jax_call import Call, Source
 from .mask import Mask
-from .placement import Placement
+from .placement import NAMES, Placement
 from .problem import Problem
 from .reads import check_reads
 from .score import ProbMod, ScoreMod
@@ -47,9 +47,10 @@ class Bound:
     def __init__(self, call: Call, operands: Mapping[str, Strided]) -> None:
         self.call = call
         query, key, value = (heads_first(operands[name], call.layout) for name in ("q", "k", "v"))
-        self.problem = StridedProblem(query, key, value, True)
+        self.problem = StridedProblem(query, key, value, True, paged=call.paged)
         offset = operands.get("q_offsets", call.q_offset)
-        self.placed = Placement.of(self.problem, offset, kv_lens=operands.get("kv_lens"))
+        where: dict[str, Any] = {keyword: operands.get(name) for keyword, name in NAMES.items()}
+        self.placed = Placement.of(self.problem, offset, **where)
         self.arrays = {name: tensor for name, tensor in operands.items() if name[1:].isdecimal()}
         self.mask = self._with_arrays("c", call.mask, Mask)
         self.score = call.score and self._with_arrays("t", call.score, ScoreMod)

@@ -22,10 +22,13 @@ except ImportError:
 from . import adapt_bigbird, adapt_experts, adapt_longformer, dynamo  # noqa: F401  they register themselves
 from .graph_compile import compile_graph
 from .graph_report import Findings
+from .graph_rest import compile_rest
 from .report import Report
 
 
-def jit(target: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False) -> Any:
+def jit(
+    target: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False, rest: str | None = None
+) -> Any:
     """A model or function whose attention gossamer computes: `gossamer.jit(model)`, or `@gossamer.jit`.
 
     Args:
@@ -34,23 +37,27 @@ def jit(target: Any = None, *, dynamic: bool | None = None, fullgraph: bool = Fa
         dynamic: as `torch.compile` has it: None captures anew for other sizes once, then for all of them.
         fullgraph: raise where the program cannot be captured in one piece, instead of running that line in
             Python between two pieces.
+        rest: the backend of torch.compile that compiles what is left, such as "inductor"; None: it runs in
+            eager mode.
 
     Returns:
         A module or function that is called as the original. Its `report()` gives a Report of what is
         compiled, and of what is left to PyTorch and why; programs are captured when they are called.
 
     Results are those of the original up to rounding: intermediate scores are not rounded to 16 bits. Rows
-    without any key give what the original gives them. What is left runs in eager mode.
+    without any key give what the original gives them. What is left is PyTorch's, and rounds as it does.
 
     Raises:
-        InputError: target is neither a module nor callable.
+        InputError: target is neither a module nor callable, or rest is no backend.
     """
+    if rest is not None and rest not in torch._dynamo.list_backends(exclude_tags=()):
+        raise InputError("gossamer.jit.rest", "a backend of torch.compile, such as 'inductor'", repr(rest))
     if target is None:
-        return functools.partial(jit, dynamic=dynamic, fullgraph=fullgraph)
+        return functools.partial(jit, dynamic=dynamic, fullgraph=fullgraph, rest=rest)
     if not callable(target):
         raise InputError("gossamer.jit", "a torch.nn.Module or a function", type(target).__name__)
     findings = Findings()
-    capture = torch._dynamo.optimize(backend_of(findings), nopython=fullgraph, dynamic=dynamic)
+    capture = torch._dynamo.optimize(backend_of(findings, rest), nopython=fullgraph, dynamic=dynamic)
     compiled: Any = capture(target)
     if isinstance(target, torch.nn.Module):
         compiled.__dict__["report"] = findings.report  # beside the attributes that it forwards to the module
@@ -59,13 +66,13 @@ def jit(target: Any = None, *, dynamic: bool | None = None, fullgraph: bool = Fa
     return compiled
 
 
-def backend_of(findings: Findings) -> Callable[..., Any]:
-    """A backend of torch.compile that notes what it finds."""
+def backend_of(findings: Findings, rest: str | None = None) -> Callable[..., Any]:
+    """A backend of torch.compile that notes what it finds. rest: the one that compiles what is left."""
 
     def gossamer(graph: torch.fx.GraphModule, example_inputs: Any, **options: Any) -> Callable[..., Any]:
         compiled, parts = compile_graph(graph)
         findings.add(_piece(graph), parts)
-        return compiled.forward
+        return compiled.forward if rest is None else compile_rest(compiled, rest)
 
     gossamer.findings = findings  # type: ignore[attr-defined]  # for adapters, while a program is captured
     gossamer.backend_ctx_ctor = _Settings  # type: ignore[attr-defined]
@@ -86,9 +93,10 @@ class _Settings:
 
 
 def backend(graph: torch.fx.GraphModule, example_inputs: Any, **options: Any) -> Callable[..., Any]:
-    """`torch.compile(backend="gossamer")`."""
+    """`torch.compile(backend="gossamer")`; options={"rest": "inductor"} is as for `gossamer.jit`."""
     vars(backend)["findings"] = Findings()
-    return backend_of(Findings())(graph, example_inputs, **options)
+    rest = (options.get("options") or {}).get("rest")
+    return backend_of(Findings(), rest)(graph, example_inputs)
 
 
 backend.findings = Findings()  # type: ignore[attr-defined]  # that nobody asks for

@@ -11,7 +11,7 @@ from typing import Any
 from ..ir.errors import InputError, MissingDependencyError
 from . import feature_maps
 from .layers import FLOATS, check_tensor
-from .linear_launch import Settings, attend
+from .linear_launch import Recalled, Settings, attend, recall
 from .linear_operator import call as traced
 from .linear_operator import watched
 
@@ -71,16 +71,75 @@ def linear_attention(
         InputError: a shape, dtype, device or value is wrong. TraceError: a feature map cannot be captured.
         UnsupportedError: something that is not built yet.
     """
-    q_map = feature_maps.of(feature_map, "linear_attention.feature_map")
-    k_map = q_map if key_map is None else feature_maps.of(key_map, "linear_attention.key_map")
-    if not torch.compiler.is_compiling():  # else the operator does
-        check(query, key, value, causal=causal, enable_gqa=enable_gqa)
-        _check_backend(query, backend)
+    given = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)
+    states = () if initial_state is None else tuple(given)
+    settings = settings_of(
+        feature_map,
+        key_map,
+        causal=causal,
+        normalize=normalize,
+        eps=eps,
+        initial=bool(states),
+        final=return_state,
+    )
+    tensors, options = (query, key, value, *states), (bool(enable_gqa), backend, type(initial_state))
+    apart = watched(tensors) or settings.prepares
+    known = Recalled() if apart else recall(settings, tensors, options)
+    if known.kernels is None:
+        if not torch.compiler.is_compiling():  # else the operator does
+            check(query, key, value, causal=settings.causal, enable_gqa=enable_gqa)
+            check_backend(query, backend)
+        rows = rows_of(query, key, settings)
+        _check_states(initial_state, rows[1], value, len(settings.k_map.parts), normalize)
+        tensors = (*rows, value, *states)
+    found = _run(tensors, settings, known if not apart else None, options)
+    if not return_state:
+        return found[0]
+    return found[0], (found[1:] if normalize else found[1])
+
+
+def _run(
+    tensors: tuple[Any, ...], settings: Settings, known: Recalled | None, options: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """(out, *new states). tensors: prepared rows of q and k, v, states. known: of them, if these are the
+    caller's own."""
+    enable_gqa, backend, _ = options
+    if known is not None and known.kernels is not None:
+        return known.kernels(tensors)
+    if backend == "reference":
+        return reference(tensors, settings)
+    if watched(tensors):
+        return traced(tensors, settings, enable_gqa)
+    if any(0 in tensor.shape for tensor in tensors[:3]):
+        return reference(tensors, settings)
+    known = known or recall(settings, tensors, options)
+    return known.kernels(tensors) if known.kernels is not None else attend(tensors, settings, known.key)
+
+
+def settings_of(
+    feature_map: Any,
+    key_map: Any,
+    *,
+    causal: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    initial: bool = False,
+    final: bool = False,
+) -> Settings:
+    """The options of a call that kernels depend on. Raises InputError, TraceError and UnsupportedError."""
     if not isinstance(eps, int | float) or not eps >= 0:
         raise InputError("linear_attention.eps", "a number of at least 0", repr(eps))
+    q_map = feature_maps.of(feature_map, "linear_attention.feature_map")
+    k_map = q_map if key_map is None else feature_maps.of(key_map, "linear_attention.key_map")
     if len(q_map.parts) != len(k_map.parts):
         counts = f"{len(q_map.parts)} and {len(k_map.parts)}"
         raise InputError("linear_attention.key_map", "as many features of an element as feature_map", counts)
+    return Settings(q_map, k_map, bool(causal), float(eps) if normalize else None, initial, bool(final))
+
+
+def rows_of(query: Any, key: Any, settings: Settings) -> tuple[Any, Any]:
+    """The rows that kernels read of query and key, as maps prepare them. Raises InputError."""
+    q_map, k_map = settings.q_map, settings.k_map
     rows_q = query if q_map.prepare is None else q_map.prepare(query)
     rows_k = key if k_map.prepare is None else k_map.prepare(key)
     for name, rows, tensor in (("feature_map", rows_q, query), ("key_map", rows_k, key)):
@@ -90,21 +149,7 @@ def linear_attention(
     if rows_q.shape[3] != rows_k.shape[3] or not 1 <= rows_q.shape[3] <= WIDEST:
         expected = f"rows of one size for q and k, 1 to {WIDEST}"
         raise InputError("linear_attention.key", expected, f"{rows_q.shape[3]} and {rows_k.shape[3]}")
-    states = _states(initial_state, rows_k, value, len(k_map.parts), normalize)
-    settings = Settings(
-        q_map, k_map, bool(causal), float(eps) if normalize else None, bool(states), bool(return_state)
-    )
-    if backend == "reference":
-        found = reference(rows_q, rows_k, value, states, settings)
-    elif watched((rows_q, rows_k, value, *states)):
-        found = traced(rows_q, rows_k, value, states, settings, bool(enable_gqa))
-    elif 0 in (*query.shape, *key.shape, *value.shape):
-        found = reference(rows_q, rows_k, value, states, settings)
-    else:
-        found = attend(rows_q, rows_k, value, states, settings)
-    if not return_state:
-        return found[0]
-    return found[0], (found[1:] if normalize else found[1])
+    return rows_q, rows_k
 
 
 def check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool) -> None:
@@ -141,7 +186,8 @@ def check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool) -> None:
         )
 
 
-def _check_backend(q: Any, backend: Any) -> None:
+def check_backend(q: Any, backend: Any) -> None:
+    """Raise InputError unless a backend serves tensors where the query is."""
     where = "linear_attention"
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise InputError(f"{where}.backend", f"one of {', '.join(BACKENDS)}", repr(backend))
@@ -150,9 +196,9 @@ def _check_backend(q: Any, backend: Any) -> None:
         raise InputError(f"{where}.backend", f"{kinds} tensors for {backend!r}", q.device, 'Pass "auto"')
 
 
-def _states(given: Any, k: Any, v: Any, parts: int, normalize: bool) -> tuple[torch.Tensor, ...]:
+def _check_states(given: Any, k: Any, v: Any, parts: int, normalize: bool) -> None:
     if given is None:
-        return ()
+        return
     where = "linear_attention.initial_state"
     tensors = given if normalize else (given,)
     if not isinstance(tensors, tuple | list) or len(tensors) != (2 if normalize else 1):
@@ -165,19 +211,19 @@ def _states(given: Any, k: Any, v: Any, parts: int, normalize: bool) -> tuple[to
         if tuple(tensor.shape) != shape or tensor.dtype != wide or tensor.device != v.device:
             got = f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
             raise InputError(where, f"{shape} of {wide} on {v.device}", got)
-    return tuple(tensors)
 
 
 # the formula ------------------------------------------------------------------------------------------
 
 
-def reference(q: Any, k: Any, v: Any, states: tuple[Any, ...], settings: Settings) -> tuple[Any, ...]:
+def reference(tensors: tuple[Any, ...], settings: Settings) -> tuple[Any, ...]:
     """The formula over all pairs in float64, differentiable: (out, *new states), rounded at the end."""
-    return plain(q, k, v, states, settings, torch.float64)
+    return plain(tensors, settings, torch.float64)
 
 
-def plain(q: Any, k: Any, v: Any, states: tuple[Any, ...], settings: Settings, dtype: Any) -> tuple[Any, ...]:
-    """The formula over all pairs by torch in some dtype. q and k: prepared rows."""
+def plain(tensors: tuple[Any, ...], settings: Settings, dtype: Any) -> tuple[Any, ...]:
+    """The formula over all pairs by torch in some dtype. tensors: prepared rows of q and k, v, states."""
+    q, k, v, *states = tensors
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     repeat = q.shape[1] // max(1, k.shape[1])
     features = [replace(m, prepare=None)(x.to(dtype)) for m, x in ((settings.q_map, q), (settings.k_map, k))]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .feature_maps import FeatureMap
-from .linear_launch import NAMES, Settings, forward, gradients
+from .linear_launch import NAMES, Settings, forward, gradients, shapes_of
 from .moe_form import MoeForm
-from .operators import is_traced
+from .operator_rules import is_traced
+from .step_autograd import recording
 from .step_operator import Arguments, Made, define, learns, refuse
 
 define("linear_attention", {"linear_attention": "linear_operator"})
@@ -22,11 +23,9 @@ def watched(tensors: Sequence[Tensor]) -> bool:
     return torch.compiler.is_compiling() or is_traced(tensors)
 
 
-def call(
-    q: Tensor, k: Tensor, v: Tensor, states: Sequence[Tensor], settings: Settings, enable_gqa: bool
-) -> tuple[Tensor, ...]:
-    """(out, *new states) by the operator. q, k: prepared rows."""
-    tensors = [q, k, v, *states]
+def call(given: Sequence[Tensor], settings: Settings, enable_gqa: bool) -> tuple[Tensor, ...]:
+    """(out, *new states) by the operator. given: prepared rows of q and k, v, states."""
+    tensors = [*given]
     facts = (
         ("q_map", settings.q_map.key),
         ("k_map", settings.k_map.key),
@@ -39,13 +38,15 @@ def call(
     form = MoeForm("linear_attention", NAMES[: len(tensors)], (), ("eps",)[: len(numbers)], facts, learning)
     if not torch.compiler.is_compiling():
         refuse(form, tensors)
-    out, *more = torch.ops.gossamer.linear_attention(tensors, [], numbers, form.text)
-    return (out, *more[1:]) if learning and settings.eps is not None else (out, *more)
+    found = torch.ops.gossamer.linear_attention(tensors, [], numbers, form.text)
+    names = settings.results(keeps=learning)
+    return tuple(t for name, t in zip(names, found, strict=True) if settings.given(name))
 
 
 class LinearStep:
-    """o (B, Hq, L, Dv); where a gradient may be asked for, its denominators den (B, Hq, L); the states behind
-    the last key, new_state (B, Hk, F, Dv) and new_sums (B, Hk, F), if asked for. Contiguous."""
+    """o (B, Hq, L, Dv); the states behind the last key, new_state (B, Hk, F, Dv) and new_sums (B, Hk, F), if
+    asked for; and where a gradient may be asked for, what that reads besides: denominators den (B, Hq, L) or,
+    without `causal`, the states as key_state and key_sums. Contiguous."""
 
     def made(self, call: Arguments) -> list[Made]:
         from .linear import check
@@ -53,43 +54,37 @@ class LinearStep:
         q, k, v = (call.tensors[name] for name in ("q", "k", "v"))
         settings = _settings(call)
         check(q, k, v, causal=settings.causal, enable_gqa=call.facts["enable_gqa"])
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        found = [Made("o", (*q.shape[:3], v.shape[3]), q.dtype)]
-        if call.form.learns and settings.eps is not None:
-            found.append(Made("den", tuple(q.shape[:3]), wide))
-        if settings.final:
-            state = (*k.shape[:2], k.shape[3] * len(settings.k_map.parts), v.shape[3])
-            found.append(Made("new_state", state, wide))
-            if settings.eps is not None:
-                found.append(Made("new_sums", state[:3], wide))
-        return found
+        return [Made(*made) for made in shapes_of(call.tensors, settings, keeps=call.form.learns)]
 
     def evaluate(self, call: Arguments) -> list[Tensor]:
         settings, made = _settings(call), self.made(call)
         values = {name: tensor.detach() for name, tensor in call.tensors.items()}
         if not _is_empty(values):
-            return list(forward(values, settings, keeps=call.form.learns, contiguous=True))
-        out, *states = _reference(values, settings)
-        den = [values["q"].new_zeros(m.shape, dtype=m.dtype) for m in made if m.name == "den"]
-        return [t.contiguous() for t in (out, *den, *states)]
+            return list(forward(values, settings, keeps=call.form.learns))
+        found = iter(_reference(values, settings))
+        zeros = values["q"].new_zeros
+        return [
+            next(found).contiguous() if settings.given(m.name) else zeros(m.shape, dtype=m.dtype)
+            for m in made
+        ]
 
     def differentiate(
         self, call: Arguments, results: dict[str, Tensor], slopes: dict[str, Tensor], wanted: tuple[str, ...]
     ) -> dict[str, Tensor]:
         settings = _settings(call)
         values = {name: tensor.detach() for name, tensor in call.tensors.items()}
-        given = {n: slopes.get(n, torch.zeros_like(t)) for n, t in results.items() if n != "den"}
+        given = {n: slopes.get(n, torch.zeros_like(t)) for n, t in results.items() if settings.given(n)}
         if _is_empty(values):
             leaves = {n: t.requires_grad_(n in wanted) for n, t in values.items()}
-            with torch.enable_grad():
-                made = _reference(leaves, settings)
             asked = [leaves[n] for n in wanted]
-            found = torch.autograd.grad(made, asked, [*given.values()], materialize_grads=True)
+            with recording(), torch.enable_grad():
+                made = _reference(leaves, settings)
+                found = torch.autograd.grad(made, asked, [*given.values()], materialize_grads=True)
             return dict(zip(wanted, found, strict=True))
-        values |= {n: results[n] for n in ("o", "den") if settings.eps is not None}
+        values |= {n: results[n] for n in settings.kept}
         values |= {f"d{n}": t for n, t in given.items()}
         order = tuple(n for n in NAMES if n in wanted)
-        return dict(zip(order, gradients(values, settings, order, contiguous=True), strict=True))
+        return dict(zip(order, gradients(values, settings, order), strict=True))
 
 
 def _settings(call: Arguments) -> Settings:
@@ -107,8 +102,7 @@ def _is_empty(values: dict[str, Tensor]) -> bool:
 def _reference(values: dict[str, Tensor], settings: Settings) -> tuple[Any, ...]:
     from .linear import reference
 
-    q, k, v, *states = (values[name] for name in NAMES if name in values)
-    return reference(q, k, v, tuple(states), settings)
+    return reference(tuple(values[name] for name in NAMES if name in values), settings)
 
 
 STEP = LinearStep()

@@ -9,12 +9,17 @@ import torch
 
 from ..ir.errors import InputError
 from ..ir.graph import Graph, Op, Value
+from ..runtime.driver import driver
 from .layers import FLOATS, check_tensor
-from .linear import linear_attention
+from .linear import check, check_backend, linear_attention, rows_of, settings_of
+from .linear_launch import Kernels, Recalled, recall
+from .linear_operator import watched
+from .low_rank_launch import Layer, Products, Step, by_head
+from .operator_rules import wants_gradient
 from .pure import pure
 
 Weights = dict[str, torch.Tensor]
-Step = tuple[str, str, str]  # left, right, made
+DEFAULTS: dict[str, Any] = {"key_map": None, "normalize": True, "eps": 1e-6, "backend": "auto"}
 
 
 def flurka(
@@ -52,13 +57,32 @@ def flurka(
     tensors = {"x": x, "w_q": w_q, "w_k": w_k, "w_v": w_v, "proj_k": proj_k}
     if proj_v is not None:
         tensors["proj_v"] = proj_v
-    _check(tensors, heads)
-    if {"causal", "initial_state", "return_state", "enable_gqa"} & options.keys():
+    if options.keys() - DEFAULTS.keys():
         raise InputError("flurka", "options eps, normalize, key_map and backend", ", ".join(options))
+    asked, given = DEFAULTS | options, tuple(tensors.values())
+    settings = settings_of(feature_map, asked["key_map"], normalize=asked["normalize"], eps=asked["eps"])
+    apart = watched(given) or settings.prepares or _is_autocast(x)
+    known = Recalled() if apart else recall(settings, given, "flurka", heads, type(heads), asked["backend"])
+    if known.kernels is not None:
+        return known.kernels(given)
+    _check(tensors, heads)
     sizes = tuple((name, 1 if name == "B" else int(n)) for name, n in _sizes(tensors, heads))
-    found = _run(_steps(sizes), tensors, heads)  # every order takes as many operations for each batch
-    out = linear_attention(found["q"], found["k_low"], found["v_low"], feature_map, **options)
-    return out.transpose(1, 2).flatten(2)
+    steps = _steps(sizes)  # every order takes as many operations for each batch
+    if any(tensor.dim() == 3 for tensor in given[4:]):
+        rows, apart = by_head(steps, tensors, heads), True
+    else:
+        products = Products(steps, tuple(tensors), heads)
+        rows = products.rows(products.run(tensors))
+    q, k, v = rows
+    if apart or asked["backend"] == "reference" or any(0 in tensor.shape for tensor in given):
+        return linear_attention(q, k, v, feature_map, **options).transpose(1, 2).flatten(2)
+    check(q, k, v, causal=False, enable_gqa=False)
+    check_backend(q, asked["backend"])
+    rows_of(q, k, settings)
+    layer = Layer(products, Kernels(settings, rows, learns=wants_gradient(given)))
+    if known.key is not None:
+        driver().plans.put(known.key, layer)
+    return layer(given)
 
 
 def flurka_orders(
@@ -112,6 +136,11 @@ def _check(tensors: Weights, heads: Any) -> None:
         raise InputError("flurka.proj_v", f"rank {tensors['proj_k'].shape[-2]}, as proj_k has", low.shape[-2])
 
 
+def _is_autocast(x: Any) -> bool:
+    """Whether torch's products may give another dtype than that of x."""
+    return isinstance(x, torch.Tensor) and torch.is_autocast_enabled(x.device.type)
+
+
 # the order of products --------------------------------------------------------------------------------
 
 
@@ -163,26 +192,4 @@ def _ordered(sizes: tuple[tuple[str, int], ...]) -> tuple[Step, ...]:
 
     graph, known = _graph(sizes)
     ordered = reassociate(graph, sizes=known)
-    return tuple((*op.inputs, op.output.name) for op in ordered.ops)  # type: ignore[return-value]
-
-
-def _run(steps: tuple[Step, ...], tensors: Weights, heads: int) -> Weights:
-    """The products by torch: q, and what the steps make."""
-    values = {"x": tensors["x"].unsqueeze(1)}
-    for name, tensor in tensors.items():
-        if name.startswith("w_"):
-            values[name] = tensor.unflatten(1, (heads, -1)).transpose(0, 1)
-        elif name.startswith("proj"):
-            values[name] = tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
-    for left, right, made in (("x", "w_q", "q"), *steps):
-        values[made] = product(values[left], values[right])
-    return values
-
-
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of (.., heads, rows, inner) and (.., heads, inner, columns). Where a is one for all heads, they
-    are columns: one product of large matrices instead of many small ones."""
-    if a.shape[-3] == 1 < b.shape[-3]:
-        flat = a.squeeze(-3) @ b.transpose(-3, -2).flatten(-2)
-        return flat.unflatten(-1, (b.shape[-3], b.shape[-1])).transpose(-3, -2)
-    return a @ b
+    return (("x", "w_q", "q"), *((*op.inputs, op.output.name) for op in ordered.ops))  # type: ignore[arg-type]

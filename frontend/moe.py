@@ -20,7 +20,7 @@ from .layers import Layer, check_routing, decoded_once, is_layer_aligned, layer_
 from .light_step import Light, with_light
 from .moe_form import MoeForm
 from .moe_operator import call, learns
-from .operators import is_traced
+from .operator_rules import is_traced
 from .plan import Plan, _signature
 from .problem import _fill_names
 from .pure import pure

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .moe_form import MoeForm
-from .operators import is_traced
+from .operator_rules import is_traced
 from .step_operator import Arguments, Made, at_once, define, learns, refuse
 
 define(

@@ -7,12 +7,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevel
 
 from ..ir.errors import UnsupportedError
 from .form import Form
 from .operator import INPUTS, LIBRARY, attention_backward, differentiate, evaluate
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def is_traced(tensors: Iterable[Any]) -> bool:
+    """Whether torch watches what becomes of tensors: a tracer, a transform, a mode, a subclass."""
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    for tensor in tensors:  # noqa: SIM110  each call comes here, and a generator takes longer
+        if type(tensor) not in _TENSORS and isinstance(tensor, Tensor):
+            return True
+    return False
+
 
 # autograd -------------------------------------------------------------------------------------------
 
@@ -90,8 +110,16 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # With gradients on, somebody may differentiate what this returns: the operator knows how to refuse.
-        compute = attention_backward if torch.is_grad_enabled() else differentiate
+        # With gradients on, somebody may differentiate what this returns: the operator knows how to refuse;
+        # and it knows how to map over gradients that come in batches.
+        for grad in grads:
+            if grad is not None and is_legacy_batchedtensor(grad):
+                raise UnsupportedError(
+                    "attention: torch.autograd maps over gradients (is_grads_batched, vectorize) by "
+                    "a vmap that takes no operators of libraries. Use torch.func.jacrev, or torch.func.vmap "
+                    "over torch.func.vjp"
+                )
+        compute = attention_backward if torch.is_grad_enabled() or is_traced(grads) else differentiate
         return None, None, None, *_gradients(ctx, ctx.needs_input_grad[3:], grads, compute)
 
 
@@ -103,7 +131,8 @@ class _Forward(SingleLevel):
         ctx: Any, keys: Any, form: Form, integers: Any, numbers: Any, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         query, key, value, *others = tensors
-        found = _below(FORWARD, keys, query, key, value, others, integers, numbers, form.text)
+        with torch.enable_grad():  # for the levels of torch.func below: this runs under no_grad
+            found = _below(FORWARD, keys, query, key, value, others, integers, numbers, form.text)
         _save(ctx, form, integers, numbers, tensors, found)
         return tuple(found)
 
@@ -118,7 +147,8 @@ class _Backward(SingleLevel):
 
     @staticmethod
     def forward(ctx: Any, keys: Any, arguments: Sequence[Any], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_below(BACKWARD, keys, *arguments))
+        with torch.enable_grad():
+            return tuple(_below(BACKWARD, keys, *arguments))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

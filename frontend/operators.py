@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 from ..ir.errors import UnsupportedError
@@ -15,23 +12,6 @@ from . import operator_vmap as operator_vmap
 from .form import Call, take_apart
 from .operator import attention
 from .operator_rules import attend
-
-_TENSORS = (Tensor, torch.nn.Parameter)
-
-
-def is_traced(tensors: Iterable[Any]) -> bool:
-    """Whether torch watches what becomes of tensors: a tracer, a transform, a mode, a subclass."""
-    if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or maybe_current_level() is not None
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    ):
-        return True
-    for tensor in tensors:  # noqa: SIM110  each call comes here, and a generator takes longer
-        if type(tensor) not in _TENSORS and isinstance(tensor, Tensor):
-            return True
-    return False
 
 
 def call_operator(

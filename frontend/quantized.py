@@ -23,9 +23,10 @@ class QuantizedWeight(torch.nn.Module):
     """Matrices (E, N, K) as codes of 2, 4 or 8 bits along K, which groups of columns share scales of.
 
     `gossamer.experts` and `gossamer.moe` take them where they take matrices (experts, out, in), and decode
-    them inside the products: nothing of the size of the matrices is made. They are frozen: gradients flow
-    through them, none to them. As a module they move, are saved and loaded with the module that holds them;
-    `.to(dtype)` leaves them as they are. Made by `gossamer.quantize`, `from_codes` and `from_mxfp4`.
+    them inside the products, or, where many rows are multiplied, right before them (docs/moe.md says when).
+    They are frozen: gradients flow through them, none to them. As a module they move, are saved and loaded
+    with the module that holds them; `.to(dtype)` leaves them as they are. Made by `gossamer.quantize`,
+    `from_codes` and `from_mxfp4`.
 
     Attributes: shape (E, N, K); format; group_size, columns that share a scale; bits, the width that is
     read, None where it differs by expert; scales, (E or 1, N or 1, groups); codes, tensors of bytes, in the

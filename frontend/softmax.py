@@ -95,7 +95,7 @@ def _seed(device: torch.device, seed: Any) -> torch.Tensor:
     import torch
 
     if seed is None:  # the device's default generator, which advances
-        return torch.empty(1, dtype=torch.int64, device=device).random_()
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
             got = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"

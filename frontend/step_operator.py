@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_gradtrackingtensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..ir.errors import UnsupportedError
 from .moe_form import MoeForm
 from .operator_vmap import each
+from .step_autograd import register
 
 LIBRARY = torch.library.Library("gossamer", "FRAGMENT")
 CALL = "Tensor[] tensors, SymInt[] integers, float[] numbers, str form"
@@ -90,13 +90,14 @@ def at_once(
 
 
 def refuse(form: MoeForm, tensors: Sequence[Tensor]) -> None:
-    """Raise UnsupportedError for gradients that torch.func asks for, and for tangents."""
-    dual = forward_ad._current_level >= 0
+    """Raise UnsupportedError for tangents."""
+    if forward_ad._current_level < 0:
+        return
     for name, tensor in zip(form.tensors, tensors, strict=True):
-        if is_gradtrackingtensor(tensor) or (dual and forward_ad.unpack_dual(tensor).tangent is not None):
+        if forward_ad.unpack_dual(tensor).tangent is not None:
             raise UnsupportedError(
-                f"{form.kind}: {name} is inside torch.func.grad, jvp or the like, which are not built. "
-                "Use torch.autograd.grad"
+                f"{form.kind}: {name} has a tangent, and forward-mode gradients are not built. "
+                f"Pass forward_ad.unpack_dual({name}).primal"
             )
 
 
@@ -174,15 +175,7 @@ def define(name: str, steps: Mapping[str, str]) -> None:
     torch.library.register_fake(backward, _fake_backward, lib=LIBRARY)
     operators = getattr(torch.ops.gossamer, name), getattr(torch.ops.gossamer, f"{name}_backward")
 
-    def differentiate(ctx: Any, slopes: Any) -> tuple[Any, ...]:
-        def compute(tensors: Any, integers: Any, numbers: Any, form: MoeForm, *rest: Any) -> Sequence[Tensor]:
-            return operators[1](tensors, integers, numbers, form.text, *rest)
-
-        # torch takes an empty list for one of tensors
-        none = [None if numbers else [] for numbers in ctx.call[:2]]
-        return _gradients(ctx, slopes, ctx.needs_input_grad[0], compute), *none, None
-
-    torch.library.register_autograd(forward, differentiate, setup_context=_setup, lib=LIBRARY)
+    register(LIBRARY, name, _prepared, _save, _gradients)
     for full, operator in zip((forward, backward), operators, strict=True):
 
         def mapped(info: Any, dims: Any, *given: Any, operator: Any = operator) -> Any:
@@ -215,11 +208,8 @@ def _fake_backward(
     return [named[name].new_empty(named[name].shape) for name in wanted.split("|")[1].split(",")]
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *given, form = inputs
+def _prepared(tensors: Any, integers: Any, numbers: Any, form: str) -> tuple[MoeForm, int]:
+    """The form that also gives what the gradient wants, and how many results a call asked for."""
     parsed = MoeForm.parse(form)
-    if not parsed.learns:
-        raise UnsupportedError(
-            f"{parsed.kind} was traced where no gradient was wanted. Trace it with gradients enabled"
-        )
-    _save(ctx, (*given, parsed), output)
+    asked = step_of(parsed).made(_arguments(parsed, tensors, integers, numbers))
+    return parsed._replace(learns=True), len(asked)

@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from .mask import Mask
 from .score import ProbMod, ScoreMod
 from .trace import run_traced
+from .trace_tensor import Captured
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -58,6 +59,8 @@ def _run(graph: GraphModule, inputs: list[Any]) -> Any:
 
 
 def _call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if node.op == "call_method" and node.target == "item" and isinstance(args[0], Captured):
+        return args[0]  # a float that changes from call to call, which dynamo wrapped in a tensor
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.target in (torch.ops.aten.index, torch.ops.aten.index.Tensor):

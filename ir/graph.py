@@ -34,8 +34,10 @@ What `fuse` makes of them; passes attach their plans. `sinks`: whether an operan
 
     attention    sddmm, score_map, softmax, prob_map and spmm of q, k, v; the results of spmm and, if
                  asked for, of softmax
-    row_lse      sddmm, score_map and softmax of q, k: the log-sum-exp and, if asked for, the largest score
-    weigh        sddmm, score_map, prob_map and spmm of q, k, v and rows whose log-sum-exp is known
+    row_lse      sddmm, score_map and softmax of q, k: the log-sum-exp and, if asked for, the largest score;
+                 before these, if `apart`, a number t near the base-2 logarithm of the sum of a row's
+                 exp(score), and that sum over exp2(t): the two that no rounding of the logarithm is in
+    weigh        sddmm, score_map, prob_map and spmm of q, k, v and rows whose t and sum are known
     column_sums  sddmm, score_map and reduce of q, k and rows whose log-sum-exp is known: what each key
                  gets from all queries
     row_norm     of q, k, v and what `given` names, as all that follow: log2 of what

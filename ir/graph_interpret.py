@@ -214,13 +214,20 @@ def _attention(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _row_lse(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    return _normalised(_Fused.of(op, x[0], x[1], x[2:], floats).scores)[1:]
+    _, lse, peak = _normalised(_Fused.of(op, x[0], x[1], x[2:], floats).scores)
+    if not op.attr("apart"):
+        return lse, peak
+    top = peak * np.log2(np.e)
+    total = np.where(np.isneginf(peak), 0, np.exp(lse - np.where(np.isneginf(peak), 0, peak)))
+    return top.astype(floats), total.astype(floats), lse, peak
 
 
 def _weigh(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    q, k, v, lse, *rest = x
+    q, k, v, top, total, *rest = x
     of = _Fused.of(op, q, k, rest, floats)
-    weights = _weights_of(of.scores, lse.astype(floats), of.sinks)
+    empty = total == 0
+    log_sum = np.log(np.where(empty, 1, total)) + np.where(empty, 0, top) * np.log(2)
+    weights = _weights_of(of.scores, np.where(empty, -np.inf, log_sum).astype(floats), of.sinks)
     weights = _reweighed(op.attr("prob"), weights, of.scores, of.rest, floats)
     return (weights @ _heads(v, q.shape[1]).astype(floats),)
 

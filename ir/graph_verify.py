@@ -250,10 +250,13 @@ def _map(c: Checker) -> tuple[Shape, ...]:
     return (tuple(reversed(out)),)
 
 
+ROWS = ("lse", "top", "sum")
+
+
 def _fused(c: Checker, tensors: str) -> list[Shape]:
-    """The shapes of the first operands of a fused operation: q, k and what the word names of v and lse."""
+    """The shapes of the first operands of a fused operation: q, k and what the words name of v and rows."""
     names = ["q", "k", *tensors.split()]
-    q, k, *rest = shapes = c.shapes(len(names), tuple(3 if n == "lse" else 4 for n in names))
+    q, k, *rest = shapes = c.shapes(len(names), tuple(3 if n in ROWS else 4 for n in names))
     sinks = c.attr("sinks", bool, needed=False) or False
     if sinks:
         c.sinks(len(names), q[1])
@@ -278,11 +281,12 @@ def _attention(c: Checker) -> tuple[Shape, ...]:
 
 def _row_lse(c: Checker) -> tuple[Shape, ...]:
     q, _ = _fused(c, "")
-    return q[:3], q[:3]
+    apart = c.attr("apart", bool, needed=False)
+    return (q[:3],) * (4 if apart else 2)
 
 
 def _weigh(c: Checker) -> tuple[Shape, ...]:
-    q, _, v, _ = _fused(c, "v lse")
+    q, _, v, *_ = _fused(c, "v top sum")
     return ((*q[:3], v[3]),)
 
 

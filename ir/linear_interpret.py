@@ -56,10 +56,7 @@ class _Sums:
 
     def __init__(self, op: Op, x: Operands, floats: type, rows: str) -> None:
         self.op, self.floats = op, floats
-        self.at = {role: np.asarray(v, floats) for role, v in zip(op.attr("operands"), x, strict=True)}
-        if "over" in self.at:
-            which = op.attr("divides")
-            self.at[which] = self.at[which] / (self.at["over"] + floats(op.attr("eps")))[..., None]
+        self.at = _operands(op, x, floats)
         self.at["f"] = features_of(self.at["f"], op.attr("f_map"), floats)
         self.heads = self.at[rows].shape[1]
         self.sources = self.at["f"].shape[1]
@@ -78,17 +75,97 @@ class _Sums:
         return value.reshape(value.shape[0], self.heads, -1, *value.shape[2:]).sum(2)
 
     def allowed(self, weights: Array) -> Array:
-        match self.op.attr("order"):
-            case "forward":
-                return np.tril(weights)
-            case "backward":
-                return np.triu(weights)
-            case _:
-                return weights
+        return np.tril(weights) if self.op.attr("order") == "forward" else np.triu(weights)
 
     def of_heads(self, name: str) -> Array:
         """What the sums begin with, by the heads of rows."""
         return np.repeat(self.at[name], self.heads // self.at[name].shape[1], 1)
+
+
+def _operands(op: Op, x: Operands, floats: type) -> dict[str, Array]:
+    """Operands by role, with quotients taken."""
+    at = {role: np.asarray(v, floats) for role, v in zip(op.attr("operands"), x, strict=True)}
+    if "over" in at:
+        which = op.attr("divides")
+        at[which] = at[which] / (at["over"] + floats(op.attr("eps")))[..., None]
+    return at
+
+
+def _grouped(value: Array, heads: int) -> Array:
+    """Sums over the heads that share one of `heads`."""
+    return value.reshape(value.shape[0], heads, -1, *value.shape[2:]).sum(2)
+
+
+def _added(f: Array, g: Array, c: Array | None, heads: int) -> tuple[Array, Array]:
+    """The state and the sums of rows f and g."""
+    sums = f if c is None else f * c[..., None]
+    return _grouped(f.swapaxes(2, 3) @ g, heads), _grouped(sums.sum(2), heads)
+
+
+def _linear_states(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    at = _operands(op, x, floats)
+    f = features_of(at["f"], op.attr("f_map"), floats)
+    state, sums = _added(f, at["g"], at.get("c"), int(op.output.shape[1]))
+    return (state + at.get("state", floats(0)), sums + at.get("sums", floats(0)))[: len(op.outputs)]
+
+
+def _of_rows(at: dict[str, Array], name: str, rows: Array) -> Array:
+    """A state or its sums by the heads of rows."""
+    return np.repeat(at[name], rows.shape[1] // at[name].shape[1], 1)
+
+
+def _read_values(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    at = _operands(op, x, floats)
+    rows = features_of(at["x"], op.attr("x_map"), floats)
+    out = rows @ _of_rows(at, "state", rows)
+    if "sums" not in at:
+        return (out,)
+    den = (rows @ _of_rows(at, "sums", rows)[..., None])[..., 0]
+    if op.attr("eps") is not None:
+        out = out / (den + floats(op.attr("eps")))[..., None]
+    return (out, den)[: len(op.outputs)]
+
+
+def _read_features(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    at = _operands(op, x, floats)
+    y = at["y"]
+    found = y @ _of_rows(at, "state", y).swapaxes(2, 3)
+    if "sums" in at:
+        r = at.get("r", np.ones(y.shape[:3], floats))
+        found = found + r[..., None] * _of_rows(at, "sums", y)[:, :, None]
+    if "of" in at:
+        found = rows_gradient(at["of"], found, op.attr("out_map"), floats)
+    return (found,)
+
+
+def _read_gradients(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    at = _operands(op, x, floats)
+    by = op.attr("x_map")
+    f, y = features_of(at["x"], by, floats), at["y"]
+    state = _of_rows(at, "state", f)
+    r = None
+    if op.attr("eps") is not None:
+        over = (f @ _of_rows(at, "sums", f)[..., None])[..., 0] + floats(op.attr("eps"))
+        y = y / over[..., None]
+        r = -((f @ state) * y).sum(-1) / over
+    found = y @ state.swapaxes(2, 3)
+    if r is not None:
+        found = found + r[..., None] * _of_rows(at, "sums", f)[:, :, None]
+    dx = found if by is None else rows_gradient(at["x"], found, by, floats)
+    dstate, dsums = _added(f, y, r, at["state"].shape[1])
+    return (dx, dstate + at.get("begin", floats(0)), dsums + at.get("begin_sums", floats(0)))[
+        : len(op.outputs)
+    ]
+
+
+def _give_gradients(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
+    at = _operands(op, x, floats)
+    by = op.attr("f_map")
+    f = features_of(at["f"], by, floats)
+    df = at["g"] @ at["state"].swapaxes(2, 3)
+    if "sums" in at:
+        df = df + at["sums"][:, :, None]
+    return (df if by is None else rows_gradient(at["f"], df, by, floats)), f @ at["state"]
 
 
 def _linear_values(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
@@ -106,12 +183,9 @@ def _linear_values(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
         out = out / (den + floats(op.attr("eps")))[..., None]
     found = [out, *([den] if op.attr("keeps") else [])]
     if op.attr("final"):
-        state = at["f"].swapaxes(2, 3) @ at["g"]
-        total = (at["f"] * sums.c[..., None]).sum(2)
-        kept = [("state", state), *([("sums", total)] if op.attr("sums") else [])]
-        for name, value in kept:
-            grouped = value.reshape(value.shape[0], sums.least, -1, *value.shape[2:]).sum(2)
-            found.append(grouped + at[name] if name in at else grouped)
+        made = _added(at["f"], at["g"], sums.c, sums.least)
+        kept = zip(("state", "sums")[: 1 + bool(op.attr("sums"))], made, strict=False)
+        found += [value + at.get(name, floats(0)) for name, value in kept]
     return tuple(found)
 
 
@@ -148,6 +222,11 @@ def _normalise_grad(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 RULES: dict[str, Callable[[Op, Operands, type], tuple[Array, ...]]] = {
     "features": _features,
     "features_grad": _features_grad,
+    "linear_states": _linear_states,
+    "read_values": _read_values,
+    "read_features": _read_features,
+    "read_gradients": _read_gradients,
+    "give_gradients": _give_gradients,
     "linear_values": _linear_values,
     "linear_features": _linear_features,
     "normalise": _normalise,

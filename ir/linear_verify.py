@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .graph_verify import Checker
 
 Shape = tuple[Extent, ...]
-RANKS = {"r": 3, "c": 3, "sums": 3, "over": 3}
+RANKS = {"r": 3, "c": 3, "sums": 3, "begin_sums": 3, "over": 3}
 
 
 def _features(c: Checker) -> tuple[Shape, ...]:
@@ -30,8 +30,8 @@ def _wide(c: Checker, size: Extent, by: FeatureMap | None) -> Extent:
     return size * len(by.parts)
 
 
-def _roles(c: Checker, needed: tuple[str, ...]) -> dict[str, Shape]:
-    """Shapes of operands by role."""
+def _roles(c: Checker, needed: tuple[str, ...], *, ordered: bool = True) -> dict[str, Shape]:
+    """Shapes of operands by role. ordered: `order` says which keys a row sums over."""
     names = c.attr("operands", tuple)
     if len(names) != len(c.operands) or len(set(names)) != len(names) or not set(names) <= set(ROLES):
         c.fail(
@@ -41,7 +41,7 @@ def _roles(c: Checker, needed: tuple[str, ...]) -> dict[str, Shape]:
     missing = [name for name in needed if name not in names]
     if missing:
         c.fail("attrs", f"operands: expected {', '.join(needed)} among them; got {', '.join(names)}")
-    if c.attr("order", str) not in ORDERS:
+    if ordered and c.attr("order", str) not in ORDERS:
         c.fail("attrs", f"order: expected one of {', '.join(ORDERS)}; got {c.op.attr('order')!r}")
     if ("state" in names) < ("sums" in names):
         c.fail("attrs", "operands: sums come beside a state")
@@ -56,8 +56,7 @@ def _source(c: Checker, at: dict[str, Shape], rows: Shape) -> tuple[Extent, Exte
     c.same("batch", rows[0], f[0])
     if isinstance(rows[1], int) and isinstance(f[1], int) and rows[1] % f[1] and f[1] % rows[1]:
         c.fail("type", f"expected numbers of heads of which one divides the other; got {rows[1]} and {f[1]}")
-    if c.op.attr("order") != "all":
-        c.same("length", rows[2], f[2])
+    c.same("length", rows[2], f[2])
     if "c" in at:
         c.same("shape of c and f", at["c"], f[:3])
     features = _wide(c, f[3], c.attr("f_map", FeatureMap, needed=False))
@@ -100,6 +99,81 @@ def _linear_features(c: Checker) -> tuple[Shape, ...]:
     return ((*y[:3], features),)
 
 
+def _linear_states(c: Checker) -> tuple[Shape, ...]:
+    at = _roles(c, ("f", "g"), ordered=False)
+    f, g = at["f"], at["g"]
+    c.same("shape of f and g but for the last dimension", f[:3], g[:3])
+    if "c" in at:
+        c.same("shape of c and f", at["c"], f[:3])
+    state = (
+        f[0],
+        c.attr("heads", (int, str)),
+        _wide(c, f[3], c.attr("f_map", FeatureMap, needed=False)),
+        g[3],
+    )
+    if "state" in at:
+        c.same("state", at["state"], state)
+    return _with_sums(c, at, state, bool(c.attr("sums", bool, needed=False)))
+
+
+def _with_sums(c: Checker, at: dict[str, Shape], state: Shape, sums: bool) -> tuple[Shape, ...]:
+    if "sums" in at:
+        c.same("sums", at["sums"], state[:3])
+    return (state, state[:3]) if sums else (state,)
+
+
+def _read(c: Checker, at: dict[str, Shape], rows: str, by: str | None) -> Shape:
+    """The shape of the state that rows of some role read, whose features or values are their elements."""
+    state, shape = at["state"], at[rows]
+    c.same("batch", shape[0], state[0])
+    c.heads(shape[1], state[1])
+    if by is None:
+        c.same("value size", shape[3], state[3])
+    else:
+        c.same("number of features", _wide(c, shape[3], c.attr(by, FeatureMap, needed=False)), state[2])
+    _with_sums(c, at, state, False)
+    return state
+
+
+def _read_values(c: Checker) -> tuple[Shape, ...]:
+    at = _roles(c, ("x", "state"), ordered=False)
+    state = _read(c, at, "x", "x_map")
+    c.attr("eps", (int, float), needed=False)
+    den = [at["x"][:3]] if c.attr("keeps", bool, needed=False) else []
+    return ((*at["x"][:3], state[3]), *den)
+
+
+def _read_features(c: Checker) -> tuple[Shape, ...]:
+    at = _roles(c, ("y", "state"), ordered=False)
+    state = _read(c, at, "y", None)
+    if "r" in at:
+        c.same("shape of r and y", at["r"], at["y"][:3])
+    if "of" in at:
+        _read(c, at, "of", "out_map")
+        return (at["of"],)
+    return ((*at["y"][:3], state[2]),)
+
+
+def _read_gradients(c: Checker) -> tuple[Shape, ...]:
+    at = _roles(c, ("x", "y", "state"), ordered=False)
+    c.same("shape of x and y but for the last dimension", at["x"][:3], at["y"][:3])
+    c.attr("eps", (int, float), needed=False)
+    state = _read(c, at, "y", None)
+    _read(c, at, "x", "x_map")
+    for name, shape in (("begin", state), ("begin_sums", state[:3])):
+        if name in at:
+            c.same(name, at[name], shape)
+    return (at["x"], *_with_sums(c, at, state, "sums" in at))
+
+
+def _give_gradients(c: Checker) -> tuple[Shape, ...]:
+    at = _roles(c, ("f", "g", "state"), ordered=False)
+    c.same("shape of f and g but for the last dimension", at["f"][:3], at["g"][:3])
+    _read(c, at, "g", None)
+    _read(c, at, "f", "f_map")
+    return (at["f"], at["g"])
+
+
 def _normalise(c: Checker) -> tuple[Shape, ...]:
     out, den = c.shapes(2, (4, 3))
     c.captured(2)
@@ -126,6 +200,11 @@ def _features_grad(c: Checker) -> tuple[Shape, ...]:
 
 SHAPES: dict[str, Callable[[Checker], tuple[Shape, ...]]] = {
     "features": _features,
+    "linear_states": _linear_states,
+    "read_values": _read_values,
+    "read_features": _read_features,
+    "read_gradients": _read_gradients,
+    "give_gradients": _give_gradients,
     "linear_values": _linear_values,
     "linear_features": _linear_features,
     "normalise": _normalise,

@@ -112,6 +112,8 @@ def spec_of(graph: Graph, op: Op) -> AttentionSpec:
     q = graph.values[op.inputs[0]]
     weighs = op.kind in ("attention", "weigh") or op.attr("given") is not None
     sinks_at = _sinks_at(op)
+    own = {"attention": 1, "row_lse": 2 * bool(op.attr("apart"))}
+    asked = len(op.outputs) - own[op.kind] if op.kind in own else 0
     return AttentionSpec(
         mask=op.attr("mask"),
         score_map=op.attr("score"),
@@ -119,8 +121,8 @@ def spec_of(graph: Graph, op: Op) -> AttentionSpec:
         qk_size=int(q.shape[3]),
         v_size=int(graph.values[op.inputs[2]].shape[3] if weighs else q.shape[3]),
         contiguous=op.attr("contiguous"),
-        return_lse=op.kind == "row_lse" or (op.kind == "attention" and len(op.outputs) > 1),
-        return_max=op.kind in ("attention", "row_lse") and len(op.outputs) > 1 + (op.kind == "attention"),
+        return_lse=asked > 0,
+        return_max=asked > 1,
         target=op.attr("target"),
         precision=op.attr("precision"),
         monotone=frozenset(op.attr("monotone")),
@@ -141,7 +143,7 @@ def _sinks_at(op: Op) -> int | None:
     given = op.attr("given")
     if given is not None:
         return 3 + given.index("sinks") if "sinks" in given else None
-    at = {"attention": 3, "row_lse": 2, "weigh": 4, "column_sums": 3}
+    at = {"attention": 3, "row_lse": 2, "weigh": 5, "column_sums": 3}
     return at[op.kind] if op.attr("sinks") else None
 
 

@@ -8,7 +8,7 @@ s * scale * log2(e); `Part.scale` is what is missing from S to that.
     attention     the online softmax: running maximum m, sum l, weighted values O
     row_lse       the same without values
     weigh         sums of a softmax that are known: values weighed by mapped probabilities
-    column_sums   likewise, with keys for rows: probabilities summed over queries
+    column_sums   likewise, by the log-sum-exp, with keys for rows: probabilities summed over queries
 """
 
 from __future__ import annotations
@@ -210,11 +210,18 @@ class Fold:
 
 
 class RowLse(Fold):
-    """The online softmax without values; between kernels, one number a row: log2 of the sum of weights."""
+    """The online softmax without values; between kernels, one number a row: log2 of the sum of weights.
+
+    Where maximum and sum are asked for apart, these are what kernels leave to one another."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__(part)
+        self.apart = part.op is not None and bool(part.op.attr("apart"))
 
     def state(self) -> list[Carried]:
         known = where(self.lowest > M, 0, 1)
-        out = [Carried("m", ("i",), -INF, "log_sum"), Carried("l", ("i",), sympy.S.Zero, known)]
+        tops, sums = ("tops", "sums") if self.apart else ("log_sum", known)
+        out = [Carried("m", ("i",), -INF, tops), Carried("l", ("i",), sympy.S.Zero, sums)]
         return [*out, Carried("largest", ("i",), -INF, "max")] if self.spec.return_max else out
 
     def results(self) -> list[Tensor]:
@@ -223,7 +230,9 @@ class RowLse(Fold):
             out.append(self.at.per_row("lse", self.spec.lse_dtype, "out"))
         if self.spec.return_max:
             out.append(self._result("max", self.spec.lse_dtype))
-        if not (self.first and self.last):
+        if self.apart:
+            out += [self._result("tops", self.acc), self._result("sums", self.acc)]
+        elif not (self.first and self.last):
             out.append(self.at.per_row("log_sum", self.acc, "inout"))
         return out
 
@@ -257,9 +266,11 @@ class RowLse(Fold):
     def end(self) -> list[Stmt]:
         empty, out = sympy.Eq(L, 0), []
         log_sum = where(empty, -INF, M + log2(where(empty, 1, L)))
-        if not self.last:
+        if self.apart:
+            out += [self._store("tops", M), self._store("sums", L)]
+        elif not self.last:
             out.append(self._store("log_sum", log_sum))
-        elif self.spec.return_lse:
+        if self.last and self.spec.return_lse:
             out.append(self._store("lse", log_sum * LN2))
         if self.spec.return_max:
             out.append(self._store("max", real("largest") * (LN2 if self.last else 1)))
@@ -302,16 +313,30 @@ class Attention(RowLse):
 
 
 class Weigh(Fold):
-    """Probabilities of rows whose log-sum-exp is known, mapped, times values."""
+    """Probabilities of rows whose maximum and sum are known, mapped, times values.
+
+    The log-sum-exp would do but for its rounding, which all pairs of a row share and a map may enlarge."""
 
     values = True
 
     def reads(self) -> list[Tensor]:
-        return [self.at.per_row("lse", self.spec.lse_dtype, "in"), *super().reads()]
+        rows = [self.at.per_row(name, self.acc, "in") for name in ("tops", "sums")]
+        return [*rows, *super().reads()]
 
     def prepare(self) -> list[Stmt]:
-        load = Load("N", self.acc, ("i",), "lse", self.at.safe_row)
-        return [*super().prepare(), *self._known_norm(("i",), load)]
+        axes, top, total = ("i",), real("top"), real("total")
+        loads = [Load(n, self.acc, axes, t, self.at.safe_row) for n, t in (("N", "tops"), ("l", "sums"))]
+        most, parts = N, L
+        if self.spec.sinks is not None:
+            most, parts = maximum(N, SINK), L * exp2(N - top) + exp2(SINK - top)
+        return [
+            *super().prepare(),
+            *loads,
+            Compute("top", self.acc, axes, self._finite(most)),
+            Compute("total", self.acc, axes, parts),
+            self._set("N", axes, top),
+            Compute("inv", self.acc, axes, sympy.Integer(1) / where(sympy.Eq(total, 0), 1, total)),
+        ]
 
     def state(self) -> list[Carried]:
         return [self._values()]
@@ -320,7 +345,8 @@ class Weigh(Fold):
         return [self._output()]
 
     def step(self) -> list[Stmt]:
-        return [Compute("P", self.acc, ("i", "j"), exp2(self.scale * S - N)), *self._weigh()]
+        p = exp2(self.scale * S - N) * real("inv")
+        return [Compute("P", self.acc, ("i", "j"), p), *self._weigh()]
 
     def end(self) -> list[Stmt]:
         return [self._store("o", O, E_AXIS)]

@@ -13,8 +13,8 @@ After, where g is linear in the probability, which then need not be normalised y
 
 and where it is not, so that the sum of a row has to be known first::
 
-    %p_lse = row_lse %q, %k {mask = m, score = f}
-    %o = weigh %q, %k, %v, %p_lse, %sinks {mask = m, prob = g, score = f, sinks = True}
+    %p_top, %p_sum = row_lse %q, %k {apart = True, mask = m, score = f}
+    %o = weigh %q, %k, %v, %p_top, %p_sum, %sinks {mask = m, prob = g, score = f, sinks = True}
 
 Leaves alone: chains whose scores or probabilities are used elsewhere or returned (SPLAT's three
 kernels compute those).
@@ -59,8 +59,8 @@ class _Chain:
         prob, outputs = self.prob and self.prob.attr("prob"), self.softmax.outputs
         rows = outputs[1:]
         single = prob is None or prob.is_linear
-        if not rows and (self.reduces or not single):
-            p = outputs[0]
+        p = outputs[0]
+        if not rows and self.reduces:
             rows = (Value(f"{p.name}_lse", p.dtype, p.shape[:3]),)
         lse = rows[0].name if rows else ""
         more = () if self.prob is None else self.prob.inputs[2:]
@@ -68,9 +68,10 @@ class _Chain:
         if single:
             made = [self._op("attention", (value,), (self.spmm.output, *rows), more, prob=prob)]
         else:
+            top, total = (Value(f"{p.name}_{part}", p.dtype, p.shape[:3]) for part in ("top", "sum"))
             made = [
-                self._op("row_lse", (), rows, sinks=False),
-                self._op("weigh", (value, lse), (self.spmm.output,), more, prob=prob),
+                self._op("row_lse", (), (top, total, *rows), sinks=False, apart=True),
+                self._op("weigh", (value, top.name, total.name), (self.spmm.output,), more, prob=prob),
             ]
         for reduce in self.reduces:
             sums = self._op("column_sums", (lse,), (reduce.output,))

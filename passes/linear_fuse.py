@@ -10,7 +10,7 @@ After::
     %o, %den = linear_values %q, %k, %v {x_map = m, f_map = m, eps = e, keeps = True}
 
 and of gradients, %dq = features_grad %q, %dfq, where linear_features makes %dfq, is one linear_features with
-an operand `of`; %dnum = %do / %den is divided where it is loaded.
+an operand `of`; %dnum = %do / %den is divided where it is loaded. What rows read of states likewise.
 
 Leaves alone: what is used by other operations or returned.
 """
@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from ..ir.graph import Graph, Op
 
-PRODUCTS = ("linear_values", "linear_features")
+PRODUCTS = ("linear_values", "linear_features", "linear_states", "read_values", "read_features")
 
 
 def fuse_linear(graph: Graph) -> Graph:
@@ -52,7 +52,9 @@ def _with_features(graph: Graph, op: Op) -> Op | None:
 def _with_quotient(graph: Graph, op: Op) -> Graph:
     num, den = op.inputs
     made = graph.producer(num)
-    if made is None or made.kind != "linear_values" or graph.users(num) != (op,) or num in graph.outputs:
+    if made is None or made.kind not in ("linear_values", "read_values"):
+        return graph
+    if graph.users(num) != (op,) or num in graph.outputs:
         return graph
     if made.outputs[1:2] != (graph.values[den],) or not made.attr("keeps"):
         return graph
@@ -66,7 +68,9 @@ def _with_quotient(graph: Graph, op: Op) -> Graph:
 def _with_gradient(graph: Graph, op: Op) -> Graph:
     of, df = op.inputs
     made = graph.producer(df)
-    if made is None or made.kind != "linear_features" or graph.users(df) != (op,) or df in graph.outputs:
+    if made is None or made.kind not in ("linear_features", "read_features"):
+        return graph
+    if graph.users(df) != (op,) or df in graph.outputs:
         return graph
     fused = replace(made, inputs=(*made.inputs, of), outputs=op.outputs)
     fused = fused.with_attrs(operands=(*made.attr("operands"), "of"), out_map=op.attr("map"))

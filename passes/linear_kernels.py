@@ -4,8 +4,6 @@ Before::  %o, %den = linear_values %q, %k, %v {chunks, order = 'forward', x_map,
 After::   kernel @linear_o grid(h, b) { the state; for each chunk: rows x, f, g; x by the state, and by the
           rows of the chunk before each; store; the state with what the chunk gives }
 
-Where order is 'all' the state is known beforehand (linear_states), and programs take a chunk each.
-
 Leaves alone: nothing; an operation without chunks is an error.
 """
 
@@ -13,17 +11,16 @@ from __future__ import annotations
 
 import sympy
 
-from ..ir.expr import Expr, ceildiv, floormod, integer, minimum, real, where
+from ..ir.expr import Expr, ceildiv, floormod, integer, real, where
 from ..ir.graph import Graph, Op, Value
 from ..ir.kernel import Compute, For, GridDim, If, Kernel, Let, Reduce, Span, Stmt, Store
 from .linear_spec import LinearSpec
-from .linear_states import _initial, state_names
+from .linear_states import initial, state_names
 from .linear_tiles import (
     GROUP,
     N0,
     NONE,
     SEGMENTS,
-    SPAN,
     ZERO,
     B,
     E,
@@ -33,7 +30,6 @@ from .linear_tiles import (
     Tiles,
     is_normalised,
     rows_gradient,
-    segments,
 )
 
 CHUNK, ROW, COL, GIVER = map(integer, ("chunk", "row", "col", "giver"))
@@ -59,47 +55,32 @@ class _Rows(Tiles):
         rows = self.rows_value()
         setup, head, several = self.heads(str(rows.shape[1]))
         length = integer(str(rows.shape[2]))
-        count = ceildiv(length, self.rows)
         self.head, self.several = head, several
         dims = [GridDim("n0", sympy.Integer(tiles))] if tiles > 1 else []
-        before, sums = state_names(self)
-        if source.order == "all":
-            names = final or (before, sums)
-            self.states(names[0], (source.features, self.v_size))
-            if source.sums:
-                self.states(str(names[1]), (source.features,))
-            begin = self.begin(names[0], names[1] if source.sums else None, (head,))
-            dims.append(GridDim("s", count))
-            if several:
-                setup = []
-            body = [*setup, *begin, Let("chunk", S), *self.take(), *self.store()]
+        if split:
+            before, sums = state_names(self)
+            self.states(before, (SEGMENTS, source.features, self.v_size))
+            if sums is not None:
+                self.states(sums, (SEGMENTS, source.features))
+            begin = self.begin(before, sums, (head, S))
+            walked = self.chunks_of(S)
+            dims.append(GridDim("s", self.segments()))
         else:
-            if split:
-                self.states(before, (SEGMENTS, source.features, self.v_size))
-                if sums is not None:
-                    self.states(sums, (SEGMENTS, source.features))
-                begin = self.begin(before, sums, (head, S))
-                first = S * SPAN
-                last: Expr = minimum(first + SPAN, count)
-                dims.append(GridDim("s", segments(length, self.rows)))
-            else:
-                begin = self.begin(*_initial(self), (head,))
-                first, last = ZERO, count
-            u = integer("u")
-            chunk = u if source.order == "forward" else first + last - 1 - u
-            step = [Let("chunk", chunk), *self.take(), *self.exchange(), *self.store()]
-            body = [*setup, *begin, For("u", (Span(first, last),), tuple(step))]
-            if final and not split:
-                for n, name in enumerate(final):
-                    self.states(name, (source.features, self.v_size)[: 2 - n], "out")
-                keep = self.keep(final[0], final[1] if len(final) > 1 else None, (head,))
-                # Query heads that share a key head end with one state.
-                shared = self.spec.grouped and not several and head != H
-                body += [If(sympy.Eq(floormod(H, GROUP), 0), tuple(keep))] if shared else keep
+            begin = self.begin(*initial(self), (head,))
+            walked = Span(ZERO, ceildiv(length, self.rows))
+        u = integer("u")
+        chunk = u if source.order == "forward" else walked.lo + walked.hi - 1 - u
+        step = [Let("chunk", chunk), *self.take(), *self.exchange(), *self.store()]
+        body = [*setup, *begin, For("u", (walked,), tuple(step))]
+        if final and not split:
+            for n, name in enumerate(final):
+                self.states(name, (source.features, self.v_size)[: 2 - n], "out")
+            keep = self.keep(final[0], final[1] if len(final) > 1 else None, (head,))
+            # Query heads that share a key head end with one state.
+            shared = self.spec.grouped and not several and head != H
+            body += [If(sympy.Eq(floormod(H, GROUP), 0), tuple(keep))] if shared else keep
         dims += [GridDim("h", integer(str(rows.shape[1]))), GridDim("b", integer("B"))]
         axes = [self.axis("i", self.rows), self.axis("j", self.rows)]
-        if source.order == "all":
-            axes = axes[:1]
         axes += [
             self.axis(n, min(width, extent) if n == self.along else size)
             for n, size in (("m", self.size), ("e", self.v_size))

@@ -14,10 +14,12 @@ from ..ir.graph_text import to_text
 from ..ir.kernel import Axis, Compute, GridDim, Kernel, Load, Program, Reduce, Store, Tensor
 from .linear_build import build_linear, build_linear_gradients
 from .linear_fuse import fuse_linear
+from .linear_join import join_linear
 from .linear_kernels import linear_kernel
+from .linear_reads import READS, read_kernels
 from .linear_schedule import padded, schedule_linear
 from .linear_spec import LinearSpec
-from .linear_states import state_kernels, state_names
+from .linear_states import prefix_kernels, state_names, sum_kernels
 from .linear_tiles import Tiles
 
 Watcher = Callable[[str, Any], None]
@@ -36,8 +38,13 @@ def compile_linear_gradients(
 
 
 def run_linear(graph: Graph, spec: LinearSpec, watch: Watcher | None = None) -> Graph:
-    """The graph fused and scheduled; `watch(name, graph)` sees each result."""
-    for name, apply in (("fuse", fuse_linear), ("schedule", lambda g: schedule_linear(g, spec))):
+    """The graph fused, joined and scheduled; `watch(name, graph)` sees each result."""
+    passes: tuple[tuple[str, Callable[[Graph], Graph]], ...] = (
+        ("fuse", fuse_linear),
+        ("join", lambda g: join_linear(g, spec)),
+        ("schedule", lambda g: schedule_linear(g, spec)),
+    )
+    for name, apply in passes:
         graph = apply(graph)
         if watch is not None:
             watch(name, graph)
@@ -54,22 +61,25 @@ def lower_linear(graph: Graph, spec: LinearSpec) -> Program:
             finals[_source(graph, op, spec)] = tuple(v.name for v in op.outputs[1 + bool(op.attr("keeps")) :])
     known: set[str] = set()
     for op in graph.ops:
+        made, between = [], []
         if op.kind == "normalise_grad":
-            kernels.append(delta_kernel(graph, op, spec))
-            continue
-        if op.kind not in ("linear_values", "linear_features"):
+            made = [delta_kernel(graph, op, spec)]
+        elif op.kind == "linear_states":
+            made, between = sum_kernels(graph, op, spec)
+        elif op.kind in READS:
+            made, between = read_kernels(graph, op, spec)
+        elif op.kind in ("linear_values", "linear_features"):
+            source = _source(graph, op, spec)
+            final = finals.get(source, ())
+            if source not in known:
+                known.add(source)
+                made, between = prefix_kernels(graph, op, spec, final)
+            stores = final if op.attr("final") and not op.attr("chunks").split else ()
+            made = [*made, linear_kernel(graph, op, spec, stores)]
+        else:
             raise InputError("lower_linear", "a graph that is fused and scheduled", to_text(graph))
-        source = _source(graph, op, spec)
-        final = finals.get(source, ())
-        if source not in known:
-            known.add(source)
-            made, between = state_kernels(graph, op, spec, final)
-            kernels += made
-            kept += between
-        stores = (
-            final if op.attr("order") == "all" or (op.attr("final") and not op.attr("chunks").split) else ()
-        )
-        kernels.append(linear_kernel(graph, op, spec, stores))
+        kernels += made
+        kept += between
     written = {t.name: t for k in kernels for t in k.tensors if t.role == "out"}
     there = {t.name for t in kept} | set(graph.outputs)
     kept += [Tensor(t.name, t.dtype, t.shape, unit=t.unit) for n, t in written.items() if n not in there]
@@ -83,8 +93,9 @@ def _source(graph: Graph, op: Op, spec: LinearSpec) -> str:
 def delta_kernel(graph: Graph, op: Op, spec: LinearSpec) -> Kernel:
     """%dden = normalise_grad %do, %o, %den: -(do . o) / (den + eps) of every row."""
     do, o, den = (graph.values[name] for name in op.inputs)
-    acc, size, rows = spec.accumulator, int(o.shape[3]), 64
+    acc, size = spec.accumulator, int(o.shape[3])
     width = size if spec.is_cpu else padded(size)
+    rows = 64 if spec.is_cpu else max(16, min(64, 4096 // width))  # registers hold two tiles of them
     b, h, row, e = map(integer, ("b", "h", "row", "e"))
     inside = row < integer("L")
     one = sympy.Float(1.0)

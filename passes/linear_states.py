@@ -1,9 +1,8 @@
 """linear_states: the states that operations of linear attention read, to kernels.
 
-Kernel `*_states` adds up what the rows of a segment give, kernel `*_prefix` what earlier segments (later
-ones, where order is 'backward') have given before each; where order is 'all', kernel `*_total` adds up
-everything. Without segments one program walks over all rows of a head, and only 'all' needs a state
-beforehand.
+Kernel `*_states` adds up what the rows of a segment give. Where rows sum over all keys, kernel `*_total` adds
+up segments, else kernel `*_prefix` what earlier segments (later ones, where order is 'backward') have given
+before each. Without segments one program walks over all rows of a head.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from collections.abc import Callable
 
 import sympy
 
-from ..ir.expr import ceildiv, integer, minimum, real
+from ..ir.expr import Expr, ceildiv, floordiv, integer, real
 from ..ir.graph import Graph, Op
 from ..ir.kernel import Axis, Compute, For, GridDim, Kernel, Let, Load, Span, Stmt, Store, Tensor
 from .linear_schedule import padded
 from .linear_spec import BYTES, LinearSpec
-from .linear_tiles import N0, NONE, SEGMENTS, SPAN, ZERO, B, E, H, M, S, Tiles, segments
+from .linear_tiles import N0, NONE, SEGMENTS, ZERO, B, E, H, M, S, Tiles
 
 CPU_WIDTH = 256
 STATE = 32 * 1024  # bytes of a state that the registers of a program hold
@@ -32,37 +31,45 @@ def state_names(tiles: Tiles) -> tuple[str, str | None]:
     return before, f"{before}_sums" if source.sums else None
 
 
-def state_kernels(
+def prefix_kernels(
     graph: Graph, op: Op, spec: LinearSpec, final: tuple[str, ...]
 ) -> tuple[list[Kernel], list[Tensor]]:
-    """The kernels of the states of an operation's source, and the tensors that these leave to others.
+    """The kernels of the states before each segment of an ordered operation's source, and what they leave.
 
     final: names for the state of all rows (and its sums), where that is a result."""
     build = Tiles(graph, op, spec)
-    source, split = build.source, build.chunks.split
-    whole = (source.features, build.v_size)
-    before, sums = state_names(build)
-    named = source.sums
-    if source.order == "all":
-        names = final or tuple(n for n in (before, sums) if n is not None)
-        target: tuple[str, str | None] = (names[0], names[1] if named else None)
-        kept = [] if final else _shaped(build, names, whole, ())
-        if not split:
-            return [_states(build, f"{source.name}_states", *target, whole=True)], kept
-        parts = _parts(build)
-        return [
-            _states(build, f"{source.name}_states", *parts, whole=False),
-            _prefix(graph, op, spec, f"{source.name}_total", parts, None, target),
-        ], [*kept, *_between(build, parts, whole)]
-    if not split:
+    if not build.chunks.split:
         return [], []
-    parts = _parts(build)
-    total = (final[0], final[1] if named else None) if final else None
+    before, parts = state_names(build), _parts(build)
+    total = (final[0], final[1] if build.source.sums else None) if final else None
     kernels = [
-        _states(build, f"{source.name}_states", *parts, whole=False),
-        _prefix(graph, op, spec, f"{source.name}_prefix", parts, (before, sums), total),
+        _states(build, f"{build.source.name}_states", *parts, whole=False),
+        _prefix(Tiles(graph, op, spec), f"{build.source.name}_prefix", parts, before, total),
     ]
-    return kernels, [*_between(build, parts, whole), *_between(build, (before, sums), whole)]
+    return kernels, [*_between(build, parts), *_between(build, before)]
+
+
+def sum_kernels(graph: Graph, op: Op, spec: LinearSpec) -> tuple[list[Kernel], list[Tensor]]:
+    """The kernels of a linear_states, and what they leave to one another."""
+    build = Tiles(graph, op, spec)
+    made = tuple(v.name for v in op.outputs)
+    names = made[0], made[1] if build.source.sums else None
+    if not build.chunks.split:
+        return [_states(build, f"{build.source.name}_states", *names, whole=True)], []
+    parts = _parts(build)
+    kernels = [
+        _states(build, f"{build.source.name}_states", *parts, whole=False),
+        _prefix(Tiles(graph, op, spec), f"{build.source.name}_total", parts, None, names),
+    ]
+    return kernels, _between(build, parts)
+
+
+def total_kernel(
+    build: Tiles, names: tuple[str, str | None], parts: tuple[str, str | None], heads: str
+) -> tuple[Kernel, list[Tensor]]:
+    """The kernel that adds up the states of segments of rows with some heads, and the tensors of these."""
+    kernel = _prefix(build, f"{build.source.name}_total", parts, None, names, heads)
+    return kernel, _between(build, parts, heads)
 
 
 def _parts(build: Tiles) -> tuple[str, str | None]:
@@ -70,14 +77,11 @@ def _parts(build: Tiles) -> tuple[str, str | None]:
     return name, f"{name}_sums" if build.source.sums else None
 
 
-def _shaped(build: Tiles, names: tuple[str, ...], whole: tuple[int, int], more: tuple) -> list[Tensor]:
-    shapes = (("B", "Hk", *more, *whole), ("B", "Hk", *more, whole[0]))
-    return [Tensor(n, build.acc, shape, unit=len(shape) - 1) for n, shape in zip(names, shapes, strict=False)]
-
-
-def _between(build: Tiles, names: tuple[str, str | None], whole: tuple[int, int]) -> list[Tensor]:
-    count = segments(build.length, build.rows)
-    return _shaped(build, tuple(n for n in names if n is not None), whole, (count,))
+def _between(build: Tiles, names: tuple[str, str | None], heads: str = "Hk") -> list[Tensor]:
+    """Tensors of a state and its sums for every segment."""
+    shape = ("B", heads, build.segments(), build.source.features, build.v_size)
+    shapes = zip(names, (shape, shape[:4]), strict=True)
+    return [Tensor(n, build.acc, shape, unit=len(shape) - 1) for n, shape in shapes if n is not None]
 
 
 def _states(build: Tiles, name: str, state: str, sums: str | None, *, whole: bool) -> Kernel:
@@ -100,33 +104,30 @@ def _states(build: Tiles, name: str, state: str, sums: str | None, *, whole: boo
         build.states(sums, (*middle, source.features), "out")
     init: tuple[str | None, str | None] = (None, None)
     if whole and source.state is not None:
-        init = _initial(build)
+        init = initial(build)
     setup, head, several = build.heads("Hk")
     at = (head,) if whole else (head, S)
-    first = ZERO if whole else S * SPAN
-    last = ceildiv(build.length, build.rows)
-    last = last if whole else minimum(first + SPAN, last)
+    walked = Span(ZERO, ceildiv(build.length, build.rows)) if whole else build.chunks_of(S)
     body: list[Stmt] = [
         build.row("j", CHUNK, "col"),
         *build.give(integer("giver"), integer("col")),
         *build.add(),
     ]
-    walk = For("u", (Span(first, last),), tuple(build.members(several, head, body)))
+    walk = For("u", (walked,), tuple(build.members(several, head, body)))
     statements = [*setup, *build.begin(*init, (head,)), walk, *build.keep(state, sums, at)]
     grid = [GridDim("n0", sympy.Integer(tiles_e))] if tiles_e > 1 else []
-    grid += [] if whole else [GridDim("s", segments(build.length, build.rows))]
-    grid += [GridDim("h", integer("Hk")), GridDim("b", integer("B"))]
+    grid += [GridDim("h", integer("Hk"))]
+    grid += [] if whole else [GridDim("s", build.segments())]
+    grid += [GridDim("b", integer("B"))]
     axes = [
         build.axis("j", build.rows),
         build.axis("m", build.size),
         build.axis("e", min(width, build.v_size)),
     ]
-    kernel = build.kernel(name, grid, axes, statements)
-    build.e, build.used = E, {}
-    return kernel
+    return build.kernel(name, grid, axes, statements)
 
 
-def _initial(build: Tiles) -> tuple[str | None, str | None]:
+def initial(build: Tiles) -> tuple[str | None, str | None]:
     """What sums begin with, as arguments."""
     source = build.source
     if source.state is None:
@@ -139,40 +140,45 @@ def _initial(build: Tiles) -> tuple[str | None, str | None]:
 
 
 def _prefix(
-    graph: Graph,
-    op: Op,
-    spec: LinearSpec,
+    build: Tiles,
     name: str,
     parts: tuple[str, str | None],
     before: tuple[str, str | None] | None,
     total: tuple[str, str | None] | None,
+    heads: str = "Hk",
 ) -> Kernel:
-    """Programs that walk over the segments' states, a few rows of them each."""
-    build = Tiles(graph, op, spec)
+    """Programs that walk over the segments' states, a few rows of them each; over those of all heads that
+    share a state, where there are `heads` of them."""
     source = build.source
     sums = source.sums
     features, size = source.features, build.v_size
-    rows = min(ROWS, features) if spec.is_cpu else ROWS
+    rows = min(ROWS, features) if build.spec.is_cpu else ROWS
     place = integer("m0") * rows + M
     inside = sympy.true if features % rows == 0 else place < features
-    initial = _initial(build)
-    for names, role, middle in ((parts, "in", (SEGMENTS,)), (before, "out", (SEGMENTS,)), (total, "out", ())):
+    given = initial(build)
+    uses = (
+        (parts, "in", (SEGMENTS,), heads), (before, "out", (SEGMENTS,), "Hk"), (total, "out", (), "Hk")
+    )  # fmt: skip
+    for names, role, middle, of in uses:
         if names is not None:
-            build.states(names[0], (*middle, features, size), role)
+            build.states(names[0], (*middle, features, size), role, of)
             if names[1] is not None:
-                build.states(names[1], (*middle, features), role)
+                build.states(names[1], (*middle, features), role, of)
 
     def both(make: Callable[[str, tuple[str, ...], int], list[Stmt]]) -> list[Stmt]:
         return [*make("S", ("m", "e"), 0), *(make("Z", ("m",), 1) if sums else [])]
 
-    def at(axes: tuple[str, ...], *middle: sympy.Basic) -> tuple:
-        return (B, H, *middle, place, *([E] if "e" in axes else []))
+    several = build.spec.grouped and heads == "Hq"
+    giver = integer("giver") if several else H
+
+    def at(axes: tuple[str, ...], *middle: sympy.Basic, head: Expr = H) -> tuple:
+        return (B, head, *middle, place, *([E] if "e" in axes else []))
 
     def start(tile: str, axes: tuple[str, ...], n: int) -> list[Stmt]:
-        given = initial[n]
-        if given is None:
+        tensor = given[n]
+        if tensor is None:
             return [Compute(tile, build.acc, axes, NONE)]
-        return [Load(tile, build.acc, axes, given, at(axes), inside, NONE)]
+        return [Load(tile, build.acc, axes, tensor, at(axes), inside, NONE)]
 
     segment = integer("segment")
 
@@ -182,7 +188,7 @@ def _prefix(
             out.append(Store(str(before[n]), at(axes, segment), real(tile), axes, inside))
         return [
             *out,
-            Load(f"{tile}_part", build.acc, axes, str(parts[n]), at(axes, segment), inside, NONE),
+            Load(f"{tile}_part", build.acc, axes, str(parts[n]), at(axes, segment, head=giver), inside, NONE),
             build.set(tile, axes, real(tile) + real(f"{tile}_part")),
         ]
 
@@ -191,11 +197,13 @@ def _prefix(
 
     count = integer(SEGMENTS)
     index = count - 1 - S if source.order == "backward" else S
-    walk = For("s", (Span(ZERO, count),), (Let("segment", index), *both(step)))
+    walk: Stmt = For("s", (Span(ZERO, count),), (Let("segment", index), *both(step)))
+    walks = build.members(several, H, [walk]) if several else [walk]
+    setup = [Let("group", floordiv(integer("Hq"), integer("Hk")))] if several else []
     grid = [
         GridDim("m0", sympy.Integer(-(-features // rows))),
         GridDim("h", integer("Hk")),
         GridDim("b", integer("B")),
     ]
     axes: list[Axis] = [build.axis("m", rows), build.axis("e", size)]
-    return build.kernel(name, grid, axes, [*both(start), walk, *both(end)])
+    return build.kernel(name, grid, axes, [*setup, *both(start), *walks, *both(end)])

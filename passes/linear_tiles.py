@@ -15,7 +15,7 @@ import sympy
 
 from ..ir.derivative import derivative
 from ..ir.errors import InputError
-from ..ir.expr import Expr, all_of, ceildiv, floordiv, integer, maximum, real, where
+from ..ir.expr import Expr, all_of, ceildiv, floordiv, integer, maximum, minimum, real, where
 from ..ir.graph import Graph, Op, Value
 from ..ir.kernel import (
     Axis,
@@ -40,14 +40,14 @@ from .linear_spec import BYTES, LinearSpec
 
 ZERO, NONE = sympy.Integer(0), sympy.Float(0.0)
 B, H, I, J, M, E, Y, S = map(integer, ("b", "h", "i", "j", "m", "e", "y", "s"))  # noqa: E741
-GROUP, SPAN, N0 = integer("group"), integer("span"), integer("n0")
+GROUP, N0 = integer("group"), integer("n0")
 SEGMENTS = "segments"
 
 
-def segments(length: Expr, rows: int) -> Expr:
-    """How many segments of `span` chunks a sequence has."""
-    found: Expr = floordiv(ceildiv(length, rows) + SPAN - 1, SPAN)
-    return found
+def map_of(op: Op, name: str) -> FeatureMap | None:
+    """A feature map among an operation's attributes; None for the identity."""
+    by = op.attr(name)
+    return None if by is None or by.is_identity else by
 
 
 def is_normalised(op: Op) -> bool:
@@ -57,8 +57,8 @@ def is_normalised(op: Op) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """What is summed over: features f and values g of the same rows, and a column c. over: what g is divided
-    by. name: of the tensors that hold its states, made of those names."""
+    """Rows that give to a state, or read it: of features f and of values g, and a column c. over: what g is
+    divided by. name: of the tensors that hold its states, made of those names."""
 
     f: Value
     g: Value
@@ -69,7 +69,7 @@ class Source:
     sums: bool
     state: str | None
     totals: str | None
-    order: str
+    order: str | None = None
 
     @staticmethod
     def of(graph: Graph, op: Op, at: dict[str, str]) -> Source:
@@ -99,13 +99,13 @@ class Tiles:
 
     lanes = "e"
 
-    def __init__(self, graph: Graph, op: Op, spec: LinearSpec) -> None:
+    def __init__(self, graph: Graph, op: Op, spec: LinearSpec, source: Source | None = None) -> None:
         chunks = op.attr("chunks")
         if not isinstance(chunks, Chunks):
             raise InputError("linear_tiles", "an operation that has passed linear_schedule", op.kind)
         self.graph, self.op, self.spec, self.chunks = graph, op, spec, chunks
         self.at = dict(zip(op.attr("operands"), op.inputs, strict=True))
-        self.source = Source.of(graph, op, self.at)
+        self.source = source or Source.of(graph, op, self.at)
         self.acc, self.operand = spec.accumulator, spec.operand
         self.rows = chunks.rows
         self.parts = range(self.source.parts)
@@ -116,6 +116,25 @@ class Tiles:
         self.narrow = self.operand != self.acc
         self.m: Expr = M
         self.e: Expr = E
+        self.spans = False
+
+    # segments ---------------------------------------------------------------------------------------
+
+    @property
+    def span(self) -> Expr:
+        """Chunks of a segment, an argument."""
+        self.spans = True
+        return integer(f"span_{self.length}")
+
+    def segments(self) -> Expr:
+        """How many segments a sequence has."""
+        found: Expr = floordiv(ceildiv(self.length, self.rows) + self.span - 1, self.span)
+        return found
+
+    def chunks_of(self, segment: Expr) -> Span:
+        """The chunks of a segment."""
+        first = segment * self.span
+        return Span(first, minimum(first + self.span, ceildiv(self.length, self.rows)))
 
     # arguments --------------------------------------------------------------------------------------
 
@@ -128,8 +147,8 @@ class Tiles:
             self.used[value.name] = Tensor(value.name, value.dtype, shape, role, last, align)
         return value.name
 
-    def states(self, name: str, shape: tuple[int | str, ...], role: str = "in") -> str:
-        shape = ("B", "Hk", *shape)
+    def states(self, name: str, shape: tuple[int | str, ...], role: str = "in", heads: str = "Hk") -> str:
+        shape = ("B", heads, *shape)
         align = self._align(shape[-1], self.acc)
         self.used[name] = Tensor(name, self.acc, shape, role, len(shape) - 1, align)
         return name
@@ -144,11 +163,11 @@ class Tiles:
         self, name: str, grid: Sequence[GridDim], axes: Sequence[Axis], body: Sequence[Stmt]
     ) -> Kernel:
         tensors = sorted(self.used.values(), key=lambda t: t.role != "in")
-        scalars = [Scalar("span", "i64")] if self.chunks.split else []
+        scalars = [Scalar(str(self.span), "i64")] if self.spans else []
         source = self.source
-        what = "normalised" if is_normalised(self.op) else "sums"
+        what = f"{self.op.kind}, {source.order}" if source.order else self.op.kind
         comment = (
-            f"linear attention, {source.order}: {what} of {source.features} features by {self.v_size} values",
+            f"{what}: {source.features} features by {self.v_size} values",
             f"{self.rows} rows a chunk",
         )
         lanes = self.lanes if self.spec.is_cpu else None
@@ -187,18 +206,27 @@ class Tiles:
         return Load(dst, self.acc, (axis,), name, (B, head, row), inside, other)
 
     def featured(
-        self, dst: str, value: Value, by: FeatureMap | None, head: Expr, axis: str, row: Expr
+        self,
+        dst: str,
+        value: Value,
+        by: FeatureMap | None,
+        head: Expr,
+        axis: str,
+        row: Expr,
+        *,
+        dtype: str | None = None,
     ) -> list[Stmt]:
-        """Tiles dst0, dst1, ... of the features of rows, one for each part, ready for products."""
+        """Tiles dst0, dst1, ... of the features of rows, one a part; ready for products, or of a dtype."""
+        dtype = dtype or self.operand
         if by is None:
-            return [self.load(f"{dst}0", value, head, axis, row, "m", self.operand)]
+            return [self.load(f"{dst}0", value, head, axis, row, "m", dtype)]
         raw = f"{dst}_rows"
         out: list[Stmt] = [self.load(raw, value, head, axis, row, "m", self.acc)]
         inside = row < integer(str(value.shape[2]))
         parts, more = self.mapped(dst, raw, by, axis)
         out += more
         for p, part in enumerate(parts):
-            out.append(Compute(f"{dst}{p}", self.operand, (axis, "m"), where(inside, part, NONE)))
+            out.append(Compute(f"{dst}{p}", dtype, (axis, "m"), where(inside, part, NONE)))
         return out
 
     def mapped(self, dst: str, raw: str, by: FeatureMap, axis: str) -> tuple[list[Expr], list[Stmt]]:

@@ -67,8 +67,8 @@ class Codes:
     @property
     def packs(self) -> bool:
         """Whether codes are bit fields of bytes, which NVIDIA's GPUs turn into floats two at a time
-        (codegen/triton_fields.py)."""
-        alone = len(self.q.planes) == 1 and self.q.element == "int"
+        (codegen/triton_fields.py, triton_e2m1.py)."""
+        alone = len(self.q.planes) == 1 and self.q.element in ("int", "e2m1")
         return alone and self.target.partition(":")[0] == "cuda"
 
     @property

@@ -43,7 +43,8 @@ class DenseMatrix:
         loaded."""
         t, feature = self.tiles, at + D
         index = (EXPERT, part.column, feature) if t.by_rows else (EXPERT, feature, part.column)
-        guard = all_of([t.within(at), t.valid(part)])
+        there = t.loaded(part, int(self.w.shape[1])) if t.by_rows else t.valid(part)
+        guard = all_of([t.within(at), there])
         # Memory runs along the tile's last axis, so that a CPU copies vectors.
         axes = ("n", "d") if t.by_rows == (self.unit == 2) else ("d", "n")
         return [Load(name, self.operand, axes, self.w.name, index, guard, ZERO)]
@@ -99,7 +100,7 @@ class CodedMatrix:
         t, codes = self.tiles, self.codes
         if t.by_rows:
             axes, place, numbers, steps = ("n", "d"), (part.column, at + D), range(t.slices), t.step
-            there = t.valid(part)
+            there = t.loaded(part, codes.rows)
         else:  # the bytes of a tile hold those of all parts
             name = name.replace(part.matrix, "W", 1)
             axes, place, numbers, steps = ("d", "n"), (at + D, COL), [part.number], t.tiling.cols

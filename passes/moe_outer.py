@@ -32,6 +32,7 @@ from ..ir.kernel import (
     Store,
     Tensor,
 )
+from .devices import device_of
 from .moe_spec import BYTES, ExpertsSpec
 
 ZERO, NONE = sympy.Integer(0), sympy.Float(0.0)
@@ -39,6 +40,7 @@ M, N, R, I = map(integer, ("m", "n", "r", "i"))  # noqa: E741
 ENTRIES, ROW, FIRST, LAST, U = map(integer, ("entries", "row", "first", "last", "u"))
 # (rows of the matrix, its columns, rows of a group at once, warps, stages)
 CPU, GPU, GPU_WIDE = (32, 64, 32, 1, 1), (128, 128, 32, 8, 3), (64, 64, 16, 4, 2)
+GPU_GROUPS = (128, 256, 64, 8, 4)  # products of warp groups
 
 
 def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
@@ -47,7 +49,7 @@ def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
     gathers, out = op.attr("gathers"), op.output
     experts, rows, cols = map(int, out.shape)
     cpu, acc = spec.is_cpu, spec.accumulator
-    tile_m, tile_n, step, warps, stages = CPU if cpu else GPU if BYTES[spec.dtype] == 2 else GPU_WIDE
+    tile_m, tile_n, step, warps, stages = _sizes(spec)
     axes = [_axis("m", min(tile_m, rows), cpu), _axis("n", min(tile_n, cols), cpu), _axis("r", step, cpu)]
     tile_m, tile_n = axes[0].extent, axes[1].extent
     row_at, col_at = integer("m0") * tile_m + M, integer("n0") * tile_n + N
@@ -55,7 +57,18 @@ def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
     in_m = sympy.true if rows % tile_m == 0 else row_at < rows
     in_n = sympy.true if cols % tile_n == 0 else col_at < cols
     here = integer("at") < LAST
-    token: list[Stmt] = [Load("token", "i32", ("r",), "tokens", (ROW,))] if gathers else []
+    # Tokens of the next rows are loaded a step before: copies of rows that wait for them would come late.
+    first_row = maximum(minimum(FIRST + R, LAST - 1), ZERO)
+    next_row = minimum(integer("at") + step, LAST - 1)
+    token, ahead, moved = (
+        (
+            [Load("token", "i32", ("r",), "tokens", (first_row,))],
+            [Load("next", "i32", ("r",), "tokens", (next_row,))],
+            [Compute("token", "i32", ("r",), integer("next"), declares=False)],
+        )
+        if gathers
+        else ([], [], [])
+    )
 
     def place(which: str) -> Expr:
         return integer("token") if gathers == which else ROW
@@ -63,10 +76,11 @@ def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
     step_body: tuple[Stmt, ...] = (
         Compute("at", "i32", ("r",), FIRST + U * step + R),
         Compute("row", "i32", ("r",), minimum(integer("at"), LAST - 1)),
-        *token,
+        *ahead,
         Load("A", operand, ("r", "m"), a.name, (place("a"), row_at), all_of([here, in_m]), NONE),
         Load("B", operand, ("r", "n"), b.name, (place("b"), col_at), all_of([here, in_n]), NONE),
         Dot("acc", acc, ("m", "n"), "A", "B", "r", True, False, spec.precision),
+        *moved,
     )
     end = _bounded(bounds.name, integer("e") + 1)
     if op.attr("masked"):  # no rows where nothing is learnt
@@ -75,6 +89,7 @@ def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
         Let("first", _bounded(bounds.name, integer("e"))),
         Let("last", end),
         Compute("acc", acc, ("m", "n"), NONE),
+        *token,
         For("u", (Span(ZERO, ceildiv(LAST - FIRST, step)),), step_body),
         Store(out.name, (integer("e"), row_at, col_at), real("acc"), ("m", "n"), all_of([in_m, in_n])),
     )
@@ -169,6 +184,14 @@ def map_grad_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
     grid = (GridDim("c", ceildiv(ENTRIES, rows)),)
     comment = (f"rows of {columns} activations and their gradients",)
     return Kernel("experts_dg", tensors, grid, axes, "n" if cpu else None, body, meta, comment)
+
+
+def _sizes(spec: ExpertsSpec) -> tuple[int, int, int, int, int]:
+    """The sizes of a tile: wide where products take operands from shared memory, and have registers left."""
+    if spec.is_cpu or BYTES[spec.dtype] != 2:
+        return CPU if spec.is_cpu else GPU_WIDE
+    chip = getattr(device_of(spec.target), "chip", None)
+    return GPU_GROUPS if chip and chip.warp_groups else GPU
 
 
 def _axis(name: str, extent: int, exact: bool) -> Axis:

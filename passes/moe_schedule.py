@@ -130,6 +130,8 @@ def _of_codes(op: Op, q: Quantized, spec: ExpertsSpec, inner: int, columns: int)
     if not by_rows:
         cols = max(16, 2 * widths[0] // q.slices)
     most = max(32, 2 * most // size)
+    if not is_uniform(q, most):
+        most = max(32, most // 2)
     crowded = len(q.read) > 1 if by_rows else not is_uniform(q, cols)
     if rows > 16 and crowded:  # registers
         cols = max(16, cols // 2)

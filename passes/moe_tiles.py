@@ -107,6 +107,14 @@ class Tiles:
         tiles = self.column_tiles
         return bool(self.width % t.cols or (tiles > t.wide and tiles % t.wide))
 
+    def loaded(self, part: Part, rows: int) -> Expr:
+        """Whether a row of a matrix [rows, inner] is loaded for a column of a part: where boxes are fetched,
+        also those of the next half, which nothing stores."""
+        if dict(self.tiling.meta).get("descriptors") and self.overhangs:
+            inside: Expr = part.column < rows
+            return inside
+        return self.valid(part)
+
     def valid(self, part: Part) -> Expr:
         """Whether a column of a part is there."""
         inside = [self.width > COL] if self.overhangs else []

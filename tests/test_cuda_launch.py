@@ -50,6 +50,16 @@ def test_a_kernel_gets_its_arguments_in_order(fake):
     assert (done.name, done.grid, done.threads, done.stream) == ("copy", 2 * 4, 64, 7)
 
 
+def test_linear_attention_recalls_its_kernels(fake):
+    """A call like one before, of other memory: the same kernel with the same numbers, at other addresses."""
+    tensors = [torch.randn(3, 1, 2, 70, 16) for _ in range(2)]
+    found = [gossamer.linear_attention(*qkv, causal=True) for qkv in tensors]
+    first, second = fake.launched
+    places = [[t.data_ptr() for t in (*qkv, out)] for qkv, out in zip(tensors, found, strict=True)]
+    changed = [(a, b) for a, b in zip(first.arguments, second.arguments, strict=True) if a != b]
+    assert len(fake.loaded) == 1 and changed == list(zip(*places, strict=True))
+
+
 @pytest.mark.parametrize(
     "mask", [masks.causal(), masks.strided(8, 3), gossamer.Mask.trace(lambda b, h, q, k: k <= LIMITS[b] + q)]
 )

@@ -65,6 +65,17 @@ def test_formats(format, options, tokens):
         judge(case, up.read(widths), down.read(4))
 
 
+@pytest.mark.parametrize(("hidden", "inner"), [(256, 384), (200, 328)])
+@pytest.mark.parametrize(
+    ("format", "tokens"), [("int4", 2000), ("int2", 2000), ("mxfp4", 2000), ("fp8", 3600), ("int8", 3600)]
+)
+def test_decoded_once(format, tokens, hidden, inner):
+    """A thousand rows an expert and more: matrices are decoded before their products, gradients too."""
+    case = Case(tokens=tokens, hidden=hidden, inner=inner, dtype=torch.bfloat16)
+    layer = case.layer()
+    judge(case, *(gossamer.quantize(layer[n].cuda(), format) for n in ("gate_up_proj", "down_proj")))
+
+
 @pytest.mark.parametrize(("hidden", "inner"), [(2880, 2880), (33, 27), (160, 96)])
 @pytest.mark.parametrize("format", ["int4", "mxfp4", "fp8"])
 def test_sizes_that_tiles_do_not_divide(format, hidden, inner):
@@ -73,8 +84,9 @@ def test_sizes_that_tiles_do_not_divide(format, hidden, inner):
     judge(case, *(gossamer.quantize(layer[n].cuda(), format) for n in ("gate_up_proj", "down_proj")))
 
 
-def test_a_graph_of_cuda_replays():
-    case = Case(tokens=4, hidden=256, inner=256, dtype=torch.bfloat16)
+@pytest.mark.parametrize("tokens", [4, 2000])
+def test_a_graph_of_cuda_replays(tokens):
+    case = Case(tokens=tokens, hidden=256, inner=256, dtype=torch.bfloat16)
     layer, x, (ids, weights) = case.layer(), case.x().cuda(), case.routing()
     up, down = (gossamer.quantize(layer[n].cuda(), "int4") for n in ("gate_up_proj", "down_proj"))
     ids, weights = ids.cuda(), weights.cuda()

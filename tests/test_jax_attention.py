@@ -206,6 +206,55 @@ def test_lengths_and_offsets():
     same(run(q_offset=7), plain(Q, K, V, jnp.arange(21)[:, None] + 7 >= jnp.arange(34)))
 
 
+BOUNDS = [0, 9, 9, 30], [0, 17, 20, 41]
+
+
+def packed(q, k, v):
+    """Causal attention of the sequences between BOUNDS, one by one."""
+    parts = [(slice(*BOUNDS[0][n : n + 2]), slice(*BOUNDS[1][n : n + 2])) for n in range(3)]
+    tril = [
+        jnp.tril(jnp.ones((rows.stop - rows.start, cols.stop - cols.start), bool)) for rows, cols in parts
+    ]
+    pairs = zip(parts, tril, strict=True)
+    return jnp.concatenate([plain(q[:, r], k[:, c], v[:, c], t) for (r, c), t in pairs if t.size], 1)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_packed_sequences(wrap):
+    arrays = random(1, 30, 4, 16), random(1, 41, 2, 16, seed=1), random(1, 41, 2, 16, seed=2)
+    bounds = [jnp.array(b) for b in BOUNDS]
+
+    def run(q, k, v, rows, keys):
+        return attention(q, k, v, mask=masks.causal(), cu_seqlens_q=rows, cu_seqlens_kv=keys)
+
+    same(wrap(run)(*arrays, *bounds), packed(*arrays))
+    ours = wrap(jax.grad(lambda *a: (run(*a) ** 2).sum(), (0, 1, 2)))(*arrays, *bounds)
+    wanted = jax.grad(lambda *a: (packed(*a) ** 2).sum(), (0, 1, 2))(*arrays)
+    for one, other in zip(ours, wanted, strict=True):
+        same(one, other)
+
+
+def test_packed_sequences_side_by_side():
+    """vmap: calls with bounds of their own run one after the other."""
+    q, k, v = random(2, 1, 30, 4, 16), random(1, 41, 2, 16, seed=1), random(1, 41, 2, 16, seed=2)
+    rows, keys = (jnp.array(b) for b in BOUNDS)
+    run = partial(attention, mask=masks.causal(), cu_seqlens_q=rows, cu_seqlens_kv=keys)
+    same(jax.vmap(lambda q: run(q, k, v))(q), jnp.stack([packed(x, k, v) for x in q]))
+
+
+def test_pages():
+    q, pages = random(2, 3, 4, 16), [random(7, 8, 2, 16, seed=seed) for seed in (1, 2)]
+    table, lens = jnp.array([[3, 0, 6], [2, 5, 99]]), jnp.array([20, 11])
+    run = jax.jit(lambda q, k, v, t, n: attention(q, k, v, block_table=t, kv_lens=n))
+    keys = [x[jnp.minimum(table, 6)].reshape(2, 24, 2, 16) for x in pages]
+    wanted = plain(q, *keys, jnp.arange(24) < lens[:, None, None, None])
+    same(run(q, *pages, table, lens), wanted)
+    turned = [x.transpose(0, 2, 1, 3) for x in (q, *pages)]
+    same(attention(*turned, block_table=table, kv_lens=lens, layout="BNTH").transpose(0, 2, 1, 3), wanted)
+    with pytest.raises(UnsupportedError, match="pages of keys have no gradient"):
+        jax.grad(lambda q: run(q, *pages, table, lens).sum())(q)
+
+
 def test_decode_of_one_query():
     q, k, v = random(2, 1, 8, 16), random(2, 1500, 2, 16, seed=1), random(2, 1500, 2, 16, seed=2)
     lens = jnp.array([1500, 700])
@@ -395,6 +444,9 @@ BAD = {
     "offsets": (dict(q_offset=jnp.array([1, 2, -3])), InputError, "attention.q_offset[2]"),
     "float offset": (dict(q_offset=0.5), InputError, "attention.q_offset"),
     "lengths": (dict(kv_lens=jnp.array([1, 2])), InputError, "shape (3,)"),
+    "one bound": (dict(cu_seqlens_q=jnp.array([0, 21])), InputError, "bounds of the keys, or a block_table"),
+    "a batch": (dict(cu_seqlens_q=jnp.arange(3), cu_seqlens_kv=jnp.arange(3)), InputError, "(1, Hq, total_q"),
+    "pages alone": (dict(block_table=jnp.zeros((3, 2), int)), InputError, "beside block_table"),
     "float lengths": (dict(kv_lens=jnp.ones(3)), InputError, "int32 or int64"),
     "a length": (dict(kv_lens=jnp.array([1, 35, 2])), InputError, "[1]: expected a length from 0 to 34"),
     "scale": (dict(scale="big"), InputError, "attention.scale"),

@@ -491,3 +491,24 @@ def test_dropout_of_a_module_is_left_alone_while_it_trains():
     with torch.no_grad():
         torch.testing.assert_close(f(*given), module(*given))
     assert len(f.report().compiled) == 1
+
+
+def overwritten_scores(q, k, v):
+    scores = q @ k.mT
+    scores[..., 0] = -5.0
+    return scores.softmax(-1) @ v
+
+
+def overwritten_probabilities(q, k, v):
+    weights = (q @ k.mT).softmax(-1)
+    weights[..., 0] = 0.0
+    return weights @ v
+
+
+@pytest.mark.parametrize("program", [overwritten_scores, overwritten_probabilities])
+def test_a_part_that_is_overwritten_is_left_alone(program):
+    given = torch.randn(3, 1, 2, 20, 8).unbind()
+    f = gossamer.jit(program)
+    with torch.no_grad():
+        assert torch.equal(f(*given), program(*given))
+    assert not f.report().compiled and len(f.report().left) == 1

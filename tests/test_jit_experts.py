@@ -239,6 +239,16 @@ def normalised_rows(block, x, ids, weights):
     return out
 
 
+def overwritten_rows(block, x, ids, weights):
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(block.experts):
+        tokens, places = torch.where(ids == e)
+        first = expert.w1(x[tokens])
+        first[:, 3] = 0.5
+        out.index_add_(0, tokens, expert.w2(F.silu(first)) * weights[tokens, places, None])
+    return out
+
+
 def squared_weights(block, x, ids, weights):
     out = torch.zeros_like(x)
     for e, expert in enumerate(block.experts):
@@ -262,6 +272,7 @@ LEFT = {
     an_expert_twice: "comes twice",
     larger_ids: "whose ids are an expert",
     normalised_rows: "between its products",
+    overwritten_rows: "written in place",
     squared_weights: "no product of an expert's rows and weights",
     half_the_columns: "in part",
 }

@@ -133,6 +133,22 @@ def geglu(both):
     return F.gelu(both[..., :INNER]) * (both[..., INNER:] + 1)
 
 
+def overwritten(x, ids, weights, first, second):
+    order = torch.argsort(ids.reshape(-1))
+    offs = by_histogram(ids.reshape(-1))
+    rows = torch._grouped_mm(swiglu(torch._grouped_mm(x[order // TOP], first, offs=offs)), second, offs=offs)
+    rows[3] = 1.0
+    rows = rows * weights.reshape(-1)[order][:, None]
+    return torch.zeros_like(x).index_add_(0, order // TOP, rows)
+
+
+def test_rows_that_are_written_to_in_place():
+    f = gossamer.jit(overwritten)
+    with torch.no_grad():
+        assert torch.equal(f(*inputs()), overwritten(*inputs()))
+    assert not f.report().compiled
+
+
 def test_another_activation_is_computed_as_it_is_written():
     given = inputs()
     with torch.no_grad():

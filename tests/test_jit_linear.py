@@ -133,6 +133,19 @@ def test_causal_sums_over_all_scores():
     assert len(f.report().compiled) == 1
 
 
+def test_sums_that_are_written_to_in_place():
+    def program(q, k, v):
+        q, k = phi(q), phi(k)
+        kv = k.mT @ v
+        kv[:, 0] = 0.5
+        return q @ kv / (q @ k.sum(-2, keepdim=True).mT)
+
+    f = gossamer.jit(program)
+    with torch.no_grad():
+        torch.testing.assert_close(f(*inputs()), program(*inputs()))
+    assert not f.report().compiled
+
+
 def test_what_stops_gradients_is_left_alone():
     def program(q, k, v):
         q, k = phi(q), phi(k)

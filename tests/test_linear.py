@@ -230,10 +230,13 @@ def test_what_cannot_be_captured():
         gossamer.linear_attention(*ZEROS.values(), lambda x: x * table[0])
 
 
-def test_torch_func_grad_is_refused():
-    q, k, v = Case().tensors(0).values()
-    with pytest.raises(UnsupportedError, match="which are not built"):
-        torch.func.grad(lambda x: gossamer.linear_attention(x, k, v).sum())(q)
+def test_torch_func_grad_is_what_autograd_gives():
+    q, k, v = (t.detach() for t in Case().tensors(0).values())
+    found = torch.func.grad(lambda x: gossamer.linear_attention(x, k, v).sum())(q)
+    leaf = q.clone().requires_grad_()
+    torch.testing.assert_close(
+        found, torch.autograd.grad(gossamer.linear_attention(leaf, k, v).sum(), leaf)[0]
+    )
 
 
 def test_a_projection_is_a_tensor():

@@ -50,7 +50,7 @@ def run(program, given, sizes):
 def test_interpreter(features, more):
     options = {"qk_size": 12, "v_size": 10, "eps": 0.5, "keeps": True, "aligned": False} | more
     spec = LinearSpec(features, features, target="cuda:sm_90", **options)
-    sizes = {"B": 1, "Hq": 4 if spec.grouped else 2, "Hk": 2, "L": 150, "N": 150, "span": 1}
+    sizes = {"B": 1, "Hq": 4 if spec.grouped else 2, "Hk": 2, "L": 150, "N": 150, "span_L": 1, "span_N": 1}
     states = (["state", "sums"] if spec.normalised else ["state"]) if spec.initial else []
     wanted = ("q", "k", "v", *states)
     pairs = [
@@ -66,7 +66,7 @@ def test_interpreter(features, more):
             given[v.name] = drawn.astype(kinds[v.dtype])
         expected = interpret(graph, given)
         outputs = {name: np.full_like(value, np.nan) for name, value in expected.items()}
-        found = run(program, given | outputs | {"span": 1}, sizes)
+        found = run(program, given | outputs | {"span_L": 1, "span_N": 1}, sizes)
         for name, value in expected.items():
             tolerance = (3e-3 if value.dtype == np.float16 else 2e-5) * float(np.abs(value).max())
             np.testing.assert_allclose(found[name].numpy(), value, rtol=2e-3, atol=tolerance, err_msg=name)

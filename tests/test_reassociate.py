@@ -95,6 +95,7 @@ def test_extents_of_a_batch_are_the_same_or_one():
 torch = pytest.importorskip("torch")
 import gossamer  # noqa: E402
 from gossamer import feature_maps  # noqa: E402
+from gossamer.frontend import low_rank  # noqa: E402
 
 
 def dense(x, wq, wk, wv, e, f, heads, phi, eps=1e-6):
@@ -156,6 +157,69 @@ def test_a_projection_by_head_is_better_applied_to_keys():
 def test_results_lie_as_projections_do():
     x, *weights, e, _ = layer(by_head=False)
     assert gossamer.flurka(x, *weights, e, heads=4).is_contiguous()
+
+
+def check_gradients(given):
+    """Outputs and gradients of those that want one, against the formula, twice: the second call recalls."""
+    expected = dense(*(given if len(given) == 6 else (*given, given[-1])), heads=4, phi=VARIANTS["elu"])
+    leaves = [t for t in given if t.requires_grad]
+    for _ in range(2):
+        out = gossamer.flurka(*given, heads=4)
+        torch.testing.assert_close(out, expected)
+        for weights in (torch.randn_like(out), torch.ones(()).double().expand_as(out)):
+            found = torch.autograd.grad(out, leaves, weights, retain_graph=True)
+            wanted = torch.autograd.grad(expected, leaves, weights, retain_graph=True)
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (3,), (4,), (0, 2), (1, 4)], ids=str)
+def test_some_gradients(wanted):
+    """Of one projection for both, by which two products go back to x and to it."""
+    given = [t.detach().requires_grad_(n in wanted) for n, t in enumerate(layer(by_head=False)[:5])]
+    check_gradients(given)
+
+
+@pytest.mark.parametrize("sizes", [{"length": 5, "rank": 64}, {"length": 40}], ids=str)
+def test_one_batch_and_either_order(sizes):
+    """With more ranks than rows, keys come first, and the projection is read twice."""
+    x, *weights, e, _ = layer(by_head=False, **sizes)
+    check_gradients([x.detach()[:1].requires_grad_(), *weights, e])
+    check_gradients([x, *weights, e])
+
+
+def test_tensors_of_any_layout():
+    """As those of torch.nn.Linear are, turned."""
+    given = [t.detach().mT.contiguous().mT.requires_grad_() for t in layer(by_head=False)]
+    check_gradients(given)
+
+
+def test_calls_like_others_are_not_checked_again(monkeypatch):
+    given = layer(by_head=False)
+    with torch.no_grad():
+        first = gossamer.flurka(*given, heads=4)
+        monkeypatch.setattr(low_rank, "_check", None)
+        assert torch.equal(gossamer.flurka(*given, heads=4), first)
+    for changed in ({"heads": True}, {"heads": 4.0}, {"heads": 4, "eps": 2.0}):
+        with pytest.raises(TypeError):  # another call, which would have been checked
+            gossamer.flurka(*given, **changed)
+
+
+def test_autocast():
+    """Products in bfloat16 then, as torch has them, and gradients in the dtypes of what they are of."""
+    given = [t.detach().float().requires_grad_() for t in layer(by_head=False)]
+    gossamer.flurka(*given, heads=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = gossamer.flurka(*given, heads=4)
+        assert out.dtype == torch.bfloat16
+        out = gossamer.flurka(*given, heads=4)
+        found = torch.autograd.grad(out.float().sum(), given)
+    assert all(f.dtype == torch.float32 for f in found)
+    out = gossamer.flurka(*given, heads=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(out, given, torch.ones_like(out), retain_graph=True)
+    outside = torch.autograd.grad(out, given, torch.ones_like(out))
+    assert all(map(torch.equal, inside, outside))
 
 
 @pytest.mark.parametrize(

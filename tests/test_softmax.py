@@ -284,6 +284,13 @@ def test_prob_mods(mask, name):
     check_attention(*given, mask=MASKS[mask], prob_mod=PROB_MODS[name], enable_gqa=True)
 
 
+@pytest.mark.parametrize("scale", [0.25, 8.0])
+def test_steep_maps_of_large_scores(scale):
+    """A log-sum-exp far from 0 is rounded by as much as a probability may be wrong: none is read."""
+    given = tensors(90, 90)
+    check_attention(*given, mask=MASKS["two groups"], scale=scale, prob_mod=lambda p, b, h, q, k: p * p * p)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_dtypes(dtype):
     wishes = dict(sinks=torch.tensor([0.4, -2.0]).to(dtype), dropout_p=0.2, dropout_seed=SEED)

@@ -14,6 +14,7 @@ from gossamer.ir.kernel_text import parse
 from gossamer.passes.pipeline import compile_spec
 from gossamer.passes.spec import AttentionSpec
 from gossamer.runtime import gpu
+from gossamer.runtime.triton_interpreter import run_interpreted
 
 LOADS = """
 kernel @loads(
@@ -38,6 +39,23 @@ def test_only_boxes_of_aligned_rows_are_fetched_by_descriptors():
     assert "p_z" in names and "d_z" not in names, "nothing says that z is aligned"
     assert "d_x.load([t, 32 * t - first, 0]).reshape([32, 64])" in module.source
     assert gpu.compile_ahead(module.source, "cuda:sm_90").boxes[0][1] == (1, 32, 64)
+
+
+def test_tiles_with_their_dimensions_in_another_order_come_as_the_tensor_lies():
+    text = """
+    kernel @turned(x: f16[n, m, 64] in unit 2 align 16, o: f32[n, 64] out unit 1)
+    grid(t: n) axes(d: 64, i: 32) meta(descriptors=1) {
+      tile X: f16[d, i] = load x[t, i, d] where i < m else 0
+      tile S: f32[d] = sum X over i
+      store o[t, d] = S over d
+    }
+    """
+    source = codegen.emit(parse(text))
+    assert "d_x.load([t, 0, 0]).reshape([32, 64]).permute([1, 0])" in source
+    x, o = torch.randint(0, 9, (3, 20, 64)).half(), torch.zeros(3, 64)
+    run_interpreted(source, {"x": x, "o": o})
+    assert torch.equal(o, x.float().sum(1))
+    assert gpu.compile_ahead(source, "cuda:sm_90").boxes[0][1] == (1, 32, 64)
 
 
 def test_the_hint_decides():

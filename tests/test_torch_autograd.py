@@ -293,6 +293,17 @@ def test_vmap_over_captured_tensors() -> None:
     torch.testing.assert_close(per_example[1], one.grad, atol=1e-4, rtol=1e-4)
 
 
+def test_batches_of_gradients() -> None:
+    q, k, v = (torch.randn(2, 4, 20, 16, requires_grad=True) for _ in range(3))
+    out = gossamer.attention(q, k, v, mask=masks.causal())
+    many = torch.randn(3, *out.shape)
+    gradient = lambda g: torch.autograd.grad(out, (q, k, v), g, retain_graph=True)  # noqa: E731
+    expected = [torch.stack(found) for found in zip(*map(gradient, many), strict=True)]
+    torch.testing.assert_close(list(torch.vmap(gradient)(many)), expected)
+    with pytest.raises(UnsupportedError, match=r"Use torch\.func\.jacrev"):
+        torch.autograd.grad(out, q, many, is_grads_batched=True)
+
+
 def test_vmap_within_grad() -> None:
     q, k, v = tensors(requires_grad=False)
 
@@ -302,6 +313,16 @@ def test_vmap_within_grad() -> None:
     inner = q.clone().requires_grad_()
     loss(inner).backward()
     torch.testing.assert_close(torch.func.grad(loss)(q), inner.grad)
+
+
+def test_a_gradient_within_a_gradient_is_refused() -> None:
+    q, k, v = tensors(requires_grad=False)
+
+    def first(q: Tensor) -> Tensor:
+        return torch.func.grad(lambda q: gossamer.attention(q, k, v).square().sum())(q).sum()
+
+    with pytest.raises(UnsupportedError, match="gradients of gradients are not built"):
+        torch.func.grad(first)(q)
 
 
 # ---- the operators ----

@@ -251,6 +251,24 @@ def check_model(model: nn.Module, backend: str = "aot_eager", **how: Any) -> Non
     torch.testing.assert_close(grads[1], grads[0], atol=1e-4, rtol=1e-4)
 
 
+def test_floats_that_change() -> None:
+    softer = lambda q, k, v, x: gossamer.attention(q, k, v, score_mod=lambda s, b, h, i, j: s * x + x)  # noqa: E731
+    check(softer, *((*tensors(), x) for x in (0.5, 0.25, 0.75)), graphs=2)
+
+
+def test_dropout_draws_a_seed() -> None:
+    dropped = torch.compile(
+        lambda q, k, v: gossamer.attention(q, k, v, dropout_p=0.5), fullgraph=True, backend="aot_eager"
+    )
+    q, k, v = tensors()
+    torch.manual_seed(3)
+    first = dropped(q, k, v)
+    again = dropped(q, k, v)
+    torch.manual_seed(3)
+    torch.testing.assert_close(dropped(q, k, v), first)
+    assert not torch.allclose(again, first)
+
+
 def test_modules_used_twice() -> None:
     torch.manual_seed(0)
     shared = Layer(None)

@@ -7,11 +7,13 @@ import struct
 import numpy as np
 import pytest
 
+from gossamer.codegen.triton_e2m1 import E2M1, e2m1_of
 from gossamer.codegen.triton_fields import Field, field_of
 from gossamer.codegen.triton_scope import Name, Scope
 from gossamer.ir.expr import bitand, cast, integer, shr
 from gossamer.ir.kernel import Compute
-from gossamer.passes.moe_codes import F32
+from gossamer.ir.quantized import e2m1
+from gossamer.passes.moe_codes import F32, _e2m1
 
 WORD = 0xFFFFFFFF
 
@@ -76,6 +78,8 @@ def run(lines, register, outputs):
         match name.split("."):
             case ["mov", "b32"] | ["cvt", "u32", "u16"]:
                 known[to] = given[0]
+            case ["shr", "s32"]:
+                known[to] = (given[0] - (given[0] >> 31 << 32) >> given[1]) & WORD
             case ["shr", _]:
                 known[to] = given[0] >> given[1]
             case ["shl", _]:
@@ -120,6 +124,29 @@ def test_every_byte(bits, shift, offset, dtype):
         else:
             found = halves(run(lines, word, 1)[0], dtype)
         assert found == expected
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("shift", [0, 4])
+def test_e2m1_of_every_byte(shift, dtype):
+    lines = [line.strip() for line in assembly(E2M1("b", shift, dtype))]
+    count = 4 if dtype == "f32" else 2
+    code = np.random.default_rng(0).permutation(np.repeat(np.arange(256), 4)).reshape(-1, count)
+    for given in code.tolist():
+        word = sum(n << 8 * place for place, n in enumerate(given))
+        found = run(lines, word, 4 if dtype == "f32" else 1)
+        numbers = [float(as_f32(w)) for w in found] if dtype == "f32" else halves(found[0], dtype)
+        expected = e2m1(np.array(given) >> shift & 15)
+        assert numbers == expected.tolist()
+        assert np.array_equal(np.signbit(numbers), np.signbit(expected))
+
+
+@pytest.mark.parametrize("shift", [0, 4])
+def test_what_e2m1_is(shift):
+    expr = _e2m1(integer("b"), shift)
+    assert e2m1_of(compute(expr), scope_of()) == E2M1("b", shift, "bf16")
+    assert e2m1_of(compute(2 * expr), scope_of()) is None and e2m1_of(compute(expr), scope_of("i32")) is None
+    assert e2m1_of(compute(expr, "f64"), scope_of()) is None and field_of(compute(expr), scope_of()) is None
 
 
 def scope_of(dtype="u8"):

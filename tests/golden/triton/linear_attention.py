@@ -1,5 +1,5 @@
 # linear_o: emitted by gossamer
-# linear attention, forward: normalised of 64 features by 64 values
+# linear_values, forward: 64 features by 64 values
 # 64 rows a chunk
 
 import triton
@@ -20,10 +20,10 @@ def linear_o(
     p_k: "*bf16", s_k_0: "i64", s_k_1: "i64", s_k_2: "i64",  # in k[B, Hk, L, 64]
     p_v: "*bf16", s_v_0: "i64", s_v_1: "i64", s_v_2: "i64",  # in v[B, Hk, L, 64]
     p_o: "*bf16", s_o_0: "i64", s_o_1: "i64", s_o_2: "i64",  # out o[B, Hq, L, 64]
-    B: "i32", Hk: "i32", segments: "i32", Hq: "i32", L: "i32", span: "i32",
+    B: "i32", Hk: "i32", segments: "i32", Hq: "i32", L: "i32", span_L: "i32",
 ):
     pid = tl.program_id(0)
-    n_s = floor_div(span + (L + 63) // 64 - 1, span)
+    n_s = floor_div(span_L + (L + 63) // 64 - 1, span_L)
     s = pid % n_s
     h = pid // n_s % Hq
     b = pid // (n_s * Hq)
@@ -53,7 +53,7 @@ def linear_o(
         + s * s_before_k_v_forward_sums_2
         + i_m,
     )
-    for u in tl.range(s * span, tl.minimum(span + s * span, (L + 63) // 64)):
+    for u in tl.range(s * span_L, tl.minimum(span_L + s * span_L, (L + 63) // 64)):
         chunk = u
         # b_row: i32[i 64]
         b_row = 64 * chunk + i_i
@@ -167,11 +167,11 @@ DIVISORS = {
 }
 
 
-def grid(B, Hq, L, span, **_):
-    return ((((L + 63) // 64 + span - 1) // span) * Hq * B,)
+def grid(B, Hq, L, span_L, **_):
+    return ((((L + 63) // 64 + span_L - 1) // span_L) * Hq * B,)
 
 
-def bind(before_k_v_forward, before_k_v_forward_sums, q, k, v, o, span):
+def bind(before_k_v_forward, before_k_v_forward_sums, q, k, v, o, span_L):
     if max(
         before_k_v_forward.stride(3) * 63,
         k.stride(2) * 63,
@@ -188,5 +188,5 @@ def bind(before_k_v_forward, before_k_v_forward_sums, q, k, v, o, span):
         k, k.stride(0), k.stride(1), k.stride(2),
         v, v.stride(0), v.stride(1), v.stride(2),
         o, o.stride(0), o.stride(1), o.stride(2),
-        before_k_v_forward.shape[0], before_k_v_forward.shape[1], before_k_v_forward.shape[2], q.shape[1], q.shape[2], span,
+        before_k_v_forward.shape[0], before_k_v_forward.shape[1], before_k_v_forward.shape[2], q.shape[1], q.shape[2], span_L,
     )

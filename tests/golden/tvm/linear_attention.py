@@ -1,5 +1,5 @@
 # linear_o
-# linear attention, forward: normalised of 16 features by 16 values
+# linear_values, forward: 16 features by 16 values
 # 32 rows a chunk
 @T.prim_func
 def linear_o(p_q: T.handle, p_k: T.handle, p_v: T.handle, p_o: T.handle, worker: T.int64, workers: T.int64, p_ws: T.handle):
