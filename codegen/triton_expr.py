@@ -380,6 +380,7 @@ class Speller:
         (sympy.tan, _tan),
         (sympy.tanh, _tanh),
         (ex.trunc, _trunc),
+        (ex.stop_gradient, lambda self, expr: self.number(expr.args[0], floating=True)),
         (ex.float_of_bits, _float_of_bits),
         (ex.random_bits, _random_bits),
         (ex.bits_of_float, _bits_of_float),

@@ -237,6 +237,9 @@ class Printer(Typing):
         function = VECTOR_CALLS.get(name) or SCALAR_CALLS[name]
         return Text(f"{function}({value.text})", value.dtype, value.varying)
 
+    def _stop_gradient(self, expr: Expr) -> Text:
+        return self._float(self._print(expr.args[0]))
+
     def _Abs(self, expr: Expr) -> Text:
         value = self._print(expr.args[0])
         return Text(f"T.abs({value.text})", value.dtype, value.varying)

@@ -36,7 +36,7 @@ def _gelu_tanh(x: Term) -> Term:
 
 
 def _relu(x: Term) -> Term:
-    return ("max", x, _one(0))
+    return ("where", ("le", x, _one(0)), _one(0), x)  # slope 0 at 0
 
 
 ONE_ARGUMENT: dict[str, Term] = {

@@ -153,6 +153,8 @@ def _reduced(reader: Reader, value: Value, name: str, of: Value) -> int | None:
         term, whole = reader.of(value).term, reader.of(of)
     except LeftAlone:
         return None
+    if name == "reduce_max" and isinstance(term, tuple) and term[0] == "stop_gradient":
+        term = term[1]  # as softmax is written: what is subtracted from all scores of a row has no slope
     reads = reads_in(term)
     if len(reads) != 1:
         return None

@@ -21,6 +21,7 @@ from .jax_program import Op, Value, apply
 from .term import Term, constant, rename
 from .term_expr import from_expr
 from .trace_capture import Trace
+from .trace_gradient import stopped
 from .trace_operate import as_bool, as_float, as_int, operate
 from .trace_tensor import dtype_name
 from .trace_torch import FUNCTIONS
@@ -266,7 +267,8 @@ MOVES: dict[str, Callable[[Array, Op], Term | None]] = {
     "slice": _slice,
     "rev": _reverse,
     "reshape": _reshape,
-    **dict.fromkeys(("stop_gradient", "copy", "copy_p", "reduce_precision"), lambda array, op: array.term),
+    "stop_gradient": lambda array, op: stopped(array.term) if array.kind == "float" else array.term,
+    **dict.fromkeys(("copy", "copy_p", "reduce_precision"), lambda array, op: array.term),
 }
 
 

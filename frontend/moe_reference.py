@@ -57,6 +57,8 @@ def evaluate_term(term: Any, values: dict[str, torch.Tensor]) -> torch.Tensor:
             return torch.where(*parts)
         if t[0] == "not":
             return ~parts[0]
+        if t[0] == "stop_gradient":
+            return parts[0].detach()
         return getattr(torch, t[0])(parts[0]) if t[0] in _UNARY else _BINARY[t[0]](*parts)
 
     return build(term)

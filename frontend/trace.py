@@ -18,6 +18,7 @@ from ..ir.errors import GossamerError
 from .term import Term, constant
 from .trace_capture import Trace, code_of, lift_root, settle
 from .trace_error import at_definition, wrapped
+from .trace_gradient import recording
 from .trace_guard import Guard, Path, holds, resolve
 from .trace_operate import value_of
 from .trace_tensor import Captured, dtype_name
@@ -151,9 +152,12 @@ def run_traced(run: Callable[..., Any], role: str) -> Traced:
 
 
 def _traced(role: str, code: Any, run: Callable[..., Any]) -> tuple[Trace, _Recorded, Traced]:
-    trace = Trace(role, float_params=role != "mask_mod")
-    indices = [Value(trace, name, "float" if name in FLOATS else "int") for name in ARGUMENTS[role]]
-    result = _result(trace, run(trace, *indices), code)
+    is_map = role != "mask_mod"
+    trace = Trace(role, float_params=is_map, learns=is_map)
+    with recording():
+        trace.recording = is_map
+        indices = [Value(trace, name, "float" if name in FLOATS else "int") for name in ARGUMENTS[role]]
+        result = _result(trace, run(trace, *indices), code)
     _check_size(trace, result.term, code)
     recorded, tensors = _finish(trace, result)
     values = tuple(plain_number(run_recipe(r, trace.values)) for r in recorded.recipes)

@@ -20,6 +20,7 @@ from typing import Any
 from .captured import is_array
 from .term import Term, constant
 from .trace_error import at_definition, trace_error
+from .trace_gradient import grad_enabled
 from .trace_guard import Guard, Path
 from .trace_objects import Copied, Watched, call_of
 from .trace_operate import operate, value_of
@@ -39,10 +40,13 @@ class Trace:
     slots, values: paths of captured numbers and what they are now. captures: (tensor, path).
     guards: (kind, path, expected), see trace_guard.py.
     expected: (recipe, outcome) of numbers that were looked at. memo: whether the trace may be reused.
+    learns: whether gradients go through what it computes. recording: whether torch's switch of gradients is
+    the function's own, so that `torch.no_grad()` inside it counts.
     """
 
-    def __init__(self, role: str, *, float_params: bool) -> None:
-        self.role, self.float_params = role, float_params
+    def __init__(self, role: str, *, float_params: bool, learns: bool = True) -> None:
+        self.role, self.float_params, self.learns = role, float_params, learns
+        self.recording = False
         self.slots: list[Path] = []
         self.values: list[int | float] = []
         self.captures: list[tuple[Any, Path]] = []
@@ -54,6 +58,10 @@ class Trace:
         self._seen: dict[Any, tuple[Any, Path]] = {}
 
     # what stand-ins ask for
+
+    def detaches(self) -> bool:
+        """Whether what is computed now is constant to gradients: the function is inside `torch.no_grad()`."""
+        return self.recording and not grad_enabled()
 
     operate = staticmethod(operate)
 
@@ -121,7 +129,7 @@ class Trace:
         if _is_truth(value):
             self.guards.append(("equal", path, value))
             return bool(value)
-        if isinstance(value, enum.Enum):
+        if isinstance(value, enum.Enum) or _is_grad_mode(value):
             return self._same_object(value, path)
         if isinstance(value, (abstract.Integral, abstract.Real)) or is_symbolic(value):
             return self._number(value, path, origin)
@@ -221,6 +229,11 @@ def _is_tracer(function: FunctionType) -> bool:
 def _is_truth(value: Any) -> bool:
     numpy_s = _library(type(value)) == "numpy" and type(value).__name__ in ("bool", "bool_")
     return isinstance(value, bool) or numpy_s
+
+
+def _is_grad_mode(value: Any) -> bool:
+    """`torch.no_grad()` and its like, as decorators hold them."""
+    return _library(type(value)) == "torch" and type(value).__module__.endswith("autograd.grad_mode")
 
 
 def _is_library_constant(value: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .term import Term
 from .trace_error import trace_error
+from .trace_gradient import stopped
 from .trace_value import NO_BRANCH, Number, Operators, Value, is_number
 
 if TYPE_CHECKING:
@@ -24,12 +25,22 @@ def dtype_name(dtype: object) -> str | None:
 
 
 class Captured(Operators):
-    """A captured tensor, possibly indexed in part: `indices` holds a term for each dimension, or None."""
+    """A captured tensor, possibly indexed in part: `indices` holds a term for each dimension, or None.
 
-    __slots__ = ("indices", "number", "tensor", "trace")
+    detached: whether gradients stop at what is read from it."""
 
-    def __init__(self, trace: Trace, number: int, tensor: Any, indices: tuple[Term | None, ...]) -> None:
+    __slots__ = ("detached", "indices", "number", "tensor", "trace")
+
+    def __init__(
+        self,
+        trace: Trace,
+        number: int,
+        tensor: Any,
+        indices: tuple[Term | None, ...],
+        detached: bool = False,
+    ) -> None:
         self.trace, self.number, self.tensor, self.indices = trace, number, tensor, indices
+        self.detached = detached
 
     def __repr__(self) -> str:
         return f"<captured {self.tensor.dtype} tensor of shape {tuple(self.tensor.shape)}>"
@@ -49,7 +60,8 @@ class Captured(Operators):
         for d, item in zip(free, items, strict=False):
             if not (isinstance(item, slice) and item == slice(None)):
                 indices[d] = self._index(d, item)
-        rest = Captured(self.trace, self.number, self.tensor, tuple(indices))
+        detached = self.detached or self.trace.detaches()
+        rest = Captured(self.trace, self.number, self.tensor, tuple(indices), detached)
         return rest if None in indices else rest.element()
 
     def _index(self, d: int, item: Any) -> Term:
@@ -83,6 +95,8 @@ class Captured(Operators):
         read = ("readf" if floating else "read", self.number, *indices)
         if kind == "bool":
             return Value(self.trace, ("ne", read, 0), "bool")
+        if floating and self.detached:
+            read = stopped(read)
         return Value(self.trace, read, "float" if floating else "int")
 
     def _size(self, d: int) -> Number:
@@ -114,7 +128,11 @@ class Captured(Operators):
         return self.tensor.device
 
     def detach(self) -> Captured:
-        return self
+        return Captured(self.trace, self.number, self.tensor, self.indices, self.trace.learns)
+
+    @property
+    def data(self) -> Captured:
+        return self.detach()
 
     def contiguous(self) -> Captured:
         return self

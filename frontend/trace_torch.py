@@ -13,6 +13,7 @@ from typing import Any
 
 from .term import negate
 from .trace_error import trace_error
+from .trace_kinks import at_least, at_most, clamp, detach, relu
 from .trace_operate import as_bool, as_float, as_int, operate, select, value_of
 from .trace_tensor import Captured, dtype_name
 from .trace_value import Number, Value, numbers
@@ -152,19 +153,14 @@ def _extreme(op: str) -> Function:
 minimum, maximum = _extreme("min"), _extreme("max")
 
 
-def clamp(x: Any, low: Any = None, high: Any = None) -> Any:
-    x = x if low is None else maximum(x, low)
-    return x if high is None else minimum(x, high)
-
-
 def _elu(x: Any, alpha: Any = 1.0, inplace: bool = False) -> Any:
-    return where(x > 0, x, alpha * (_floating("exp")(minimum(x, 0)) - 1.0))
+    return where(x > 0, x, alpha * (_floating("exp")(at_most(x, 0)) - 1.0))
 
 
 def _softplus(x: Any, beta: Any = 1.0, threshold: Any = 20.0) -> Any:
     """torch's softplus, linear beyond the threshold."""
     scaled = x * beta
-    soft = _floating("log")(1.0 + _floating("exp")(minimum(scaled, threshold))) / beta
+    soft = _floating("log")(1.0 + _floating("exp")(at_most(scaled, threshold))) / beta
     return where(scaled > threshold, x, soft)
 
 
@@ -292,7 +288,7 @@ FUNCTIONS: dict[str, Function] = {
     "power": _of("pow"),
     "float_power": lambda a, b: operate("pow", as_float(_value(a)), b),
     "log10": lambda x: _floating("log")(x) / math.log(10.0),
-    "relu": lambda x: maximum(x, 0),
+    "relu": relu,
     "elu": _elu,
     "softplus": _softplus,
     "silu": lambda x: x * _floating("sigmoid")(x),
@@ -317,8 +313,8 @@ FUNCTIONS: dict[str, Function] = {
     "max": maximum,
     "clamp": clamp,
     "clip": clamp,
-    "clamp_min": maximum,
-    "clamp_max": minimum,
+    "clamp_min": at_least,
+    "clamp_max": at_most,
     "less": _of("lt"),
     "less_equal": _of("le"),
     "greater": _of("gt"),
@@ -345,6 +341,7 @@ FUNCTIONS: dict[str, Function] = {
     "new_full": _filled(None),
     "masked_fill": lambda x, condition, value: where(condition, value, x),
     "clone": lambda x: x,
+    "detach": detach,
 }
 METHODS: dict[str, Function] = {
     "to": to,
@@ -361,7 +358,7 @@ METHODS: dict[str, Function] = {
     "short": _casting("i16"),
     "char": _casting("i8"),
     "byte": _casting("u8"),
-    **dict.fromkeys(("detach", "contiguous", "cpu", "cuda", "squeeze"), lambda x, *_: x),
+    **dict.fromkeys(("contiguous", "cpu", "cuda", "squeeze"), lambda x, *_: x),
     "dim": lambda _: 0,
     "numel": lambda _: 1,
 }
@@ -391,4 +388,5 @@ _ATTRIBUTES: dict[str, Callable[[Value], Any]] = {
     "ndim": lambda _: 0,
     "is_cuda": lambda _: False,
     "requires_grad": lambda _: False,
+    "data": detach,
 }

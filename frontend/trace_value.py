@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .term import Term
 from .trace_error import trace_error
+from .trace_gradient import stopped
 
 if TYPE_CHECKING:
     from .trace_capture import Trace
@@ -101,6 +102,8 @@ class Value(Operators):
     __slots__ = ("kind", "term", "trace")
 
     def __init__(self, trace: Trace, term: Term, kind: str) -> None:
+        if kind == "float" and trace.detaches():
+            term = stopped(term)
         self.trace, self.term, self.kind = trace, term, kind
 
     def __repr__(self) -> str:

@@ -3,8 +3,8 @@
     d/dx f(g(x)) = f'(g(x)) * g'(x)            one rule a function, in RULES
 
 Where a function has a corner the derivative is one of its one-sided ones, as in PyTorch: 0 for abs at 0,
-half to each side of a minimum or maximum of equal arguments. Integers, and what rounds or compares, are
-constant.
+half to each side of a minimum or maximum of equal arguments. Integers, what rounds or compares, and what
+stands inside `stop_gradient`, are constant.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .expr import (
     minimum,
     readf,
     sigmoid,
+    stop_gradient,
     trunc,
     where,
 )
@@ -47,7 +48,7 @@ def derivative(expr: Expr, x: Expr) -> Expr:
     def d(e: Expr) -> Expr:
         if e == x:
             return ONE
-        if not e.args or kind(e) != "float" or not e.has(x) or isinstance(e, readf):
+        if not e.args or kind(e) != "float" or not e.has(x) or isinstance(e, (readf, stop_gradient)):
             return ZERO
         if e not in known:
             known[e] = _chain(e, d)

@@ -42,6 +42,7 @@ from .functions import (
     shl,
     shr,
     sigmoid,
+    stop_gradient,
     trunc,
     where,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "shl",
     "shr",
     "sigmoid",
+    "stop_gradient",
     "sum_of",
     "symbols",
     "to_text",

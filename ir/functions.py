@@ -239,6 +239,17 @@ erf = _real_function("erf", math.erf)
 trunc = _real_function("trunc", math.trunc)
 
 
+class stop_gradient(_Typed):
+    """`stop_gradient(x)`: the float x, constant to derivatives."""
+
+    result = "float"
+    nargs = (1,)
+
+    @classmethod
+    def eval(cls, x: Expr) -> Expr | None:
+        return x if x.is_number or isinstance(x, stop_gradient) else None
+
+
 class float_of_bits(_Typed):
     """`float_of_bits(i)`: the f32 that the lower 32 bits of an integer spell."""
 
@@ -265,7 +276,8 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "min": minimum,
     "max": maximum,
     **{f.__name__: f for f in (where, read, readf, bitand, bitor, bitxor, shl, shr, random_bits, cast)},
-    **{f.__name__: f for f in (exp2, log2, sigmoid, erf, trunc, float_of_bits, bits_of_float)},
+    **{f.__name__: f for f in (exp2, log2, sigmoid, erf, trunc, stop_gradient)},
+    **{f.__name__: f for f in (float_of_bits, bits_of_float)},
     **{f.__name__: f for f in _SYMPY_FUNCTIONS},
     "abs": sympy.Abs,
     "floor": sympy.floor,

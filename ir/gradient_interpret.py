@@ -183,13 +183,17 @@ class Gradients:
 def captured_reads(
     of: ScoreMap, names: tuple[str, ...]
 ) -> list[tuple[tuple[ScoreMap, ...], tuple[tuple[Expr, ...], ...]]]:
-    """For each captured tensor of a map: gradients by its reads, and the indices that these read."""
+    """For each captured tensor of a map: gradients by its reads, and the indices that these read.
+
+    Reads that the map does not depend on, or that `stop_gradient` holds, have none."""
     kind = ProbGrad if isinstance(of, ProbMap) else ScoreGrad
     out = []
     for name in names:
         reads = sorted((r for r in of.expr.atoms(readf) if str(r.args[0]) == name), key=str)
-        grads = (kind(real("grad") * derivative(of.expr, r), of.params, of.captures) for r in reads)
-        out.append((tuple(grads), tuple(tuple(r.args[1:]) for r in reads)))
+        slopes = [(derivative(of.expr, r), tuple(r.args[1:])) for r in reads]
+        found = [(slope, index) for slope, index in slopes if slope != 0]
+        grads = (kind(real("grad") * slope, of.params, of.captures) for slope, _ in found)
+        out.append((tuple(grads), tuple(index for _, index in found)))
     return out
 
 

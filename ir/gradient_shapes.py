@@ -28,7 +28,8 @@ def _renormalize(c: Checker) -> tuple[Shape, ...]:
 def _mapped(c: Checker, *maps: ScoreMap) -> Shape:
     """The shape of the pairs that a gradient of a map is over."""
     given, scores, grad = c.shapes(3, (4, 4, 4))
-    c.captured(3, maps[0])
+    if maps:
+        c.captured(3, maps[0])
     c.same("shape of pairs", given, scores)
     c.same("shape of pairs", given, grad)
     return scores
@@ -40,7 +41,7 @@ def _map_grad(c: Checker) -> tuple[Shape, ...]:
 
 def _capture_grad(c: Checker) -> tuple[Shape, ...]:
     grads, indices = c.attr("grads", tuple), c.attr("indices", tuple)
-    if not grads or len(grads) != len(indices):
+    if len(grads) != len(indices):
         c.fail("attrs", f"expected one index a gradient; got {len(grads)} and {len(indices)}")
     _mapped(c, *grads)
     (shape,) = {v.shape for v in c.op.outputs}

@@ -25,7 +25,8 @@ import networkx as nx
 
 from ..ir.derivative import derivative
 from ..ir.errors import UnsupportedError
-from ..ir.expr import Expr, readf, real
+from ..ir.expr import Expr, read, reads, real
+from ..ir.gradient_interpret import captured_reads
 from ..ir.graph import Extent, Graph, Op, Value
 from ..ir.score import ProbGrad, ProbMap, ScoreGrad, ScoreMap
 
@@ -171,11 +172,9 @@ def _mapped(
     for at, capture in enumerate(of.captures, first):
         name = op.inputs[at]
         if name in tape.active:
-            reads = sorted((r for r in of.expr.atoms(readf) if r.args[0] == capture.symbol), key=str)
-            if not reads:
+            if any(isinstance(r, read) and str(r.args[0]) == capture.name for r in reads(of.expr)):
                 raise UnsupportedError(f"%{name} is not read as floats, so it has no gradient")
-            grads = tuple(grad_map(of, derivative(of.expr, r)) for r in reads)
-            indices = tuple(tuple(r.args[1:]) for r in reads)
+            ((grads, indices),) = captured_reads(of, (capture.name,))
             shape = tape.forward.values[name].shape
             attrs = {"grads": grads, "indices": indices, "of": capture.name}
             out[at] = tape.emit(f"d{name}", "capture_grad", operands, shape, **attrs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import sympy
 
 from ..ir.expr import Expr, all_of, ceildiv, floordiv, floormod, integer, maximum, minimum, real, where
@@ -11,6 +13,7 @@ from ..ir.score import ProbMap
 from . import exact_sums
 from .folds import Carried, P, Part, S
 from .gradient_folds import DW, G, OverQueries, R
+from .share import share
 
 SLOTS, SLOT_OF = integer("slots"), integer("slot_of")
 
@@ -45,10 +48,24 @@ class GradCaptures(OverQueries):
 
     def _varies(self, index: Expr) -> tuple[bool, bool]:
         """Whether an index differs between rows, and between keys."""
-        made = [*self.over.make_rows, *self.over.make_cols, *self.over.mask_cols]
-        over = {s.dst: s.axes for s in made if isinstance(s, Compute)} | {"i": ("i",), "j": ("j",)}
-        axes = {a for s in index.free_symbols for a in over.get(str(s), ())}
+        axes = _axes(index, self._tiles())
         return "i" in axes, "j" in axes
+
+    def _tiles(self) -> dict[str, tuple[str, ...]]:
+        """The axes of what expressions of pairs are over."""
+        made = [*self.over.make_rows, *self.over.make_cols, *self.over.mask_cols]
+        pairs = dict.fromkeys(map(str, (R, P, S, G, DW)), ("i", "j"))
+        return {s.dst: s.axes for s in made if isinstance(s, Compute)} | {"i": ("i",), "j": ("j",)} | pairs
+
+    def _shared(self) -> tuple[list[Stmt], list[Expr]]:
+        """(statements, values of pairs): what the gradients of several reads have in common, once a tile."""
+        parts, values = share([value for _, _, value, _ in self.parts], self.acc)
+        tiles = self._tiles()
+        made: list[Stmt] = []
+        for name, value in parts:
+            tiles[name] = _axes(value, tiles)
+            made.append(Compute(name, self.acc, tiles[name], value))
+        return made, values
 
     def state(self) -> list[Carried]:
         return [
@@ -71,7 +88,9 @@ class GradCaptures(OverQueries):
         if not self.of_prob:
             made += self._score_gradients()
         attends = all_of([self.lowest <= S, self.over.valid_row])
-        for tensor, tile, value, index in self.parts:
+        shared, values = self._shared()
+        made += shared
+        for (tensor, tile, _, index), value in zip(self.parts, values, strict=True):
             rows, keys = self._varies(index)
             value = where(attends, value, 0)
             if rows and keys:
@@ -129,3 +148,9 @@ class GradCaptures(OverQueries):
             return [Store(tensor, (SLOT_OF, index), value, axes, guard, adds=True)]
         made: list[Stmt] = [] if value is None else [Compute(tile, self.acc, axes, value)]
         return made + exact_sums.added(tensor, (SLOT_OF, index), tile, axes, guard)
+
+
+def _axes(expr: Expr, tiles: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The axes of a tile that holds an expression over tiles."""
+    found = {a for s in expr.free_symbols for a in tiles.get(str(s), ())}
+    return tuple(axis for axis in ("i", "j") if axis in found)
