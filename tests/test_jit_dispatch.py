@@ -1,5 +1,6 @@
 """gossamer.jit: experts that take tokens from slots of capacities, and those whose slots are others."""
 
+import ids
 import pytest
 import torch
 import torch._dynamo
@@ -161,7 +162,7 @@ def test_spelling(how):
         (tokens_first, dict(capacity=2)),
         (choices_first, dict(late=1)),  # the first slots are never taken
     ],
-    ids=lambda value: value.__name__ if callable(value) else str(value),
+    ids=ids.text,
 )
 def test_changed_programs_are_computed_as_they_are_written(how, changes):
     check(Block(how, **changes))
@@ -178,7 +179,7 @@ LEFT = [
 ]
 
 
-@pytest.mark.parametrize(("how", "changes", "why"), LEFT, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(("how", "changes", "why"), LEFT, ids=ids.text)
 def test_left_alone(how, changes, why):
     report = check(Block(how, **changes), sites=0)
     assert report.left[0].kind == "experts" and why in report.left[0].why, report

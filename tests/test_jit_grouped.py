@@ -1,5 +1,6 @@
 """gossamer.jit: experts by `grouped_mm` in bfloat16, the dtype in which torch captures it."""
 
+import ids
 import pytest
 import torch
 import torch._dynamo
@@ -169,7 +170,7 @@ LEFT = [
 ]
 
 
-@pytest.mark.parametrize(("how", "changes", "why"), LEFT, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("how", "changes", "why"), LEFT, ids=ids.text)
 def test_left_alone(how, changes, why):
     given = inputs()
     f = gossamer.jit(how)

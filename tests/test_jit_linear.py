@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import ids
 import pytest
 import torch
 import torch._dynamo
@@ -109,7 +110,7 @@ CHANGED = [
 ]
 
 
-@pytest.mark.parametrize(("program", "changes", "compiled", "left"), CHANGED, ids=str)
+@pytest.mark.parametrize(("program", "changes", "compiled", "left"), CHANGED, ids=ids.text)
 def test_changed_programs_are_computed_as_they_are_written(program, changes, compiled, left):
     given = inputs()
 
