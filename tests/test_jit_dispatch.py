@@ -1,6 +1,5 @@
 """gossamer.jit: experts that take tokens from slots of capacities, and those whose slots are others."""
 
-import ids
 import pytest
 import torch
 import torch._dynamo
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gossamer
+from gossamer.tests import ids
 
 T, H, INNER, EXPERTS = 21, 16, 24, 4
 

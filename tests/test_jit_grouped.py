@@ -1,12 +1,12 @@
 """gossamer.jit: experts by `grouped_mm` in bfloat16, the dtype in which torch captures it."""
 
-import ids
 import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
 
 import gossamer
+from gossamer.tests import ids
 
 T, H, INNER, EXPERTS, TOP = 40, 16, 32, 4, 2
 

@@ -4,7 +4,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import ids
 import pytest
 import torch
 import torch._dynamo
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 import gossamer
 from gossamer.frontend.checking import judged
+from gossamer.tests import ids
 
 _SPEC = importlib.util.spec_from_file_location(
     "gossamer_tests_linear_programs", Path(__file__).with_name("linear_programs.py")
