@@ -13,7 +13,7 @@ from ..ir.errors import ArtifactError, BackendError, InputError
 from .cuda_driver import Function, Layout, driver
 from .formula import parse_formula
 from .gpu import SMALLER
-from .manifest import Argument, Launch
+from .manifest import BYTES, Argument, Launch
 from .tensor_map import TensorMap
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 _WARP = 32
 _STRUCT = {"i1": "?", "i8": "b", "u8": "B", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 _NAMES = {format: name for name, format in _STRUCT.items()}
-_BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "bool": 1}
-_BYTES |= dict.fromkeys(("i8", "u8", "f8e4m3"), 1)
 _SOURCE = re.compile(r"(\w+)(?:\.(stride)\((\d+)\)|\.(shape)\[(\d+)\])?")
 _DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[[\d, ]+\]>")
 _DTYPES = {"fp64": "f64", "fp32": "f32", "fp16": "f16", "bf16": "bf16", "u8": "u8"}
@@ -234,7 +232,7 @@ def _check_alignment(kernel: str, argument: Argument, tensor: Any) -> None:
     """The address and every stride that is ever used are multiples of what the kernel was compiled for."""
     if argument.align == 1:
         return
-    step = argument.align // math.gcd(argument.align, _BYTES[argument.dtype])
+    step = argument.align // math.gcd(argument.align, BYTES[argument.dtype])
     strides = [
         s
         for d, (s, n) in enumerate(zip(tensor.stride(), tensor.shape, strict=True))

@@ -20,8 +20,7 @@ from .backends import BACKENDS, Loaded, Runner
 from .counting import LOADS
 from .formula import Formula, parse_formula
 from .knobs import LOG_TIMINGS, log
-from .manifest import Argument
-from .strided import BYTES
+from .manifest import BYTES, Argument
 from .target import Target
 
 Allocate = Callable[[tuple[int, ...], str], Any]  # (shape, dtype) -> a contiguous tensor of the caller's

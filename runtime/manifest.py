@@ -17,6 +17,21 @@ from ..ir.errors import ArtifactError
 FORMAT = 2  # raised whenever a reader of the old number would misunderstand the new layout
 
 
+BYTES = {
+    "f64": 8,
+    "f32": 4,
+    "f16": 2,
+    "bf16": 2,
+    "i64": 8,
+    "i32": 4,
+    "i16": 2,
+    "i8": 1,
+    "u8": 1,
+    "f8e4m3": 1,
+    "bool": 1,
+}  # of an element, by dtype
+
+
 @dataclass(frozen=True)
 class Argument:
     """One argument of a kernel.

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
+from .manifest import BYTES
+
 _NUMPY = {
     **{f"f{n}": f"float{n}" for n in (16, 32, 64)},
     **{f"i{n}": f"int{n}" for n in (8, 16, 32, 64)},

@@ -15,8 +15,8 @@ from typing import Any
 from ..ir.errors import ArtifactError, MissingDependencyError, UnsupportedError
 from .cuda_kernel import Box, CudaKernel, Description
 from .executable import Executable, Made
-from .manifest import Launch, assembly_part
-from .strided import BYTES, Strided
+from .manifest import BYTES, Launch, assembly_part
+from .strided import Strided
 
 TARGET = "triton_kernel_call_ffi"
 _TYPES = {"f16": 6, "f32": 7, "f64": 8, "bf16": 9}  # CUtensorMapDataType

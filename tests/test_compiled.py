@@ -115,7 +115,9 @@ def test_unknown_cpu_is_refused_with_its_neighbours() -> None:
 
 def test_threads_default_to_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(cpu, "launch", lambda function, arguments, threads, workspace: seen.append(threads))
+    monkeypatch.setattr(
+        cpu, "launch", lambda function, arguments, threads, workspace, shares: seen.append(threads)
+    )
     executable = Executable(compile_kernels([scale_kernel()], "cpu"))
     values = {"x": torch.ones(3), "y": torch.empty(3), "by": 2.0}
     monkeypatch.setenv("GOSSAMER_NUM_THREADS", "7")
