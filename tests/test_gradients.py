@@ -217,16 +217,40 @@ def test_keys_that_thousands_of_queries_attend_to():
     check_gradients(2048, 2048, masks.causal(), heads=(1, 1))
 
 
-@pytest.mark.parametrize("name", ["causal", "strided", "document", "neighborhood", "longformer"])
-def test_gradcheck(name):
+def gradcheck(call, *captures, lengths=(9, 9), heads=(2, 2), batch=1):
+    """Slopes of f64 against differences, along random directions of all inputs."""
+    shapes = [
+        (batch, h, n, 4)
+        for h, n in zip((heads[0], *heads[1:] * 2), (lengths[0], *lengths[1:] * 2), strict=True)
+    ]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    learned = [t.clone().requires_grad_() for t in captures]
+    assert torch.autograd.gradcheck(call, (*leaves, *learned), atol=1e-6, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", CASES.LIBRARY)
+def test_gradcheck_of_masks(name):
     mask = CASES.LIBRARY[name][0]
-    leaves = [torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    slopes = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    attend = lambda q, k, v: gossamer.attention(q, k, v, mask=mask)  # noqa: E731
+    gradcheck(attend, lengths=(7, 11), batch=2 if "batch" in name else 1)
 
-    def call(q, k, v, t):
-        return gossamer.attention(q, k, v, mask=mask, score_mod=lambda s, b, h, i, j: s.tanh() * t[h])
 
-    assert torch.autograd.gradcheck(call, (*leaves, slopes), atol=1e-6)
+@pytest.mark.parametrize("name", SCORES)
+def test_gradcheck_of_score_maps(name):
+    shape, make = SCORES[name]
+    attend = lambda q, k, v, *t: gossamer.attention(  # noqa: E731
+        q, k, v, mask=masks.causal(), score_mod=make(*t), return_lse=name != "minus infinity", enable_gqa=True
+    )
+    gradcheck(attend, *([torch.randn(shape, dtype=torch.float64)] if shape else []), heads=(2, 1))
+
+
+@pytest.mark.parametrize("name", PROBS)
+def test_gradcheck_of_prob_maps(name):
+    attend = lambda q, k, v, w, sinks: gossamer.attention(  # noqa: E731
+        q, k, v, mask=masks.causal(), prob_mod=PROBS[name](w), sinks=sinks, return_lse=True
+    )
+    captures = torch.rand(20, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    gradcheck(attend, *captures, lengths=(9, 7))
 
 
 def test_runs_agree_to_the_bit():

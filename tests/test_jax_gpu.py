@@ -118,7 +118,7 @@ def test_captured_arrays_lengths_and_offsets(launched):
     allowed = jnp.asarray(np.random.default_rng().random((2, 40)) < 0.7)
     slope = jnp.array([0.5, 0.25])
     lens, offset = np.array([40, 11]), np.array([35, 6])
-    options = dict(kv_lens=jnp.asarray(lens, jnp.int32), q_offset=jnp.asarray(offset, jnp.int32))
+    options = dict(where={"kv_lens": jnp.asarray(lens, jnp.int32)}, q_offset=jnp.asarray(offset, jnp.int32))
     out, _ = run(
         q, k, v,
         lambda b, h, i, j: (i >= j) & allowed[b, j],
