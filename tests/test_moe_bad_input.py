@@ -68,21 +68,6 @@ def test_activations_that_cannot_be_captured():
         gossamer.experts(**layer(activation=lambda gate, up: gate * up * table[0]))
 
 
-def test_functorch_is_refused():
-    given, x = layer(), torch.zeros(T, H)
-
-    def function(x):
-        return gossamer.experts(**(given | {"x": x}))
-
-    for transformed in (
-        lambda: torch.func.grad(lambda x: function(x).sum())(x),
-        lambda: torch.func.jvp(function, (x,), (x,)),
-        lambda: torch.func.vmap(torch.func.grad(lambda x: function(x).sum()))(x[None]),
-    ):
-        with pytest.raises(UnsupportedError, match=r"torch\.func"):
-            transformed()
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
