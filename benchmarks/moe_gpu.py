@@ -1,8 +1,8 @@
 """Mixture of experts on this machine's GPU: gossamer and torch's grouped_mm, replayed from CUDA graphs, in
 one run.
 
-    python benchmarks/moe_gpu.py                                     # every model, 1 to 8192 tokens, both
-    routings python benchmarks/moe_gpu.py --models olmoe,qwen3-30b --tokens 16,1024 --peers none
+    python benchmarks/moe_gpu.py                    # every model, 1 to 8192 tokens, both routings
+    python benchmarks/moe_gpu.py --models olmoe,qwen3-30b --tokens 16,1024 --peers none
     python benchmarks/moe_gpu.py --sweep --models olmoe --tokens 8192    # tile sizes of the two products
     python benchmarks/moe_gpu.py --backward --tokens 8192 --routing uniform
     python benchmarks/moe_gpu.py --models mixtral --weights bf16,int4,int8,fp8,mxfp4 --tokens 1,16,8192
