@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -68,6 +69,33 @@ def test_callers_on_many_threads_share_the_pool():
     for c in callers:
         c.join()
     assert totals == [True] * 8
+
+
+def test_what_a_task_holds_ends_with_its_call():
+    pool, started, release = Pool(), threading.Semaphore(0), threading.Event()
+    busy = threading.Thread(target=pool.run, args=(lambda share: started.release() or release.wait(), 2, 2))
+    busy.start()
+    started.acquire()
+    started.acquire()  # the pool's one thread is in here, and leaves the next job in the queue
+    held = {1}
+    alive = weakref.ref(held)
+    pool.run(lambda share, held=held: held, shares=2, threads=2)
+    del held
+    dead = alive() is None
+    release.set()
+    busy.join()
+    assert dead
+
+
+def test_a_closed_pool_has_no_threads_and_runs_calls_on_the_callers():
+    pool, seen = Pool(), set()
+    pool.run(lambda share: time.sleep(0.01), shares=8, threads=3)
+    before = [t for t in threading.enumerate() if t in pool._threads]
+    assert len(before) == 2
+    pool.close()
+    assert not any(t.is_alive() for t in before)
+    pool.run(lambda share: seen.add(threading.get_ident()), shares=4, threads=3)
+    assert seen == {threading.get_ident()}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
