@@ -4,5 +4,6 @@ from .jax_attention import attention
 from .jax_experts import experts, moe, ragged_dot, route
 from .jax_gpu import lowering_for
 from .jax_jit import jit
+from .jax_linear import linear_attention
 
-__all__ = ("attention", "experts", "jit", "lowering_for", "moe", "ragged_dot", "route")
+__all__ = ("attention", "experts", "jit", "linear_attention", "lowering_for", "moe", "ragged_dot", "route")
