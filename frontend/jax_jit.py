@@ -77,7 +77,7 @@ class Jitted:
 
     def clear_cache(self) -> None:
         """As for `jax.jit`."""
-        self._jitted.clear_cache()
+        self._jitted.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As for `jax.jit`."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError
 from ..runtime.driver import get_or_compile
 from .activation import activation_term
 from .device import makes_descriptors, precision_of, target_of
-from .layer import Layer, is_handful, is_layer_aligned, load_of
+from .layer import Layer, decoded_once, is_handful, is_layer_aligned, load_of
 from .problem import as_integer, is_aligned
 from .term import Term
 from .trace_tensor import dtype_name
@@ -44,55 +45,67 @@ def layer_executable(
     x, (top_k, term, routed, keeps) = values["x"], asked
     rows = values["tokens"] if routed else values["ids"]
     target, entries = target_of(x.device), rows.shape[0]
+    mean, dtype = entries / layer.experts, dtype_of(x)
     alone = what == "experts" and not routed and is_handful(x.shape[0], entries, layer.experts)
+    load = "one" if alone else load_of(mean, x.device)
     facts = {
         "experts": layer.experts,
         "top_k": top_k,
         "hidden": layer.hidden,
         "inner": layer.inner,
         "halves": layer.halves,
-        "dtype": dtype_of(x),
+        "dtype": dtype,
         "transposed": layer.transposed,
         "units": layer.units,
         "biased": layer.gate_up_bias is not None,
         "routing": ("i32" if routed else dtype_of(rows), dtype_of(values.get("weights", x))),
-        "load": "one" if alone else load_of(entries / layer.experts, x.device),
+        "load": load,
         "single": entries <= SINGLE and not routed,
         "routed": routed and top_k > 0,
         "keeps": keeps,
+        "ranks": layer.ranks,
+        "lora_scale": layer.lora_scale,
+        "masked": layer.trains is not None,
+        "quantized": layer.quantized,
+        "once": decoded_once(layer, mean, dtype, target) if load == "many" else (False, False),
         "aligned": is_layer_aligned(x, layer),
         "descriptors": makes_descriptors(x.device),
-        "precision": precision_of(x.device, dtype_of(x)),
+        "precision": precision_of(x.device, dtype),
     }
 
     def make() -> Program:
+        from ..ir.quantized import Quantized
         from ..passes.moe_pipeline import compile_experts, compile_gradients
         from ..passes.moe_spec import ExpertsSpec
         from .term_expr import to_expr
 
         expr = to_expr(term, frozenset(("x0", "x1")))
-        spec = ExpertsSpec(activation=expr, target=target, **facts)
+        stored = tuple(key and Quantized(*key) for key in layer.quantized)
+        spec = ExpertsSpec(activation=expr, target=target, **{**facts, "quantized": stored})
         return compile_gradients(spec, wanted) if what == "gradients" else compile_experts(spec)
 
     return get_or_compile((what, term, wanted, tuple(facts.items())), make, target)
 
 
+def groups_facts(experts: int, top_k: int, ids: Any) -> tuple[Any, ...]:
+    """What kernels that sort ids (entries,), of top_k each token, by expert depend on."""
+    return experts, top_k, dtype_of(ids), ids.shape[0] <= SINGLE, target_of(ids.device)
+
+
+def groups_program(facts: tuple[Any, ...]) -> Program:
+    """ids -> tokens, bounds, place."""
+    from ..ir.expr import real
+    from ..passes.moe_pipeline import compile_groups
+    from ..passes.moe_spec import ExpertsSpec
+
+    experts, top_k, dtype, single, target = facts
+    sizes = (experts, top_k, 1, 1, real("x0"), None)
+    return compile_groups(ExpertsSpec(*sizes, routing=(dtype, "f32"), single=single, target=target))
+
+
 def groups_executable(experts: int, top_k: int, ids: Any) -> Executable:
-    """What sorts ids (entries,) by expert: ids -> tokens, bounds, place."""
-    target = target_of(ids.device)
-    facts = (experts, top_k, dtype_of(ids), ids.shape[0] <= SINGLE)
-
-    def make() -> Program:
-        from ..ir.expr import real
-        from ..passes.moe_pipeline import compile_groups
-        from ..passes.moe_spec import ExpertsSpec
-
-        spec = ExpertsSpec(
-            *facts[:2], 1, 1, real("x0"), None, routing=(facts[2], "f32"), single=facts[3], target=target
-        )
-        return compile_groups(spec)
-
-    return get_or_compile(("groups", facts), make, target)
+    facts = groups_facts(experts, top_k, ids)
+    return get_or_compile(("groups", facts), partial(groups_program, facts), facts[-1])
 
 
 def product_executable(

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .layers import LORA, Layer
+from .layer import Layer
+from .layers import LORA
 from .moe import forward, launch
 from .routing import grouped
 
