@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching
 
+from ..runtime.driver import get_or_compile
 from ..runtime.strided import Strided
 from . import layer_kernels, linear_form
+from .device import target_of
 from .feature_maps import FeatureMap
 from .jax_call import _tuples
 from .jax_cpu import Target
@@ -22,6 +24,7 @@ from .jax_primitive import define, leading, one_by_one
 from .jax_problem import heads_first
 from .layer import Layer, load_of
 from .linear_form import Settings, linear_executable
+from .router_form import facts_of, spec_of
 
 kernels_p = Primitive("gossamer_kernels")
 """Operands as `Kernels.operands` names them. Parameter: call, the text of a Kernels. Results: its results."""
@@ -105,8 +108,12 @@ def _outer(kernels: Kernels, values: dict[str, Any]) -> Any:
 
 
 def _router(kernels: Kernels, values: dict[str, Any]) -> Any:
-    *facts, cut, hashed, limited, term = kernels.facts
-    return layer_kernels.router_executable(tuple(facts), values["logits"], cut, hashed, limited, term)
+    """facts: what was asked for, by name."""
+    from ..passes.moe_router import compile_router
+
+    facts = facts_of(dict(kernels.facts), values, "chosen" in values)
+    target = target_of(values["logits"].device)
+    return get_or_compile(("router", facts), lambda: compile_router(spec_of(facts)), target)
 
 
 def _linear(kernels: Kernels, values: dict[str, Any]) -> Any:
@@ -147,7 +154,7 @@ define(kernels_p, _shapes, KERNELS)
 # batching -------------------------------------------------------------------------------------------
 
 # What has a row for each token or each sequence, so that calls side by side are one call of more of them.
-_BY_ROW = {"experts": ("x", "ids", "weights"), "router": ("logits", "token_ids")}
+_BY_ROW = {"experts": ("x", "ids", "weights"), "router": ("logits", "token_ids", "group_logits", "request")}
 _BY_ROW |= dict.fromkeys(("linear", "linear gradients"), linear_form.ALL_NAMES)
 
 
@@ -174,8 +181,8 @@ def _folds(kernels: Kernels, own: Mapping[str, bool]) -> bool:
     if any(own[name] and name not in by_row for name in own):
         return False
     if kernels.what == "router":
-        counts = kernels.facts[-2] or (kernels.facts[2] == "random" and "token_ids" not in own)
-        return not counts
+        facts = dict(kernels.facts)
+        return "limited" not in facts and (facts["scoring"] != "random" or "token_ids" in own)
     return kernels.what in ("linear", "linear gradients") or (kernels.what == "experts" and "ids" in own)
 
 

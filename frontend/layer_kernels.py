@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import InputError
 from ..runtime.driver import get_or_compile
-from .activation import activation_term
 from .device import makes_descriptors, precision_of, target_of
 from .layer import Layer, decoded_once, is_handful, is_layer_aligned, load_of
-from .problem import as_integer, is_aligned
+from .problem import is_aligned
 from .term import Term
 from .trace_tensor import dtype_name
 
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from ..runtime.driver import Executable
 
 SINGLE = 512  # entries that one program sorts
-ROUTERS = {"softmax": "softmax", "sigmoid": "sigmoid", "softmax_of_topk": "logits", "random": "random"}
 
 
 def dtype_of(tensor: Any) -> str:
@@ -146,72 +143,3 @@ def are_rows_aligned(tensor: Any) -> bool:
     return tensor.device.type == "cpu" or (
         is_aligned(tensor) and tensor.shape[-1] * tensor.element_size() % 16 == 0
     )
-
-
-# routers --------------------------------------------------------------------------------------------
-
-
-def router_facts(
-    experts: int,
-    top_k: Any,
-    router: str | Callable[..., Any],
-    renormalize: Any,
-    corrected: str | None,
-    groups: int,
-    top_groups: int | None,
-    cut: str | None,
-) -> tuple[Any, ...]:
-    """What a router's kernel depends on beside dtype, device and hashing: (experts, top_k, scoring, whether
-    weights add up to 1, dtype of a correction, groups, top_groups). Raises InputError."""
-    if not callable(router) and router not in ROUTERS:
-        raise InputError("route.router", f"a function, or one of {', '.join(ROUTERS)}", repr(router))
-    if cut is not None and router == "softmax_of_topk":
-        expected = "scores that are compared before their softmax is known"
-        raise InputError(f"route.{cut}", expected, repr(router), 'Pass router="softmax"')
-    count = as_integer(top_k)
-    if count is None or not 1 <= count <= experts:
-        raise InputError("route.top_k", f"1 to {experts}, the number of experts", top_k)
-    top_groups = groups if top_groups is None else top_groups
-    size = experts // groups if groups and experts % groups == 0 else 0
-    if not size or not 1 <= top_groups <= groups or top_groups * size < count:
-        expected = f"groups that divide {experts} experts, and enough of them open for {count}"
-        raise InputError("route.groups, top_groups", expected, (groups, top_groups))
-    if groups == top_groups:
-        groups = top_groups = 1
-    scoring = "map" if callable(router) else ROUTERS[router]
-    return experts, count, scoring, bool(renormalize), corrected, groups, top_groups
-
-
-def cut_of(top_p: Any, threshold: Any, capacity: Any) -> str | None:
-    """What leaves out experts: 'top_p', 'threshold' or nothing. Raises InputError."""
-    if top_p is not None and threshold is not None:
-        raise InputError("route.top_p, threshold", "one of them at most", (top_p, threshold))
-    if capacity is not None and (as_integer(capacity) is None or capacity < 0):
-        raise InputError("route.capacity", "a number of tokens, 0 or more", capacity)
-    return "top_p" if top_p is not None else None if threshold is None else "threshold"
-
-
-def router_term(router: Any) -> Term | None:
-    """The score of a logit, x0, where the router is a function. Raises TraceError."""
-    return activation_term(router, gated=False) if callable(router) else None
-
-
-def router_executable(
-    facts: tuple[Any, ...], logits: Any, cut: str | None, hashed: bool, limited: bool, term: Any
-) -> Executable:
-    """logits (, bias, token_ids), numbers -> ids, weights; with `limited` also chosen, ids before the limit.
-
-    facts: see `router_facts`."""
-    target, dtype = target_of(logits.device), dtype_of(logits)
-
-    def make() -> Program:
-        from ..passes.moe_router import compile_router
-        from ..passes.moe_router_spec import RouterSpec
-        from .term_expr import to_expr
-
-        expr = None if term is None else to_expr(term, frozenset(("x0",)))
-        more: dict[str, Any] = dict(logits=dtype, target=target, cut=cut, hashed=hashed, keeps=limited)
-        limit = "token" if limited else None
-        return compile_router(RouterSpec(*facts, expr=expr, limited=limit, **more))  # pyright: ignore[reportCallIssue]
-
-    return get_or_compile(("router by arrays", facts, dtype, cut, hashed, limited, term), make, target)
