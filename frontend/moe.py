@@ -77,9 +77,9 @@ def experts(
         gate_up_proj, down_proj: (E, 2 I, H) and (E, H, I), gate first, then up, as Hugging Face and vLLM have
             them, or transposed, (E, H, 2 I) and (E, I, H); without a gate I in place of 2 I. Any strides.
             Which layout it is, shapes tell. Or a QuantizedWeight (E, out, in), either or both.
-        activation: "swiglu", "geglu", "geglu_tanh", "reglu"; "silu", "gelu", "gelu_tanh", "relu", "relu2"
-        (times
-            up, where there is a gate); or a function of (gate, up), or of (x), which is traced.
+        activation: "swiglu", "geglu", "geglu_tanh", "reglu"; "silu", "gelu", "gelu_tanh", "relu", "relu2"; or
+            a function of (gate, up) or of one argument (`torch.nn.functional.silu`), which is traced. What is
+            of one argument is multiplied by up, where there is a gate.
         gate_up_bias, down_bias: (E, 2 I) and (E, H).
         gate_up_lora, down_lora, lora_scale: low-rank adapters, a (E, r, H) and b (E, 2 I, r), a (E, r, I) and
             b (E, H, r), in either layout: lora_scale * b @ a is added to each expert's matrix.
@@ -139,7 +139,7 @@ def experts(
 def _by_token(ids: Any, weights: Any, x: Any, experts: int, *, validate: bool) -> tuple[Any, Any]:
     """ids and weights [T, k] for so many experts. Raises InputError, UnsupportedError."""
     if isinstance(ids, Routing):
-        if ids.topk_ids is None:
+        if ids.topk_ids is None or ids.is_list:
             raise UnsupportedError(
                 "experts.topk_ids: a Routing by rows beside zero, copy or constant experts is not built yet. "
                 "Pass one by token, or ids and weights"
