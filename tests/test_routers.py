@@ -85,7 +85,10 @@ def test_gradients_pass_by_what_is_dropped():
     [
         ({"top_p": 0.5, "threshold": 0.1}, "one of them at most"),
         ({"capacity": -1}, r"route\.capacity"),
-        ({"token_ids": torch.zeros(37, dtype=torch.int64)}, "with router 'random'"),
+        (
+            {"token_ids": torch.zeros(37, dtype=torch.int64)},
+            "expected router 'random' beside them; got 'softmax'",
+        ),
         ({"top_p": 0.5, "router": "softmax_of_topk"}, r"route\.top_p"),
     ],
     ids=str,
