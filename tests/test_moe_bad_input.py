@@ -46,6 +46,36 @@ BAD = {
     "an id too small": ({"topk_ids": torch.full((T, K), -2), "validate": True}, "got -2"),
     "activation": ({"activation": "swish"}, "experts.activation: expected one of swiglu"),
     "gate that is not there": ({"gate_up_proj": torch.zeros(E, I, H)}, "These matrices have no gate"),
+    "matrices of lists": ({"gate_up_proj": [[0.0]]}, "gate_up_proj: expected a torch.Tensor or a Quantized"),
+    "half an adapter": (
+        {"gate_up_lora": (torch.zeros(E, 2, H),)},
+        "expected two tensors, a .* got 1 of them",
+    ),
+    "adapters of one tensor": ({"down_lora": torch.zeros(E, 2, I)}, "experts.down_lora: .* got Tensor"),
+    "no inner features": (
+        {"gate_up_proj": torch.zeros(E, 0, H), "down_proj": torch.zeros(E, H, 0)},
+        "expected H and I of 1 or more",
+    ),
+    "half a shared expert": (
+        {"shared_down_proj": torch.zeros(H, I)},
+        "experts.shared_gate_up_proj: .* got None",
+    ),
+    "weights of no shared expert": (
+        {"shared_weights": torch.zeros(T)},
+        "shared_gate_up_proj and shared_down",
+    ),
+    "shared experts of three dimensions": (
+        {"shared_gate_up_proj": torch.zeros(1, 2 * I, H), "shared_down_proj": torch.zeros(1, H, I)},
+        r"two matrices, \(2 S, H\) and \(H, S\); got \(1, 12, 8\)",
+    ),
+    "shared weights": (
+        {
+            "shared_gate_up_proj": torch.zeros(2 * I, H),
+            "shared_down_proj": torch.zeros(H, I),
+            "shared_weights": torch.zeros(T + 1),
+        },
+        "a weight for each of 5 tokens",
+    ),
     "backend": ({"backend": "cuda"}, "experts.backend: expected one of auto"),
     "backend of another device": ({"backend": "triton"}, "cuda tensors for 'triton'"),
 }
