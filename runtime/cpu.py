@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import BackendError, MissingDependencyError
-from ..ir.syntax import PARSER
 from .knobs import NUM_THREADS
 from .manifest import Launch
 from .workers import POOL
@@ -39,16 +38,15 @@ def build_object(source: str, target: str) -> bytes:
     """
     try:
         import tvm
-        from tvm.script import tirx
     except ImportError:
         raise MissingDependencyError("apache-tvm", "cpu", "compiling CPU kernels") from None
+    from . import tvm_script
+
     _register_pipeline()
     cpu = target.partition(":")[2] or str(tvm.get_global_func("target.llvm_get_system_cpu")())
     llvm = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "opt-level": _LLVM_LEVEL})
     try:
-        with PARSER:
-            function = tvm.script.from_source(source, extra_vars={"T": tirx}, check_well_formed=False)
-        module = tvm.tirx.build(function, target=llvm, pipeline=_PIPELINE)
+        module = tvm.tirx.build(tvm_script.read(source), target=llvm, pipeline=_PIPELINE)
     except Exception as error:
         raise BackendError(f"TVM refused a generated kernel for {target}: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
