@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .layers import LORA, Layer
 from .moe import forward, launch
 from .routing import grouped
+from .step_autograd import once_differentiable
 
 NAMES = ("x", "weights", "gate_up", "down", "gate_up_bias", "down_bias", *LORA)
 

@@ -177,7 +177,7 @@ class Routing:
             self._rows, self._counts = (tokens, experts), bounds[1:] - bounds[:-1]
         else:
             assert self.topk_ids is not None and self.topk_weights is not None
-            tokens, bounds, place = grouped(self.topk_ids, int(self.num_experts))
+            tokens, bounds, place = grouped(self.topk_ids, self.num_experts)
             counts = bounds[1:] - bounds[:-1]
             rows = torch.arange(tokens.shape[0], device=tokens.device, dtype=torch.int32)
             experts = torch.searchsorted(bounds[1:], rows, right=True, out_int32=True)
@@ -244,6 +244,5 @@ class Routing:
 
 def grouped(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
     """tokens (T k,), bounds (E + 1,) and place (T, k) of ids, as ir/ragged.py defines them."""
-    form = MoeForm("groups", ("ids",), facts=(("experts", num_experts),))
-    tokens, bounds, place = call(form, [topk_ids])
+    tokens, bounds, place = call(MoeForm("groups", ("ids",), ("experts",)), [topk_ids], [num_experts])
     return tokens, bounds, place
