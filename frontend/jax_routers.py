@@ -15,7 +15,7 @@ from ..ir.errors import InputError
 from .jax_activation import activation_of
 from .jax_kernels import call
 from .jax_problem import FLOATS
-from .router_form import ROUTERS, count_of, cuts_of, groups_of, limits_of
+from .router_form import ROUTERS, count_of, cuts_of, groups_of, limits_of, number_of, seed_of
 from .trace_tensor import dtype_name
 
 LOG_2, LARGEST = math.log(2), math.log(100)  # of temperatures: what Tutel starts with, and ends at
@@ -67,20 +67,20 @@ def route(
         logits = _cosines(logits, _floats("expert_vectors", expert_vectors, 2, "(experts, D)"), temperature)
     tokens, experts = logits.shape
     wide = jnp.promote_types(logits.dtype, jnp.float32)
-    count = count_of(router, top_k, experts, capacity)
+    count, scale = count_of(router, top_k, experts, capacity), number_of("scale", scale)
     cuts = {"top_p": top_p, "threshold": threshold, "relative_threshold": relative_threshold}
     if router == "expert_choice":
         others = (group_logits, correction_bias, remap, token_ids, entropy_threshold, *cuts.values())
-        if groups != 1 or any(other is not None for other in others):
+        if (groups, scale, min_k) != (1, 1.0, 0) or any(other is not None for other in others):
             what = "router_logits, top_k, capacity and expert_vectors alone"
             raise InputError("route", f"{what}, where experts choose", "more than that")
         wanted = -(-tokens * count // experts) if capacity is None else capacity
         return _chosen_by_experts(logits.astype(wide), min(wanted, tokens))
-    facts, numbers = cuts_of(router, cuts, min_k, entropy_threshold, float(entropy_index))
+    facts, numbers = cuts_of(router, cuts, min_k, entropy_threshold, entropy_index)
     facts |= {"top_k": count, "renormalize": bool(renormalize)}
     facts["scoring"] = "map" if callable(router) else ROUTERS[router]
     facts["term"] = activation_of(router, False) if callable(router) else None
-    numbers["scale"] = float(scale)
+    numbers["scale"] = scale
     operands: dict[str, Any] = {}
     if correction_bias is not None:
         operands["bias"] = _shaped("correction_bias", correction_bias, (experts,)).astype(wide)
@@ -98,7 +98,7 @@ def route(
         operands["token_ids"] = _tokens(router, token_ids, tokens)
     facts |= limits_of(capacity, capacity_order)
     if router == "random":
-        numbers["seed"] = int(seed)
+        numbers["seed"] = int(seed_of(seed))
     if capacity is not None:
         numbers["capacity"] = int(capacity)
     spelled = router if isinstance(router, str) else jax.tree_util.Partial(router)

@@ -110,6 +110,8 @@ def layer_of_shapes(
     flipped = is_transposed(hidden, gate_up.shape, down.shape, transposed)
     columns, inner = (gate_up.shape[2], down.shape[1]) if flipped else (gate_up.shape[1], down.shape[2])
     gated = columns == 2 * inner
+    if not hidden or not inner:
+        raise InputError("experts.gate_up_proj, down_proj", "H and I of 1 or more", shown(gate_up, down))
     for name, bias, size in (("gate_up_bias", gate_up_bias, columns), ("down_bias", down_bias, hidden)):
         if bias is not None and tuple(bias.shape) != (experts, size):
             raise InputError(f"experts.{name}", f"shape ({experts}, {size})", tuple(bias.shape))

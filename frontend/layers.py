@@ -99,14 +99,14 @@ def check_tensor(where: str, tensor: Any, rank: int, meaning: str) -> None:
         raise InputError(where, "a strided tensor", tensor.layout, "Call .to_dense()")
 
 
-def check_like(where: str, tensor: Any, x: Any) -> None:
-    """Raise InputError unless a tensor has x's dtype and device."""
+def check_like(where: str, tensor: Any, x: Any, name: str = "x") -> None:
+    """Raise InputError unless a tensor has x's dtype and device. name: what x is called."""
     if x.dtype not in FLOATS:
         raise InputError("experts.x", "float16, bfloat16, float32 or float64", x.dtype)
     if tensor.dtype != x.dtype:
-        raise InputError(where, f"x's dtype {x.dtype}", tensor.dtype, "Cast one of them")
+        raise InputError(where, f"{name}'s dtype {x.dtype}", tensor.dtype, "Cast one of them")
     if tensor.device != x.device:
-        raise InputError(where, f"a tensor on {x.device}, as x is", tensor.device)
+        raise InputError(where, f"a tensor on {x.device}, as {name} is", tensor.device)
 
 
 def check_routing(

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..runtime.driver import driver
 from ..runtime.executable import Contiguous
@@ -18,6 +17,7 @@ from .device import precision_of
 from .linear_form import DTYPES, GRADIENTS, NAMES, Settings, linear_executable, shapes_of
 from .operator_rules import wants_gradient
 from .plan import _signature
+from .step_autograd import once_differentiable
 
 if TYPE_CHECKING:
     from ..runtime.executable import Bound

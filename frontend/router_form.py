@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,19 +34,46 @@ def count_of(router: str | Callable[..., Any], top_k: Any, experts: int, capacit
     count = as_integer(top_k)
     if count is None or not 1 <= count <= experts:
         raise InputError("route.top_k", f"1 to {experts}, the number of experts", top_k)
-    whole = capacity if is_symbolic(capacity) else as_integer(capacity)
-    if capacity is not None and (whole is None or whole < 0):
+    if capacity is not None and (_count(capacity) is None or capacity < 0):
         raise InputError("route.capacity", "a number of tokens, 0 or more", capacity)
     return count
 
 
+def number_of(name: str, value: Any, lowest: float = -math.inf, highest: float = math.inf) -> float:
+    """A finite number within bounds. Raises InputError."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (lowest <= number <= highest and -math.inf < number < math.inf):
+        bounded = f"a number from {lowest:g} to {highest:g}" if highest < math.inf else "a finite number"
+        raise InputError(f"route.{name}", bounded, value)
+    return number
+
+
+def seed_of(seed: Any) -> Any:
+    """A seed that kernels take. Raises InputError."""
+    if _count(seed) is None or not -(2**63) <= seed < 2**63:
+        raise InputError("route.seed", "an integer of 64 bits", seed)
+    return seed
+
+
+def _count(value: Any) -> Any:
+    return value if is_symbolic(value) else as_integer(value)
+
+
+_BOUNDS = {"top_p": (0.0, 1.0), "threshold": (-math.inf, math.inf), "relative_threshold": (0.0, 1.0)}
+
+
 def cuts_of(
-    router: Any, cuts: Mapping[str, Any], min_k: Any, entropy: float | None, index: float
+    router: Any, cuts: Mapping[str, Any], min_k: Any, entropy: Any, index: Any
 ) -> tuple[Facts, dict[str, float]]:
     """What leaves out experts, as facts and numbers. cuts: top_p, threshold, relative_threshold, or None.
 
     Raises InputError."""
-    given = {name: float(value) for name, value in cuts.items() if value is not None}
+    given = {
+        name: number_of(name, value, *_BOUNDS[name]) for name, value in cuts.items() if value is not None
+    }
     facts: Facts = {}
     numbers: dict[str, float] = {}
     if len(given) > 1:
@@ -63,8 +91,9 @@ def cuts_of(
         facts |= {"cut": name.removesuffix("_threshold"), "least": least}
         numbers["limit"] = limit
     if entropy is not None:
+        index = number_of("entropy_index", index)
         facts["entropy"] = "shannon" if index == 1 else "tsallis"
-        numbers["most_entropy"] = float(entropy)
+        numbers["most_entropy"] = number_of("entropy_threshold", entropy)
         if index != 1:
             numbers["entropy_index"] = index
     return facts, numbers

@@ -14,7 +14,7 @@ from .layers import FLOATS, check_tensor
 from .moe_form import MoeForm
 from .moe_operator import call, learns
 from .pure import pure
-from .router_form import ROUTERS, count_of, cuts_of, groups_of, limits_of
+from .router_form import ROUTERS, count_of, cuts_of, groups_of, limits_of, number_of, seed_of
 from .routing import Routing
 
 LOG_2 = math.log(2)  # what Tutel starts with
@@ -90,16 +90,21 @@ def route(
         raise InputError("route.router_logits", "float16, bfloat16, float32 or float64", router_logits.dtype)
     wide = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
     tensors = {"logits": router_logits}
+    given = isinstance(temperature, torch.Tensor)
+    if expert_vectors is None and (given or temperature != LOG_2):
+        raise InputError("route.temperature", "expert_vectors beside it", None, "Divide router_logits by it")
     if expert_vectors is not None:
-        if not isinstance(temperature, torch.Tensor):
-            temperature = router_logits.new_full((1,), temperature, dtype=wide)
+        if not given:
+            number = number_of("temperature", temperature)
+            temperature = router_logits.new_full((1,), number, dtype=wide)
         tensors |= _cosines(router_logits, expert_vectors, temperature, wide)
     tokens, experts = router_logits.shape[0], tensors.get("vectors", router_logits.T).shape[0]
     count = count_of(router, top_k, experts, capacity)
+    scale = number_of("scale", scale)
     cuts = {"top_p": top_p, "threshold": threshold, "relative_threshold": relative_threshold}
     if router == "expert_choice":
-        others = (group_logits, correction_bias, remap, token_ids, entropy_threshold)
-        if groups != 1 or any(other is not None for other in (*others, *cuts.values())):
+        others = (group_logits, correction_bias, remap, token_ids, entropy_threshold, *cuts.values())
+        if (groups, scale, min_k) != (1, 1.0, 0) or any(other is not None for other in others):
             what = "router_logits, top_k, capacity and expert_vectors alone"
             raise InputError("route", f"{what}, where experts choose", "more than that")
         wanted = -(-tokens * count // experts) if capacity is None else capacity
@@ -109,8 +114,8 @@ def route(
     if callable(router):
         facts["term"] = _term_of(router)
     integers: dict[str, Any] = {}
-    numbers = {"scale": float(scale)}
-    made = cuts_of(router, cuts, min_k, entropy_threshold, float(entropy_index))
+    numbers = {"scale": scale}
+    made = cuts_of(router, cuts, min_k, entropy_threshold, entropy_index)
     facts, numbers = facts | made[0], numbers | made[1]
     if correction_bias is not None:
         _check("correction_bias", correction_bias, (experts,), router_logits)
@@ -126,12 +131,12 @@ def route(
     elif num_experts is not None and num_experts != experts:
         raise InputError("route.num_experts", "a table of ids in remap", num_experts)
     if token_ids is not None:
-        if router != "random" or tuple(token_ids.shape) != (tokens,):
-            expected = f"shape ({tokens},), with router 'random'"
-            raise InputError("route.token_ids", expected, tuple(token_ids.shape))
+        if router != "random":
+            raise InputError("route.token_ids", "router 'random' beside them", repr(router))
+        _check("token_ids", token_ids, (tokens,), dtypes=INTEGERS)
         tensors["token_ids"] = token_ids.to(torch.int64)
     if router == "random":
-        integers["seed"] = int(seed)
+        integers["seed"] = seed_of(seed)
     facts |= limits_of(capacity, capacity_order)
     if capacity is not None:
         integers["capacity"] = capacity
@@ -190,22 +195,21 @@ def _remapped(table: Any, requests: Any, tokens: int, experts: int) -> dict[str,
     for name, tensor, shape in (("remap", table, (None, experts)), ("request_ids", requests, (tokens,))):
         if tensor is None:
             raise InputError(f"route.{name}", "remap and request_ids together", None)
-        _check(name, tensor, shape)
-        if tensor.dtype not in INTEGERS:
-            raise InputError(f"route.{name}", "int32 or int64", tensor.dtype)
+        _check(name, tensor, shape, dtypes=INTEGERS)
     if not table.shape[0]:
         raise InputError("route.remap", "one row at least", tuple(table.shape))
     return {"table": table, "request": requests}
 
 
-def _check(name: str, tensor: Any, shape: tuple[Any, ...], like: Any = None) -> None:
-    """Raise InputError unless a tensor has a shape (None: any extent), and is float and where `like` is."""
+def _check(name: str, tensor: Any, shape: tuple[Any, ...], like: Any = None, dtypes: Any = FLOATS) -> None:
+    """Raise InputError unless a tensor has a shape (None: any extent), a dtype and like's device."""
     check_tensor(f"route.{name}", tensor, len(shape), f"{shape}")
     if any(wanted is not None and wanted != n for wanted, n in zip(shape, tensor.shape, strict=True)):
         shown = ", ".join("any" if n is None else str(n) for n in shape)
         shown += "," * (len(shape) == 1)
         raise InputError(f"route.{name}", f"shape ({shown})", tuple(tensor.shape))
-    if like is not None and tensor.dtype not in FLOATS:
-        raise InputError(f"route.{name}", "float16, bfloat16, float32 or float64", tensor.dtype)
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise InputError(f"route.{name}", expected, tensor.dtype)
     if like is not None and tensor.device != like.device:
         raise InputError(f"route.{name}", f"a tensor on {like.device}", tensor.device)
