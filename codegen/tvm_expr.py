@@ -31,6 +31,7 @@ from .tvm_value import (
     Text,
     Typing,
     bf16_rounded,
+    bf16_widened,
     nan_aware,
     widest,
 )
@@ -146,7 +147,10 @@ class Printer(Typing):
     def _element(self, value: Text, dtype: str) -> Text:
         """An element of a tensor in the dtype of a tile."""
         wide = TILE_DTYPES[dtype]
-        return value if wide == value.dtype else Text(f'T.Cast("{wide}", {value.text})', wide, value.varying)
+        if wide == value.dtype:
+            return value
+        text = bf16_widened(value.text) if dtype == "bf16" else f'T.Cast("{wide}", {value.text})'
+        return Text(text, wide, value.varying)
 
     # arithmetic -----------------------------------------------------------------------------------
 

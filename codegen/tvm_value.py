@@ -89,3 +89,9 @@ def bf16_rounded(x: str) -> str:
     odd = f"T.bitwise_and(T.shift_right({bits}, 16), 1)"
     nearest = f'T.reinterpret("float32", T.bitwise_and({bits} + 32767 + {odd}, -65536))'
     return f"T.Select({x} <= {literal('inf', 'float32')}, {nearest}, {x})"
+
+
+def bf16_widened(x: str) -> str:
+    """A bf16 as f32, by its bits: TVM binds a conversion of bf16 to a name with the bits as the number."""
+    bits = f'T.Cast("uint32", T.reinterpret("uint16", {x}))'
+    return f'T.reinterpret("float32", T.shift_left({bits}, T.uint32(16)))'

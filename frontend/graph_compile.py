@@ -12,6 +12,7 @@ from ..ir.errors import GossamerError
 from .adapters import adapted_parts
 from .graph_attention import find_attention
 from .graph_create import CREATIONS
+from .graph_einsum import spell_out
 from .graph_expert_site import replace_experts
 from .graph_experts import find_experts
 from .graph_inline import is_whole, write_out
@@ -43,6 +44,7 @@ _PRODUCTS = ("softmax", "matmul", "bmm", "mm", "einsum", "baddbmm", "scaled_dot_
 def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled | Left]]:
     """The graph with everything that can be proven equal replaced, and what was found."""
     parts: list[Compiled | Left] = [*adapted_parts(module.graph), *_written_out(module.graph)]
+    spell_out(module.graph)
     reader = Reader(module.graph)
     for kind, (find, replace) in KINDS.items():
         for node, match in list(find(reader, module.graph)):
@@ -122,14 +124,13 @@ def replace_attention(graph: fx.Graph, reader: Reader, match: Attention) -> None
     with graph.inserting_before(match.node):
         given = (*match.tensors, *(known[name] for name in numbers), *held)
         call = graph.call_function(site, given)
-    call.meta = dict(match.node.meta)
-    reader.memory.place[call] = reader.memory.place[match.node]
-    match.node.replace_all_uses_with(call)
+    reader.memory.replace(match.node, call)
 
 
 def _check(match: Attention) -> None:
     if value_of(match.node).requires_grad and any(value_of(x).requires_grad for x in match.tensors[:2]):
-        inside = [value for node in match.inside if isinstance(value := value_of(node), torch.Tensor)]
+        inside = match.inside - match.aside
+        inside = [value for node in inside if isinstance(value := value_of(node), torch.Tensor)]
         if not all(value.requires_grad for value in inside if value.is_floating_point()):
             raise LeftAlone("gradients stop inside it")
     values = [value_of(node) for node in match.tensors]

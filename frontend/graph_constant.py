@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .captured import as_numpy
 from .graph_terms import names_in, reads_in, replaced, tidy
@@ -24,7 +25,7 @@ from .term_expr import from_expr
 MOST = 1 << 26  # entries of a buffer that is still worth looking at
 MOST_FORMS = 4096
 _FORMS: dict[tuple[int, int], Term | None] = {}
-_SERIALS: dict[int, tuple[Any, int]] = {}
+_SERIALS: dict[int, tuple[Any, StorageWeakRef, int]] = {}
 _COUNTER = itertools.count()
 
 
@@ -34,11 +35,11 @@ def identity(tensor: torch.Tensor) -> tuple[int, int] | None:
         version = tensor._version
     except RuntimeError:  # torch's inference tensors
         return None
-    place = id(tensor)
+    place, memory = id(tensor), StorageWeakRef(tensor.untyped_storage())
     known = _SERIALS.get(place)
-    if known is None or known[0]() is not tensor:
-        _SERIALS[place] = known = (weakref.ref(tensor), next(_COUNTER))
-    return known[1], version
+    if known is None or known[0]() is not tensor or known[1] != memory:  # `.data = other` counts nothing
+        _SERIALS[place] = known = (weakref.ref(tensor), memory, next(_COUNTER))
+    return known[2], version
 
 
 def closed_form(tensor: torch.Tensor) -> Term | None:

@@ -10,7 +10,18 @@ from typing import Any
 from torch import fx
 
 from .graph_ops import arguments, value_of
-from .graph_tensor import Opaque, Reader, Tensor, axis, broadcast, filled, is_one, kind_of_dtype, size_term
+from .graph_tensor import (
+    Opaque,
+    Reader,
+    Tensor,
+    axis,
+    broadcast,
+    filled,
+    fitting,
+    is_one,
+    kind_of_dtype,
+    size_term,
+)
 from .graph_terms import number, reads_in, tidy
 from .graph_views import Rule
 from .term import FALSE, Term, rename
@@ -62,7 +73,9 @@ def _arange(reader: Reader, node: fx.Node) -> Found:
     step = node.kwargs.get("step", bounds[2] if len(bounds) > 2 else 1)
     place = 0 if is_one(shape[0]) else axis(0)
     term = tidy(("add", reader.integer(start), ("mul", reader.integer(step), place)))
-    return shape, ("cast", "f32", term) if kind == "float" else term, kind
+    if kind == "float":
+        return shape, ("cast", "f32", term), kind
+    return shape, fitting(Tensor(shape, term, kind), value_of(node).dtype).term, kind
 
 
 def _triangle(lower: bool) -> Rule:

@@ -76,6 +76,4 @@ def replace_linear(graph: fx.Graph, reader: Reader, match: LinearAttention) -> N
     )  # fmt: skip
     with graph.inserting_before(match.node):
         call = graph.call_function(site, (*match.tensors, *(known[name] for name in numbers)))
-    call.meta = dict(match.node.meta)
-    reader.memory.place[call] = reader.memory.place[match.node]
-    match.node.replace_all_uses_with(call)
+    reader.memory.replace(match.node, call)

@@ -23,8 +23,9 @@ class Attention:
     node: what its output replaces. tensors: query, key and value, with their roles in operands; out: the
     roles of the output. score, prob: what becomes of a score and a probability, over b, h, q, k, score, prob,
     the graph's tensors and its sizes. sizes: of the batch axes, q, k, d and e. empty: what the original gives
-    rows of nothing but -inf, "nan" or "zero". inside: nodes that exist only when the original runs. sinks:
-    the name of a tensor of one more score a head, which takes part in the softmax and has no value.
+    rows of nothing but -inf, "nan" or "zero". inside: nodes that exist only when the original runs; aside:
+    those that only make a shift by row, whose gradients are 0. sinks: the name of a tensor of one more score
+    a head, which takes part in the softmax and has no value.
     least: the lowest number of the softmax's dtype; what is lower is -inf to it."""
 
     node: fx.Node
@@ -37,6 +38,7 @@ class Attention:
     prob: Term = "prob"
     empty: str = "nan"
     inside: set[fx.Node] = field(default_factory=set)
+    aside: set[fx.Node] = field(default_factory=set)
     sinks: str | None = None
     least: float = -math.inf
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from .graph_ops import VIEWS, operation
+from .graph_ops import VIEWS, operation, value_of
 
 
 class Memory:
@@ -34,6 +34,17 @@ class Memory:
     def settled(self, node: fx.Node, at: fx.Node) -> bool:
         """Whether nothing writes to a tensor after the node `at`."""
         return all(self.place[w] <= self.place[at] for w in self.writes[self.group[node]])
+
+    def replace(self, node: fx.Node, call: fx.Node) -> None:
+        """Let a call, inserted before a node, give what the node gave.
+
+        What is written to later is a copy: the call keeps its result for gradients, as the node did not."""
+        call.meta, self.place[call] = dict(node.meta), self.place[node]
+        if value_of(node).requires_grad and not self.settled(node, node):
+            with node.graph.inserting_after(call):
+                call = node.graph.call_method("clone", (call,))
+            call.meta, self.place[call] = dict(node.meta), self.place[node]
+        node.replace_all_uses_with(call)
 
     def sources(self, node: fx.Node) -> Iterator[fx.Node]:
         """The nodes whose work a node sees: those of its inputs, and those that wrote to them before."""

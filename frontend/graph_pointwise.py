@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from .graph_ops import arguments, value_of
-from .graph_tensor import Opaque, Reader, Tensor, broadcast, kind_of_dtype
+from .graph_tensor import Opaque, Reader, Tensor, broadcast, fitting, kind_of_dtype
 from .graph_terms import kind_of, number, tidy
-from .term import Term
+from .term import Term, children
 from .trace_operate import as_bool, as_int
 from .trace_torch import FUNCTIONS, METHODS
 from .trace_value import Value
@@ -22,6 +22,23 @@ _FILLS = frozenset(("ones_like", "zeros_like", "full_like", "new_ones", "new_zer
 _CASTS = frozenset(
     ("to", "type", "float", "double", "half", "bfloat16", "long", "int", "short", "char", "byte", "bool")
 )
+_DECIDING = frozenset(
+    ("floor", "ceil", "round", "trunc", "fix", "sign", "isclose", "mod", "fmod", "remainder")
+)
+_DECIDING |= {
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "less",
+    "less_equal",
+    "greater",
+    "greater_equal",
+    "not_equal",
+}
+_DECIDING |= {"floordiv", "floor_divide"}
 _IGNORED = frozenset(
     ("device", "out", "layout", "memory_format", "non_blocking", "copy", "inplace", "pin_memory")
 )
@@ -37,6 +54,8 @@ def pointwise(reader: Reader, node: fx.Node, name: str) -> Tensor | None:
     found = found or FUNCTIONS.get(name)
     if found is None or name in _OTHERS or name in _FILLS:
         return None
+    if name in _DECIDING and any(_is_rounded(reader, a, node) for a in node.all_input_nodes):
+        return None
     if name in ("max", "min") and not _two_tensors(node):
         return None
     shape = tuple(value_of(node).shape)
@@ -51,7 +70,25 @@ def pointwise(reader: Reader, node: fx.Node, name: str) -> Tensor | None:
     term = tidy(result.term)
     if _cancels(term):
         raise Opaque("a sum times a large number")
-    return Tensor(shape, term, result.kind)
+    return fitting(Tensor(shape, term, result.kind), value_of(node).dtype)
+
+
+def _is_rounded(reader: Reader, operand: fx.Node, node: fx.Node) -> bool:
+    """Whether an operand holds indices in 16 bits of floating point: what is decided by them is decided by
+    their roundings."""
+    value = value_of(operand)
+    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return _has_indices(reader.operand(operand, node).term)
+
+
+def _has_indices(term: Term) -> bool:
+    """Whether a number that is no choice is computed from indices, beside what tensors are read at."""
+    if isinstance(term, str):
+        return kind_of(term) == "int"
+    if not isinstance(term, tuple) or term[0] in ("read", "readf"):
+        return False
+    return any(map(_has_indices, term[2:] if term[0] == "where" else children(term)))
 
 
 def _cancels(term: Term) -> bool:
@@ -88,6 +125,8 @@ def _cast(reader: Reader, node: fx.Node) -> Tensor:
     source: Any = node.args[0]
     operand = reader.operand(source, node)
     dtype = value_of(node).dtype
+    if not dtype.is_floating_point and _is_rounded(reader, source, node):
+        raise Opaque("indices rounded to 16 bits")
     kind, value = kind_of_dtype(dtype), Value(reader.trace, operand.term, operand.kind)
     if kind == operand.kind:
         term = operand.term
@@ -99,7 +138,7 @@ def _cast(reader: Reader, node: fx.Node) -> Tensor:
         term = ("cast", "i32", operand.term)
     else:
         term = ("cast", "f32", as_int(value).term)
-    return Tensor(operand.shape, tidy(term), kind)
+    return fitting(Tensor(operand.shape, tidy(term), kind), dtype)
 
 
 def _baddbmm(reader: Reader, node: fx.Node) -> Tensor:

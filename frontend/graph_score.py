@@ -20,6 +20,7 @@ from .term import COMPARISONS, FALSE, TRUE, Term, both, children, constant, rena
 
 LOW = -1e9  # a fill from here down counts as -inf beside scores of pairs that attend
 ABSORBING = -1e30  # a fill from here down swallows the score that it is added to, in float64 too
+SHIFT: Term = ("readf", "%shift", "b", "h", "q")  # what is taken off each score of a row: its level
 MAX_LIFTED = 2  # constants of a mask that become runtime values; with more, they are numbers of the kernel
 _FLIPPED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
 
@@ -92,7 +93,8 @@ class Bound:
     """What a kernel is called with at some sizes: a mask and maps, less the tensors of the call.
 
     mask, score: terms with p0.. and s0.. for their values, and names of tensors for c0.. and t0...
-    empty: "none" (no row is empty), "zero", "nan" or "mean"."""
+    empty: "none" (no row is empty), "zero", "nan" or "mean"; "sum" is the mean with gradients of the scores,
+    to which the fill is added. levels: those that SHIFT is one of, where scores are shifted."""
 
     mask: Term
     values: tuple[int, ...]
@@ -101,6 +103,7 @@ class Bound:
     score_captures: tuple[str, ...]
     scale: float
     empty: str
+    levels: tuple[float, ...] = ()
 
 
 def bind(
@@ -110,27 +113,44 @@ def bind(
     limits: tuple[float, float],
     empty: str,
     plain: bool,
+    slopes: bool = False,
 ) -> Bound:
     """The parts of a score at given sizes.
 
     sizes: the values of $ names. lengths: (q_len, kv_len). limits: what `split` takes for low, and the lowest
     number that the original's softmax tells from -inf. empty: what rows of nothing but -inf give in the
-    original. plain: whether probabilities are weighed as they come, and share with no sink."""
+    original. plain: whether probabilities are weighed as they come, and share with no sink. slopes: whether
+    scores have gradients; beside a log-sum-exp as low as a fill probabilities would be lost, so that such
+    rows are shifted."""
     low, least = limits
     found = split(term, low)
     mask, values, captures = _as_mask(found.mask, sizes)
+    score, scale = _scaled(rename(found.score, sizes))
+    levels: tuple[float, ...] = ()
     if found.mask == TRUE or never_empty(mask, values, captures, *lengths):
         empty = "none"
     elif any(f.value >= least for f in found.fills) and (plain or empty != "zero"):
-        if plain and _is_even(found.fills, least):
-            empty = "mean"
+        added = any(f.added for f in found.fills)
+        if plain and _is_even(found.fills, least) and not (slopes and added and score != "score"):
+            empty = "sum" if added and slopes else "mean"
         else:  # every pair takes part, with its low score
             empty = empty if any(f.value < least for f in found.fills) else "none"
-            found = Split(TRUE, _bounded(term, least))
             mask, values, captures = TRUE, (), ()
-    score, scale = _scaled(rename(found.score, sizes))
+            score, scale = _scaled(rename(_bounded(term, least), sizes))
+            if slopes:
+                score = ("sub", ("max", score, constant(len(found.fills) * 2 * ABSORBING)), SHIFT)
+                levels = _levels(found.fills, least)
     mapped, score_captures = (None, ()) if score == "score" else _captured(score, "t")
-    return Bound(mask, values, captures, mapped, score_captures, scale, empty)
+    return Bound(mask, values, captures, mapped, score_captures, scale, empty, levels)
+
+
+def _levels(fills: Sequence[Fill], least: float) -> tuple[float, ...]:
+    """Where the scores of a row may lie: at 0, and by its fills below."""
+    levels = {0.0}
+    for fill in fills:
+        value = max(fill.value, ABSORBING) if fill.value >= least else -math.inf
+        levels |= {value + level for level in levels}
+    return tuple(sorted(level for level in levels if math.isfinite(level)))
 
 
 def _is_even(fills: Sequence[Fill], least: float) -> bool:

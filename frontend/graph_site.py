@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .attention import attention
+from .empty_rows import nearest, with_empty_rows, with_sums
 from .graph_constant import identity, with_closed_forms
 from .graph_operand import Axes, Operand, back, is_grouped, is_plain
-from .graph_score import Bound, bind, signature, to_mask, to_score
+from .graph_score import SHIFT, Bound, bind, signature, to_mask, to_score
 from .graph_terms import linear, names_in, reads_in
 from .score import ProbMod
 from .term import Term, rename, rewrite
@@ -88,29 +89,46 @@ class Site:
             x if plain and not full else o.arranged(x, self.axes, row, sizes, bool(full))
             for (o, row, full, plain), x in zip(self._arrange, (query, key, value), strict=True)
         )
-        ready = self.ready(numbers, tensors, (q.shape[2], k.shape[2]))
-        empty = ready.bound.empty
-        lse = empty in ("nan", "mean")
+        slopes = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, *tensors.values()))
+        ready = self.ready(numbers, tensors, (q.shape[2], k.shape[2]), slopes)
+        empty, scale = ready.bound.empty, ready.bound.scale
+        if ready.bound.levels:
+            wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+            tensors[SHIFT[1]] = torch.zeros(q.shape[:3], dtype=wide, device=q.device)
+        lse = empty in ("nan", "mean", "sum")
         maps: dict[str, Any] = {
             "mask": to_mask(ready.bound, tensors) if ready.mask is PER_CALL else ready.mask,
             "score_mod": to_score(ready.bound, tensors) if ready.score is PER_CALL else ready.score,
             "prob_mod": self._prob_mod(numbers, tensors),
             "sinks": None if self.sinks is None else tensors[self.sinks],
         }
-        scale = ready.bound.scale
+        if ready.bound.levels:
+            with torch.no_grad():
+                rows: Any = attention(q, k, v, **maps, scale=scale, enable_gqa=True, return_lse=True)[1]
+            tensors[SHIFT[1]] = nearest(rows, ready.bound.levels)
+            maps["score_mod"] = to_score(ready.bound, tensors)
         found: Any = attention(q, k, v, **maps, scale=scale, enable_gqa=True, return_lse=lse)
-        out = _with_empty_rows(found[0], found[1], v, empty) if lse else found
+        if empty == "sum":
+            out = with_sums(found[0], found[1], q, k, v, scale)
+        elif lse:
+            out = with_empty_rows(found[0], found[1], v, empty)
+        else:
+            out = found
         return out if self._as_it_is else back(out, self.axes, self.out, sizes, self.order)
 
     def ready(
-        self, numbers: dict[str, int], tensors: dict[str, torch.Tensor], lengths: tuple[int, int]
+        self,
+        numbers: dict[str, int],
+        tensors: dict[str, torch.Tensor],
+        lengths: tuple[int, int],
+        slopes: bool,
     ) -> _Ready:
         """The mask and maps of a call, worked out once for the same sizes and constants."""
         held = [tensors[name] for name in self.constants]
-        key = (tuple(numbers.values()), lengths, tuple(map(identity, held)))
+        key = (tuple(numbers.values()), lengths, slopes, tuple(map(identity, held)))
         known = self._bound.get(key)
         if known is None:
-            bound = self.bound(numbers, dict(zip(self.constants, held, strict=True)), lengths)
+            bound = self.bound(numbers, dict(zip(self.constants, held, strict=True)), lengths, slopes)
             mask = PER_CALL if bound.captures else to_mask(bound, {})
             score = PER_CALL if bound.score_captures else to_score(bound, {})
             if len(self._bound) >= MAX_BOUND:
@@ -119,12 +137,16 @@ class Site:
         return known
 
     def bound(
-        self, numbers: dict[str, int], constants: dict[str, torch.Tensor], lengths: tuple[int, int]
+        self,
+        numbers: dict[str, int],
+        constants: dict[str, torch.Tensor],
+        lengths: tuple[int, int],
+        slopes: bool,
     ) -> Bound:
         """The mask and maps at these sizes, and for these tensors of the model."""
         term = with_closed_forms(self.score, constants)
         plain = self.prob == "prob" and self.sinks is None
-        return bind(term, numbers, lengths, (self.low, self.least), self.empty, plain)
+        return bind(term, numbers, lengths, (self.low, self.least), self.empty, plain, slopes)
 
     def _prob_mod(self, numbers: dict[str, int], tensors: dict[str, torch.Tensor]) -> ProbMod | None:
         if self.prob == "prob":
@@ -141,16 +163,6 @@ class Site:
         term = rewrite(rename(self.prob, numbers), leaf)
         held = tuple(tensors[name] for name in names)
         return ProbMod(term, (), held, tuple(map(signature, held)))
-
-
-def _with_empty_rows(out: torch.Tensor, lse: torch.Tensor, value: torch.Tensor, empty: str) -> torch.Tensor:
-    """The output in which rows without pairs give what the original program gives them."""
-    rows = torch.isneginf(lse)[..., None]
-    if empty == "nan":
-        return out.masked_fill(rows, float("nan"))
-    mean = value.mean(-2, keepdim=True, dtype=lse.dtype).to(out.dtype)
-    shared = out.shape[1] // mean.shape[1]
-    return torch.where(rows, mean.repeat_interleave(shared, 1), out)
 
 
 def evaluate(term: Term, numbers: dict[str, int]) -> int:

@@ -19,7 +19,7 @@ from torch import fx
 from ..ir.errors import GossamerError
 from .graph_memory import Memory
 from .graph_ops import Operation, operation, value_of
-from .graph_terms import kind_of, size_of, tidy
+from .graph_terms import bounds, kind_of, size_of, tidy
 from .term import Term, children, constant, rename
 from .trace_capture import Trace
 from .trace_tensor import dtype_name
@@ -215,6 +215,15 @@ class Reader:
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
             raise Opaque(f"an integer {value}")
         return int(value) if isinstance(value, float) else size_term(value)
+
+
+def fitting(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor. Raises Opaque where an element may wrap around in its dtype, as 8-bit differences do."""
+    if dtype in (torch.uint8, torch.int8, torch.int16):
+        low, high = bounds(tensor.term, tensor.sizes)
+        if low < torch.iinfo(dtype).min or high > torch.iinfo(dtype).max:
+            raise Opaque(f"numbers that wrap around in {dtype}")
+    return tensor
 
 
 def _weighed(term: Term) -> list[Term]:

@@ -7,6 +7,7 @@ decided, and an operation on a choice between numbers becomes a choice between i
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -300,6 +301,36 @@ def extent(term: Term, sizes: Mapping[str, Any]) -> int | None:
         size = extent(term[1], sizes)
         return None if size is None else -(-size // term[2])
     return None
+
+
+def bounds(term: Term, sizes: Mapping[str, Any]) -> tuple[float, float]:
+    """The least and the largest value that an integer or a condition may have; names are as in `divided`.
+
+    >>> bounds(("sub", "i0", ("mul", 2, "i1")), {"i0": 8, "i1": None})
+    (-inf, 7)
+    """
+    if isinstance(term, int):
+        return term, term
+    if kind_of(term) == "bool":
+        return 0, 1
+    if isinstance(term, str):
+        size = extent(term, sizes)
+        return 0, math.inf if size is None else size - 1
+    op, *parts = term
+    if op == "where":
+        (a, b), (c, d) = (bounds(p, sizes) for p in parts[1:])
+        return min(a, c), max(b, d)
+    if op == "cast" and kind_of(parts[1]) != "float":
+        return bounds(parts[1], sizes)
+    if op == "mod" and isinstance(parts[1], int) and parts[1] > 0:
+        return 0, parts[1] - 1
+    if op not in ("add", "sub", "neg", "mul", "abs", "min", "max"):
+        return -math.inf, math.inf
+    ranges = [bounds(p, sizes) for p in parts]
+    ends = [_COMPUTE[op](*values) for values in itertools.product(*ranges)]
+    ends = [0 if math.isnan(end) else end for end in ends]  # 0 * inf
+    low = 0 if op == "abs" and ranges[0][0] <= 0 <= ranges[0][1] else min(ends)
+    return low, max(ends)
 
 
 def names_in(term: Term) -> set[str]:

@@ -70,6 +70,7 @@ def written(reader: Reader, product: Contraction, which: int, softmax: fx.Node) 
         prob,
         empty=empty,
         inside={*inside, softmax, dot},
+        aside=inside - _above(reader, scores.given) - {scores.given},
         least=torch.finfo(value_of(softmax).dtype).min,
         sinks=scores.sinks,
     )
@@ -77,9 +78,11 @@ def written(reader: Reader, product: Contraction, which: int, softmax: fx.Node) 
 
 @dataclass(frozen=True)
 class _Scores:
-    """What a softmax is taken of, by the roles of its dimensions: a term of `score`, the product dot."""
+    """What a softmax is taken of, by the roles of its dimensions: a term of `score`, the product dot. given:
+    the node of that, without shifts by row."""
 
     softmax: fx.Node
+    given: fx.Node
     dot: Contraction
     query: tuple[fx.Node, Operand]
     key: tuple[fx.Node, Operand]
@@ -113,7 +116,7 @@ def _scores(reader: Reader, softmax: fx.Node) -> _Scores:
     query, key = (_operand(node, labels, of) for node, labels in (queries, keys))
     term = rename(replaced(tensor.term, read, "score"), roles)
     sinks = None if behind is None else _sinks_by_head(reader, behind, softmax, roles, axes)
-    return _Scores(softmax, dot, query, key, roles, axes, sizes, term, sinks)
+    return _Scores(softmax, given, dot, query, key, roles, axes, sizes, term, sinks)
 
 
 def _operand(node: fx.Node, labels: Labels, of: dict[str, Term]) -> tuple[fx.Node, Operand]:
@@ -237,7 +240,23 @@ def _inverse(indices: tuple[Term, ...], roles: dict[str, str], rank: int) -> lis
 def _between(reader: Reader, first: fx.Node, last: fx.Node, what: str) -> set[fx.Node]:
     """The nodes on the ways from one to another. Raises LeftAlone where something leaves these ways."""
     ways: set[fx.Node] = set()
+    above = _above(reader, last, first)
+    stack = [first]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user is last or _is_model(node, user):
+                continue
+            if user not in above:
+                raise LeftAlone(f"its {what} are used elsewhere too ({user.name})")
+            if user not in ways:
+                ways.add(user)
+                stack.append(user)
+    return ways
 
+
+def _above(reader: Reader, last: fx.Node, first: fx.Node | None = None) -> set[fx.Node]:
+    """The nodes whose work a node sees, no further than the first."""
     above: set[fx.Node] = set()
     stack = [last]
     while stack:
@@ -246,15 +265,9 @@ def _between(reader: Reader, first: fx.Node, last: fx.Node, what: str) -> set[fx
                 above.add(source)
                 if source is not first:
                     stack.append(source)
-    stack = [first]
-    while stack:
-        node = stack.pop()
-        for user in node.users:
-            if user is last:
-                continue
-            if user not in above:
-                raise LeftAlone(f"its {what} are used elsewhere too ({user.name})")
-            if user not in ways:
-                ways.add(user)
-                stack.append(user)
-    return ways
+    return above
+
+
+def _is_model(node: fx.Node, user: fx.Node) -> bool:
+    """Whether a node only tells its user what dtype or shape to take on."""
+    return str(user.target) in ("type_as", "expand_as", "view_as", "reshape_as") and user.args[0] is not node

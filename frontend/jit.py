@@ -60,10 +60,22 @@ def jit(
     capture = torch._dynamo.optimize(backend_of(findings, rest), nopython=fullgraph, dynamic=dynamic)
     compiled: Any = capture(target)
     if isinstance(target, torch.nn.Module):
-        compiled.__dict__["report"] = findings.report  # beside the attributes that it forwards to the module
+        compiled.__class__ = _Module
+        settings = {"dynamic": dynamic, "fullgraph": fullgraph, "rest": rest}
+        compiled.__dict__["_gossamer"] = findings, settings  # all other attributes are the module's
     else:
         compiled.report = findings.report
     return compiled
+
+
+class _Module(torch._dynamo.OptimizedModule):
+    """A module that is captured when it is called. Its copies, and what is unpickled, are captured anew."""
+
+    def report(self) -> Report:
+        return self.__dict__["_gossamer"][0].report()
+
+    def __reduce__(self) -> Any:
+        return functools.partial(jit, **self.__dict__["_gossamer"][1]), (self._orig_mod,)
 
 
 def backend_of(findings: Findings, rest: str | None = None) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .captured import as_numpy
 from .placement import PLAIN as EVEN
 from .placement import Placement
 from .softmax import PLAIN, Softmax
@@ -126,4 +127,4 @@ def map_pairs(
 
 
 def _arrays(tensors: tuple[Any, ...]) -> tuple[Array, ...]:
-    return tuple(t.detach().cpu().numpy() if hasattr(t, "detach") else np.asarray(t) for t in tensors)
+    return tuple(as_numpy(t) if hasattr(t, "detach") else np.asarray(t) for t in tensors)

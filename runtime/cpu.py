@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,11 @@ _SHARES = 2  # a thread, unless a kernel asks for more: they even out cells that
 _LINE = 64
 
 
+@lru_cache(maxsize=128)
 def build_object(source: str, target: str) -> bytes:
     """Compile TVMScript to an object file for target 'cpu' (this machine) or 'cpu:<LLVM CPU name>'.
 
+    The last ones are remembered: programs that differ have kernels in common (routing, row sums, copies).
     Raises MissingDependencyError without tvm, BackendError when TVM refuses the source.
     """
     try:

@@ -80,6 +80,26 @@ def band_of_triangles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling
+def einsum_with_dots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.einsum("...id,...jd", q, k) * q.shape[-1] ** -0.5
+    s = s - s.amax(dim=-1, keepdim=True).detach()
+    return torch.einsum("...ij, ...jd -> ...id", s.softmax(-1), v)
+
+
+@spelling
+def einsum_of_numbers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.einsum(q, [0, 1, 2, 4], k, [0, 1, 3, 4], [0, 1, 2, 3])
+    return torch.einsum(s.softmax(-1).type_as(s), [..., 2, 3], v, [..., 3, 4], [..., 2, 4])
+
+
+@spelling
+def masked_in_bytes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i = torch.arange(q.shape[2], dtype=torch.uint8)
+    s = (q @ k.mT).masked_fill(i[:, None] - i > 5, float("-inf"))  # differences below 0 wrap around
+    return s.softmax(-1) @ v
+
+
+@spelling
 def length_before_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     s = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])

@@ -159,6 +159,17 @@ def test_score_mods_of_other_dtypes(name, dtype):
     check_attention(*tensors(dtype=dtype), mask=masks.strided(8, 4), score_mod=SCORES[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_functions_of_captured_tensors_of_16_bits(dtype):
+    bias = torch.randn(40, 50).to(dtype)
+
+    def score_mod(s, b, h, q, k):
+        x = bias[q, k]
+        return s * torch.sigmoid(x) + torch.exp(x / 4) - x**2 + torch.tanh(x) * torch.log(x.abs() + 0.5)
+
+    check_attention(*tensors(40, 50, dtype=dtype), score_mod=score_mod)
+
+
 @pytest.mark.parametrize(
     "score_mod",
     [

@@ -1,7 +1,9 @@
 """gossamer.jit: attention found however programs spell it, and left alone where it is something else."""
 
+import copy
 import importlib.util
 import math
+import pickle
 import sys
 from pathlib import Path
 
@@ -162,6 +164,15 @@ def test_a_buffer_is_recovered_and_looked_at_again_when_written(added, bounds):
         module.mask.copy_(torch.where(window == 0, -INF, 0.0) if added else window)
     torch.testing.assert_close(f(q, k, v), module(q, k, v))
     assert gossamer.Mask(bounds[-1].mask, bounds[-1].values) == gossamer.masks.sliding_window(2, 0)
+
+
+def test_a_buffer_that_is_exchanged_is_looked_at_again():
+    module = Buffered(False)
+    q, k, v = inputs(torch.float64)
+    f = gossamer.jit(module)
+    for window in (20, 3, 5, 2):
+        module.mask.data = torch.ones(1, 1, 32, 32).tril().triu(-window)  # which changes no version
+        torch.testing.assert_close(f(q, k, v), module(q, k, v))
 
 
 def test_a_captured_matrix_is_recovered(bounds):
@@ -466,6 +477,67 @@ def test_gradients_stop_where_they_did(program):
         f = gossamer.jit(program)
         torch.testing.assert_close(gradients(f), wanted, rtol=1e-9, atol=1e-11)
     assert len(f.report().compiled) == ("bias" in program.__name__), f.report()
+
+
+def masked_for_good(q, k, v, mask):
+    return (q @ k.mT * 0.3).masked_fill(~mask, -INF).softmax(-1) @ v
+
+
+def masked_by_adding(q, k, v, mask):
+    kept = mask.to(q.dtype)
+    return (q @ k.mT * 0.3 + (1 - kept) * torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def masked_in_place_of_scores(q, k, v, mask):
+    return (q @ k.mT * 0.3).masked_fill(~mask, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def masked_below_a_cap(q, k, v, mask):
+    kept = mask.to(q.dtype)
+    return (torch.tanh(q @ k.mT) + (1 - kept) * torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+EMPTY = [masked_for_good, masked_by_adding, masked_in_place_of_scores, masked_below_a_cap]
+
+
+@pytest.mark.parametrize("program", EMPTY, ids=lambda p: p.__name__)
+def test_gradients_of_rows_without_keys(program):
+    q, k, v = inputs(torch.float64)
+    mask = torch.arange(20) < torch.tensor([0, 7])[:, None, None, None]
+    grad = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(3))
+    f = gossamer.jit(program)
+    with torch.enable_grad():
+        for keys in (slice(None), slice(2)):  # heads of their own, and shared ones
+            given = [q.detach().clone(), *(x[:, keys].detach().clone() for x in (k, v))]
+            given = [x.requires_grad_() for x in given]
+            shared = [given[0], *(x.repeat_interleave(4 // x.shape[1], 1) for x in given[1:])]
+            ours, wanted = (torch.autograd.grad(g(*shared, mask), given, grad) for g in (f, program))
+            torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-11, equal_nan=True)
+    assert len(f.report().compiled) == 1, f.report()
+
+
+def test_an_output_that_is_written_to_has_gradients():
+    def residual(q, k, v):
+        out = (q @ k.mT).softmax(-1) @ v
+        out += q
+        return out
+
+    f = gossamer.jit(residual)
+    with torch.enable_grad():
+        given = [x.requires_grad_() for x in inputs(torch.float64)]
+        ours, wanted = (torch.autograd.grad(g(*given).square().sum(), given) for g in (f, residual))
+    torch.testing.assert_close(ours, wanted)
+    assert len(f.report().compiled) == 1
+
+
+def test_copies_of_a_module_report_for_themselves():
+    module = Buffered(False)
+    f = gossamer.jit(module)
+    for again in (copy.deepcopy(f), pickle.loads(pickle.dumps(f))):
+        given = inputs(torch.float64)
+        torch.testing.assert_close(again(*given), module(*given))
+        assert len(again.report().compiled) == 1
+    assert not f.report().compiled
 
 
 class WithDropout(torch.nn.Module):
