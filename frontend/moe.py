@@ -7,6 +7,7 @@ IR, and importing what that needs, happens behind a miss.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -145,7 +146,8 @@ def experts(
         if backend == "reference":
             from .moe_reference import reference_light as add
         found = add(found, x, topk_ids, topk_weights, first, light)
-    given = shared_by_token(x, shared_gate_up_proj, shared_down_proj, shared_weights)
+    gated = math.prod(gate_up_proj.shape) == 2 * math.prod(down_proj.shape)
+    given = shared_by_token(x, shared_gate_up_proj, shared_down_proj, shared_weights, gated=gated)
     return found if given is None else found + run(*given, 1.0, *settings)
 
 
