@@ -60,7 +60,7 @@ def fresh() -> None:
     torch._dynamo.reset()
 
 
-def test_programs_hold_nothing_of_tracing(tmp_path: Path) -> None:
+def test_programs_hold_nothing_of_tracing() -> None:
     class Scaled(nn.Module):
         def forward(self, q: Tensor) -> Any:
             def scaled(
