@@ -12,6 +12,7 @@ from ..ir.errors import GossamerError
 from .adapters import adapted_parts
 from .graph_attention import find_attention
 from .graph_create import CREATIONS
+from .graph_distinct import add_rows
 from .graph_einsum import spell_out
 from .graph_expert_site import replace_experts
 from .graph_experts import find_experts
@@ -45,6 +46,7 @@ def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled
     """The graph with everything that can be proven equal replaced, and what was found."""
     parts: list[Compiled | Left] = [*adapted_parts(module.graph), *_written_out(module.graph)]
     spell_out(module.graph)
+    add_rows(module.graph)
     reader = Reader(module.graph)
     for kind, (find, replace) in KINDS.items():
         for node, match in list(find(reader, module.graph)):

@@ -93,14 +93,16 @@ def backend_of(findings: Findings, rest: str | None = None) -> Callable[..., Any
 
 class _Settings:
     """How torch captures programs for us: operations whose sizes depend on data, such as `torch.where` of one
-    argument in loops over experts, end no graph."""
+    argument in loops over experts, end no graph. But counts do, which programs read as lists of numbers."""
 
     change = staticmethod(torch._dynamo.config._make_closure_patcher(capture_dynamic_output_shape_ops=True))
 
     def __enter__(self) -> None:
-        self.back = self.change()
+        self.back, self.ending = self.change(), dynamo.ending_graphs(torch.bincount)
+        self.ending.__enter__()
 
     def __exit__(self, *_: Any) -> None:
+        self.ending.__exit__(None, None, None)
         self.back()
 
 
