@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.schedules import tune as tune
     from .frontend.score import ProbMod as ProbMod
     from .frontend.score import ScoreMod as ScoreMod
+    from .frontend.slice_experts import slice_experts as slice_experts
     from .frontend.splat import ACSRTensor as ACSRTensor
     from .frontend.splat import sddmm as sddmm
     from .frontend.splat import sparse_softmax as sparse_softmax
@@ -81,6 +82,7 @@ _NAMES: dict[str, str] = {
     "relative_linear_attention": "frontend.linear_layers",
     "route": "frontend.routers",
     "sddmm": "frontend.splat",
+    "slice_experts": "frontend.slice_experts",
     "sparse_softmax": "frontend.splat",
     "spmm": "frontend.splat",
     "tune": "frontend.schedules",

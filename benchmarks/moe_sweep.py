@@ -90,13 +90,21 @@ def _dense(tokens: int, mean: float) -> Iterator[Candidate]:
         yield _pair(256, 64, 64, 8, 3, 8, boxes)
         yield _pair(256, 64, 64, 8, 4, 8, boxes)
         yield _pair(64, 128, 64, 4, 3, 8, boxes)
+    for rest in (16, 32, 64):
+        yield _pair(128, 128, 64, 8, 4, 8, True, rest)
+        yield _pair(256, 64, 64, 8, 4, 8, True, rest)
 
 
-def _pair(rows: int, cols: int, inner: int, warps: int, stages: int, wide: int, boxes: bool) -> Candidate:
+def _pair(
+    rows: int, cols: int, inner: int, warps: int, stages: int, wide: int, boxes: bool, rest: int = 0
+) -> Candidate:
     """Both products alike: the first has two halves of the columns that the second has."""
-    first, second = (tile(rows, c, inner, warps, stages, wide, boxes=boxes) for c in (cols, 2 * cols))
+    first, second = (
+        tile(rows, c, inner, warps, stages, wide, boxes=boxes, rest=rest) for c in (cols, 2 * cols)
+    )
     name = f"{rows}x{cols} by {inner}, {warps} warps, {stages} stages, wide {wide if wide < ALL else 'all'}"
-    return Candidate(name + (", boxes" if boxes else ""), (first, second))
+    name += (", boxes" if boxes else "") + (f", rest {rest}" if rest else "")
+    return Candidate(name, (first, second))
 
 
 def _entries(q: tuple[Any, Any]) -> Iterator[Candidate]:

@@ -4,14 +4,18 @@
     geglu     gelu(gate) * up;  geglu_tanh: with the tanh form
     reglu     relu(gate) * up
     silu, gelu, gelu_tanh, relu, relu2            of one argument; gated experts multiply by up
+    a function of (gate, up), or of one argument, by whose result of the gate gated experts multiply up
 
 `clamped_swiglu(alpha, limit)` is what gpt-oss uses.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 from ..ir.errors import InputError, UnsupportedError
@@ -71,8 +75,32 @@ def activation_term(activation: Any, *, gated: bool) -> Term:
         return known
     if not callable(activation):
         raise InputError("experts.activation", f"a function, or one of {_names()}", repr(activation))
-    traced = trace_activation(activation, gated=gated)
-    return baked(traced)
+    if gated and _wanted(activation) == 1:
+        return ("mul", baked(trace_activation(activation, gated=False)), UP)
+    return baked(trace_activation(activation, gated=gated))
+
+
+def _wanted(function: Any) -> int | None:
+    """How many arguments a function or a module wants, `silu(input, inplace=False)` one; None where nothing
+    says. What torch wrote in C++ has no signature of its own, but torch keeps one for who overrides it."""
+    function = getattr(function, "forward", function)
+    if type(function) is FunctionType and not hasattr(function, "__wrapped__"):  # at each call: be quick
+        code = function.__code__
+        many = code.co_flags & inspect.CO_VARARGS
+        return None if many else code.co_argcount - len(function.__defaults__ or ())
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        overrides = sys.modules.get("torch.overrides")
+        known = overrides and overrides.get_testing_overrides().get(function)
+        if known is None:
+            return None
+        signature = inspect.signature(known)
+    parameters = signature.parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in by_position and p.default is p.empty for p in parameters)
 
 
 def baked(traced: Traced) -> Term:

@@ -47,7 +47,7 @@ class Experts:
         routing = {name: given[name] for name in ROUTING if name in given}
         if facts["validate"] and "ids" in given:
             check_routing(NAMES, given["ids"], given["weights"], x.shape[0], layer.experts, validate=True)
-        if not given["weights"].numel():
+        if not given["weights"].numel() or not x.shape[0]:
             return [x.new_zeros(one.shape, dtype=one.dtype) for one in self.made(call)]
         if not call.form.learns:
             return list(forward(x, routing | {"weights": given["weights"]}, layer, term))
@@ -60,7 +60,7 @@ class Experts:
         from .moe_autograd import gradients
 
         given, layer = call.tensors, layer_from(call)
-        if not given["weights"].numel():
+        if not given["weights"].numel() or not given["x"].shape[0]:
             return {name: torch.zeros_like(given[name]) for name in wanted}
         routing = {name: given[name] for name in ROUTING[1:] if name in given}
         routing |= {name: results[name] for name in ROUTING[1:] if name in results}

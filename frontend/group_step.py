@@ -18,7 +18,7 @@ class Groups:
     """ids [T, k] -> tokens [T k], bounds [E + 1], place [T, k], as ir/ragged.py defines them."""
 
     def made(self, call: Arguments) -> list[Made]:
-        ids, experts = call.tensors["ids"], call.facts["experts"]
+        ids, experts = call.tensors["ids"], call.integers["experts"]
         return [
             Made("tokens", (ids.shape[0] * ids.shape[1],), torch.int32),
             Made("bounds", (experts + 1,), torch.int32),
@@ -26,7 +26,7 @@ class Groups:
         ]
 
     def evaluate(self, call: Arguments) -> list[Tensor]:
-        ids, experts, made = call.tensors["ids"], call.facts["experts"], self.made(call)
+        ids, experts, made = call.tensors["ids"], call.integers["experts"], self.made(call)
         if not ids.numel():
             return [ids.new_zeros(one.shape, dtype=one.dtype) for one in made]
         entries, top_k = ids.numel(), ids.shape[1]

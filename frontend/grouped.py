@@ -2,179 +2,131 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..ir.errors import InputError, MissingDependencyError
-from ..runtime.driver import get_or_compile
-from .device import precision_of, target_of
-from .layers import MOST_EXPERTS, check_like, check_tensor
-from .problem import _fill_names, is_aligned
+from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
+from .layers import FLOATS, MOST_EXPERTS, check_like, check_tensor
+from .moe_form import MoeForm
+from .moe_operator import call, learns
 
 try:
     import torch
-    from torch.autograd.function import once_differentiable
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.grouped_mm") from None
 
-if TYPE_CHECKING:
-    from ..ir.kernel import Program
+INTEGERS = (torch.int32, torch.int64)
 
 
 def grouped_mm(
     mat_a: torch.Tensor,
     mat_b: torch.Tensor,
     *,
-    offs: torch.Tensor,
+    offs: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Products of groups of rows with a matrix each, as `torch.nn.functional.grouped_mm` computes them.
 
-    Args:
-        mat_a: (rows, K), float16, bfloat16, float32 or float64; or (M, rows) where mat_b is (rows, N).
-        mat_b: (G, K, N), any strides; a transposed view of (G, N, K) is as fast.
-        offs: (G,) int32 or int64: where each group ends, never decreasing.
-        bias: (G, N), added to the rows of each group.
+    | mat_a | mat_b | result | groups |
+    |---|---|---|---|
+    | (rows, K) | (G, K, N) | (rows, N) | of rows; those behind offs[-1] are zeros |
+    | (M, rows) | (rows, N) | (G, M, N) | of the summed dimension: the gradient of mat_b above |
+    | (G, M, K) | (K, rows) | (M, rows) | of columns; those behind offs[-1] are zeros |
+    | (G, M, K) | (G, K, N) | (G, M, N) | no offs |
 
-    Returns (rows, N); rows behind offs[-1] are zeros. Of two matrices (G, M, N), the product of each group's
-    columns and rows: the gradient of mat_b. Sums run in float32 (float64 for float64), in a fixed order.
-    Gradients flow to all but offs. Nothing waits for the device. Raises InputError."""
+    Args:
+        mat_a, mat_b: float16, bfloat16, float32 or float64. A transposed view (G, N, K) is as fast.
+        offs: (G,) int32 or int64: where each group ends, never decreasing; what lies outside of the rows is
+            taken for their first or their last.
+        bias: (G, N), added to the rows of each group, where mat_b is (G, K, N).
+        out_dtype: None, or that of mat_a.
+
+    Sums run in float32 (float64 for float64), in a fixed order. Gradients flow to all but offs. Nothing waits
+    for the device; torch.compile, torch.export and torch.func see one operator. Raises InputError,
+    UnsupportedError."""
     where = "grouped_mm"
-    check_tensor(f"{where}.mat_a", mat_a, 2, "(rows, K)")
-    if not isinstance(mat_b, torch.Tensor) or mat_b.dim() not in (2, 3):
-        got = tuple(mat_b.shape) if isinstance(mat_b, torch.Tensor) else type(mat_b).__name__
-        raise InputError(f"{where}.mat_b", "(groups, K, N), or (rows, N)", got)
-    check_tensor(f"{where}.mat_b", mat_b, mat_b.dim(), "(groups, K, N)")
-    check_like(f"{where}.mat_b", mat_b, mat_a)
-    check_tensor(f"{where}.offs", offs, 1, "(groups,)")
-    if offs.dtype not in (torch.int32, torch.int64) or offs.device != mat_a.device:
-        raise InputError(
-            f"{where}.offs", f"int32 or int64 on {mat_a.device}", f"{offs.dtype} on {offs.device}"
-        )
-    inner, across = (mat_a.shape[1], mat_b.shape[1]) if mat_b.dim() == 3 else (mat_a.shape[1], mat_b.shape[0])
+    for name, matrix, meaning in (("mat_a", mat_a, "(rows, K)"), ("mat_b", mat_b, "(groups, K, N)")):
+        if not isinstance(matrix, torch.Tensor) or matrix.dim() not in (2, 3):
+            got = tuple(matrix.shape) if isinstance(matrix, torch.Tensor) else type(matrix).__name__
+            raise InputError(f"{where}.{name}", f"{meaning}, or 2 or 3 dimensions as torch has them", got)
+        check_tensor(f"{where}.{name}", matrix, matrix.dim(), meaning)
+    if mat_a.dtype not in FLOATS:
+        raise InputError(f"{where}.mat_a", "float16, bfloat16, float32 or float64", mat_a.dtype)
+    check_like(f"{where}.mat_b", mat_b, mat_a, "mat_a")
+    if out_dtype not in (None, mat_a.dtype):
+        raise UnsupportedError(f"{where}.out_dtype={out_dtype}: results have mat_a's dtype. Cast them")
+    stacks = mat_a.dim() == 3, mat_b.dim() == 3
+    inner, across = mat_a.shape[-1], mat_b.shape[-2]
     if inner != across:
         raise InputError(f"{where}.mat_b", f"{inner} in the summed dimension, as mat_a has", across)
-    groups = offs.shape[0]
-    if not 1 <= groups <= MOST_EXPERTS or (mat_b.dim() == 3 and mat_b.shape[0] != groups):
-        expected = (
-            f"1 to {MOST_EXPERTS} groups" if mat_b.dim() == 2 else f"{mat_b.shape[0]} groups, as mat_b has"
-        )
-        raise InputError(f"{where}.offs", expected, groups)
+    if all(stacks):
+        bounds = _even(mat_a, mat_b, offs)
+    else:
+        rows = mat_b.shape[1] if stacks[0] else mat_a.shape[0] if stacks[1] else inner
+        bounds = _bounds(offs, mat_a, mat_b, rows)
     if bias is not None:
         check_tensor(f"{where}.bias", bias, 2, "(groups, N)")
-        check_like(f"{where}.bias", bias, mat_a)
-        if mat_b.dim() == 2 or tuple(bias.shape) != (groups, mat_b.shape[-1]):
-            raise InputError(f"{where}.bias", f"shape ({groups}, {mat_b.shape[-1]})", tuple(bias.shape))
-    bounds = torch.cat((offs.new_zeros(1), offs)).to(torch.int32)
-    if mat_b.dim() == 2:
-        return _Outer.apply(mat_a.T, mat_b, bounds)
-    return _Product.apply(mat_a, mat_b, bias, bounds)
+        check_like(f"{where}.bias", bias, mat_a, "mat_a")
+        if not stacks[1]:
+            raise InputError(f"{where}.bias", "none where mat_b has no groups", tuple(bias.shape))
+        if bias.shape != (mat_b.shape[0], mat_b.shape[2]):
+            expected = f"shape ({mat_b.shape[0]}, {mat_b.shape[2]})"
+            raise InputError(f"{where}.bias", expected, tuple(bias.shape))
+    match stacks:
+        case (False, True):
+            return _step("product", mat_a, mat_b, bounds, bias)
+        case (True, True):
+            return _step("product", mat_a.flatten(0, 1), mat_b, bounds, bias).unflatten(0, mat_a.shape[:2])
+        case (True, False):
+            return _step("product", mat_b.T, mat_a.transpose(1, 2), bounds, None).T
+        case _:
+            return _step("outer", mat_a.T, mat_b, bounds, None)
 
 
 def ragged_dot(lhs: torch.Tensor, rhs: torch.Tensor, group_sizes: torch.Tensor) -> torch.Tensor:
     """Products of groups of rows with a matrix each, as `jax.lax.ragged_dot` computes them.
 
-    lhs (m, k), rhs (g, k, n), group_sizes (g,) integers -> (m, n); rows behind the last group are zeros.
-    Otherwise as `grouped_mm`."""
-    check_tensor("ragged_dot.group_sizes", group_sizes, 1, "(groups,)")
-    return grouped_mm(lhs, rhs, offs=group_sizes.cumsum(0).to(torch.int32))
+    lhs (m, k), rhs (g, k, n), group_sizes (g,) int32 or int64 -> (m, n); rows behind the last group are
+    zeros. Otherwise as `grouped_mm`."""
+    where = "ragged_dot.group_sizes"
+    check_tensor(where, group_sizes, 1, "(groups,)")
+    if group_sizes.dtype not in INTEGERS:
+        raise InputError(where, "int32 or int64", group_sizes.dtype)
+    for name, matrix, rank, meaning in (("lhs", lhs, 2, "(m, k)"), ("rhs", rhs, 3, "(groups, k, n)")):
+        check_tensor(f"ragged_dot.{name}", matrix, rank, meaning)
+    return grouped_mm(lhs, rhs, offs=group_sizes.cumsum(0))
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Any, b: Any, bias: Any, bounds: Any) -> torch.Tensor:
-        ctx.save_for_backward(a, b, bounds)
-        return product(a, b, bounds, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: torch.Tensor) -> tuple[Any, ...]:
-        a, b, bounds = ctx.saved_tensors
-        wants_a, wants_b, wants_bias, _ = ctx.needs_input_grad
-        ones = do.new_ones((do.shape[0], 1))
-        return (
-            product(do, b.transpose(1, 2), bounds, None) if wants_a else None,
-            outer(a, do, bounds) if wants_b else None,
-            outer(ones, do, bounds)[:, 0] if wants_bias else None,
-            None,
-        )
+def _bounds(offs: Any, mat_a: Any, mat_b: Any, rows: int) -> torch.Tensor:
+    """Where groups begin and end (G + 1,), within so many rows. Raises InputError."""
+    where = "grouped_mm.offs"
+    check_tensor(where, offs, 1, "(groups,)")
+    if offs.dtype not in INTEGERS or offs.device != mat_a.device:
+        raise InputError(where, f"int32 or int64 on {mat_a.device}", f"{offs.dtype} on {offs.device}")
+    stack = next((name for name, m in (("mat_a", mat_a), ("mat_b", mat_b)) if m.dim() == 3), None)
+    groups, wanted = offs.shape[0], {"mat_a": mat_a, "mat_b": mat_b, None: offs}[stack].shape[0]
+    if groups != wanted:
+        raise InputError(where, f"{wanted} groups, as {stack} has", groups)
+    _check_number(where, groups)
+    return torch.nn.functional.pad(offs, (1, 0)).clamp(0, rows).to(torch.int32)
 
 
-class _Outer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Any, b: Any, bounds: Any) -> torch.Tensor:
-        ctx.save_for_backward(a, b, bounds)
-        return outer(a, b, bounds)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: torch.Tensor) -> tuple[Any, ...]:
-        a, b, bounds = ctx.saved_tensors
-        wants_a, wants_b, _ = ctx.needs_input_grad
-        return (
-            product(b, do.transpose(1, 2), bounds, None) if wants_a else None,
-            product(a, do, bounds, None) if wants_b else None,
-            None,
-        )
+def _even(mat_a: Any, mat_b: Any, offs: Any) -> torch.Tensor:
+    if offs is not None:
+        raise InputError("grouped_mm.offs", "None beside two stacks of matrices", tuple(offs.shape))
+    groups, rows = mat_a.shape[:2]
+    if mat_b.shape[0] != groups:
+        raise InputError("grouped_mm.mat_b", f"{groups} groups, as mat_a has", mat_b.shape[0])
+    _check_number("grouped_mm.mat_a", groups)
+    return torch.arange(groups + 1, device=mat_a.device, dtype=torch.int32) * rows
 
 
-def product(a: Any, b: Any, bounds: Any, bias: Any) -> torch.Tensor:
-    """(rows, N): each group's rows by its matrix; zeros behind the last group."""
-    rows, out = a.shape[0], a.new_zeros((a.shape[0], b.shape[2]))
-    unit = next((d for d in (2, 1) if b.stride(d) == 1 or b.shape[d] == 1), None)
-    values = {"a": _plain(a), "w": b.detach(), "bounds": bounds, "o": out}
-    if bias is not None:
-        values["bias"] = _plain(bias)
-    turned = b if unit == 2 else b.transpose(1, 2)
-    aligned = unit is not None and all(map(_is_aligned, (values["a"], turned, out)))
-    if rows and a.shape[1]:
-        mean = rows / b.shape[0]
-        load = "few" if mean <= 16 else "some" if mean <= 64 and a.device.type != "cpu" else "many"
-        _run(values, (b.shape[0], *b.shape[1:]), (unit, load, bias is not None, False, aligned))
-    return out
+def _check_number(where: str, groups: int) -> None:
+    if not 1 <= groups <= MOST_EXPERTS:
+        raise InputError(where, f"1 to {MOST_EXPERTS} groups", groups)
 
 
-def outer(a: Any, b: Any, bounds: Any) -> torch.Tensor:
-    """(G, M, N): the sums over each group's rows of those of a (rows, M) times those of b (rows, N)."""
-    groups = bounds.shape[0] - 1
-    out = a.new_zeros((groups, a.shape[1], b.shape[1]))
-    values = {"a": _plain(a), "b": _plain(b), "bounds": bounds, "o": out}
-    aligned = all(map(_is_aligned, (values["a"], values["b"])))
-    if a.shape[0]:
-        _run(values, (groups, a.shape[1], b.shape[1]), (2, "many", False, True, aligned))
-    return out
-
-
-def _plain(matrix: Any) -> Any:
-    matrix = matrix.detach()
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
-
-
-def _is_aligned(tensor: Any) -> bool:
-    return tensor.device.type == "cpu" or (
-        is_aligned(tensor) and tensor.shape[-1] * tensor.element_size() % 16 == 0
-    )
-
-
-def _run(values: dict[str, Any], sizes: tuple[int, int, int], facts: tuple[Any, ...]) -> None:
-    from .prepare import allocate
-
-    a = values["a"]
-    dtype, target = _fill_names()[a.dtype], target_of(a.device)
-    precision = precision_of(a.device, dtype)
-    unit, load, biased, is_outer, aligned = facts
-
-    def make() -> Program:
-        from ..ir.expr import real
-        from ..passes.moe_pipeline import compile_product
-        from ..passes.moe_spec import ExpertsSpec
-
-        groups, hidden, inner = sizes
-        spec = ExpertsSpec(
-            groups, 1, hidden, inner, real("x0"), None, dtype=dtype, units=(unit, unit), load=load,
-            aligned=aligned, precision=precision, target=target,
-        )  # fmt: skip
-        return compile_product(spec, outer=is_outer, biased=biased)
-
-    executable = get_or_compile(("product", sizes, facts, dtype, precision), make, target)
-    executable(values, allocate=partial(allocate, device=a.device))
+def _step(kind: str, a: Any, b: Any, bounds: Any, bias: Any) -> torch.Tensor:
+    tensors = {"a": a, "b": b, "bounds": bounds} | ({} if bias is None else {"bias": bias})
+    given = [*tensors.values()]
+    return call(MoeForm(kind, tuple(tensors), learns=learns(given)), given)[0]

@@ -130,6 +130,8 @@ def layer_of(
         raise InputError("experts.gate_up_proj, down_proj", "quantised matrices (experts, out, in)", got)
     columns, inner = (gate_up.shape[2], down.shape[1]) if flipped else (gate_up.shape[1], down.shape[2])
     gated = columns == 2 * inner
+    if not hidden or not inner:
+        raise InputError("experts.gate_up_proj, down_proj", "H and I of 1 or more", shown(gate_up, down))
     for name, bias, size in (("gate_up_bias", gate_up_bias, columns), ("down_bias", down_bias, hidden)):
         if bias is not None and tuple(bias.shape) != (experts, size):
             raise InputError(f"experts.{name}", f"shape ({experts}, {size})", tuple(bias.shape))
@@ -209,14 +211,14 @@ def check_tensor(where: str, tensor: Any, rank: int, meaning: str) -> None:
         raise InputError(where, "a strided tensor", tensor.layout, "Call .to_dense()")
 
 
-def check_like(where: str, tensor: Any, x: Any) -> None:
-    """Raise InputError unless a tensor has x's dtype and device."""
+def check_like(where: str, tensor: Any, x: Any, name: str = "x") -> None:
+    """Raise InputError unless a tensor has x's dtype and device. name: what x is called."""
     if x.dtype not in FLOATS:
         raise InputError("experts.x", "float16, bfloat16, float32 or float64", x.dtype)
     if tensor.dtype != x.dtype:
-        raise InputError(where, f"x's dtype {x.dtype}", tensor.dtype, "Cast one of them")
+        raise InputError(where, f"{name}'s dtype {x.dtype}", tensor.dtype, "Cast one of them")
     if tensor.device != x.device:
-        raise InputError(where, f"a tensor on {x.device}, as x is", tensor.device)
+        raise InputError(where, f"a tensor on {x.device}, as {name} is", tensor.device)
 
 
 def check_routing(

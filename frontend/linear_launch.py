@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..runtime.driver import driver, get_or_compile
 from ..runtime.executable import Contiguous
@@ -20,6 +19,7 @@ from .feature_maps import FeatureMap
 from .operator_rules import wants_gradient
 from .plan import _signature
 from .problem import _fill_names, is_aligned
+from .step_autograd import once_differentiable
 
 if TYPE_CHECKING:
     from ..ir.kernel import Program

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .linear_launch import Kernels
+from .step_autograd import once_differentiable
 
 Tensors = dict[str, torch.Tensor]
 Step = tuple[str, str, str]  # left, right, made

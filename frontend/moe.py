@@ -16,11 +16,12 @@ from ..runtime.driver import driver, get_or_compile
 from .activation import activation_term
 from .device import makes_descriptors, precision_of, target_of
 from .layer import is_handful, load_of
-from .layers import Layer, check_routing, decoded_once, is_layer_aligned, layer_by_name
+from .layers import LORA, Layer, check_routing, decoded_once, is_layer_aligned, layer_by_name
 from .light_step import Light, with_light
+from .moe_arguments import by_token, pair_of, shared_by_token
 from .moe_form import MoeForm
 from .moe_operator import call, learns
-from .operator_rules import is_traced
+from .operator_rules import autocast, is_traced
 from .plan import Plan, _signature
 from .problem import _fill_names
 from .pure import pure
@@ -58,6 +59,9 @@ def experts(
     copy_experts: int = 0,
     constant_experts: torch.Tensor | None = None,
     constant_gates: torch.Tensor | None = None,
+    shared_gate_up_proj: torch.Tensor | QuantizedWeight | None = None,
+    shared_down_proj: torch.Tensor | QuantizedWeight | None = None,
+    shared_weights: torch.Tensor | None = None,
     transposed: bool | None = None,
     interleaved: bool = False,
     trainable: torch.Tensor | None = None,
@@ -77,9 +81,9 @@ def experts(
         gate_up_proj, down_proj: (E, 2 I, H) and (E, H, I), gate first, then up, as Hugging Face and vLLM have
             them, or transposed, (E, H, 2 I) and (E, I, H); without a gate I in place of 2 I. Any strides.
             Which layout it is, shapes tell. Or a QuantizedWeight (E, out, in), either or both.
-        activation: "swiglu", "geglu", "geglu_tanh", "reglu"; "silu", "gelu", "gelu_tanh", "relu", "relu2"
-        (times
-            up, where there is a gate); or a function of (gate, up), or of (x), which is traced.
+        activation: "swiglu", "geglu", "geglu_tanh", "reglu"; "silu", "gelu", "gelu_tanh", "relu", "relu2"; or
+            a function of (gate, up) or of one argument (`torch.nn.functional.silu`), which is traced. What is
+            of one argument is multiplied by up, where there is a gate.
         gate_up_bias, down_bias: (E, 2 I) and (E, H).
         gate_up_lora, down_lora, lora_scale: low-rank adapters, a (E, r, H) and b (E, 2 I, r), a (E, r, I) and
             b (E, H, r), in either layout: lora_scale * b @ a is added to each expert's matrix.
@@ -87,6 +91,10 @@ def experts(
             whose ids follow those of the matrices, in this order: so many give zeros; so many give x; the
             others a vector v of (C, H), or, with gates (C, 2, H), a x + (1 - a) v, a the first of
             softmax(gates x).
+        shared_gate_up_proj, shared_down_proj, shared_weights: a network that all tokens take beside their
+            experts, (2 S, H) and (H, S), laid out as those of the experts are; several shared experts are one
+            of their sizes together (DeepSeek-V3). What it gives is multiplied by the weights, (T,) or (T, 1),
+            if there are any (Qwen2-MoE's gate).
         transposed: which layout, where shapes fit both (I == H without a gate); default: the first.
         interleaved: gate and up take turns (gpt-oss) instead of following each other.
         trainable: (E,) bool, which experts learn (Lifelong-MoE): gradients of the others' matrices, biases
@@ -102,6 +110,8 @@ def experts(
         Gradients flow to x, topk_weights, the matrices, biases, adapters and constants; what needs none costs
         nothing.
 
+    Under torch.autocast, x, the matrices and what is added to them are taken in its dtype, but for float64.
+
     Raises:
         InputError: a shape, dtype, device or value is wrong. UnsupportedError: something that is not built
         yet. TraceError: an activation cannot be captured.
@@ -109,10 +119,20 @@ def experts(
     if isinstance(topk_ids, Routing) != (topk_weights is None):
         expected = "None beside a Routing, a tensor beside ids"
         raise InputError("experts.topk_weights", expected, type(topk_weights).__name__)
+    for name, matrix in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if not isinstance(matrix, (torch.Tensor, QuantizedWeight)):
+            raise InputError(f"experts.{name}", "a torch.Tensor or a QuantizedWeight", type(matrix).__name__)
+    lora = pair_of("gate_up_lora", gate_up_lora) + pair_of("down_lora", down_lora)
+    if torch._C._is_any_autocast_enabled() and isinstance(x, torch.Tensor):
+        x, gate_up_proj, down_proj, gate_up_bias, down_bias, *rest = autocast(
+            x, gate_up_proj, down_proj, gate_up_bias, down_bias, constant_experts, constant_gates,
+            shared_gate_up_proj, shared_down_proj, *lora,
+        )  # fmt: skip
+        constant_experts, constant_gates, shared_gate_up_proj, shared_down_proj, *lora = rest
     light, first = Light(zero_experts, copy_experts, constant_experts, constant_gates), gate_up_proj.shape[0]
     if light.count:
         light.check(x)
-        topk_ids, topk_weights = _by_token(topk_ids, topk_weights, x, first + light.count, validate=validate)
+        topk_ids, topk_weights = by_token(topk_ids, topk_weights, x, first + light.count, validate=validate)
         validate = False
     settings = (activation, transposed, interleaved, recompute, validate, backend)
     tensors = {"x": x, "gate_up": gate_up_proj, "down": down_proj}
@@ -122,33 +142,16 @@ def experts(
         tensors["down_bias"] = down_bias
     if trainable is not None:
         tensors["trains"] = trainable
-    for name, pair in (("gate_up", gate_up_lora), ("down", down_lora)):
-        if pair is not None:
-            tensors[f"{name}_a"], tensors[f"{name}_b"] = pair
+    tensors |= {name: matrix for name, matrix in zip(LORA, lora, strict=True) if matrix is not None}
     found = run(tensors, topk_ids, topk_weights, lora_scale, *settings)
-    if not light.count:
-        return found
-    assert isinstance(topk_ids, torch.Tensor) and topk_weights is not None
-    if backend == "reference":
-        from .moe_reference import reference_light
-
-        return reference_light(found, x, topk_ids, topk_weights, first, light)
-    return with_light(found, x, topk_ids, topk_weights, first, light)
-
-
-def _by_token(ids: Any, weights: Any, x: Any, experts: int, *, validate: bool) -> tuple[Any, Any]:
-    """ids and weights [T, k] for so many experts. Raises InputError, UnsupportedError."""
-    if isinstance(ids, Routing):
-        if ids.topk_ids is None:
-            raise UnsupportedError(
-                "experts.topk_ids: a Routing by rows beside zero, copy or constant experts is not built yet. "
-                "Pass one by token, or ids and weights"
-            )
-        ids.check(x.shape[0], experts, x.device, validate=False)
-        ids, weights = ids.topk_ids, ids.topk_weights
-    names = ("experts.topk_ids", "experts.topk_weights")
-    check_routing(names, ids, weights, x.shape[0], experts, validate=validate)
-    return ids, weights
+    if light.count:
+        assert isinstance(topk_ids, torch.Tensor) and topk_weights is not None
+        add: Any = with_light
+        if backend == "reference":
+            from .moe_reference import reference_light as add
+        found = add(found, x, topk_ids, topk_weights, first, light)
+    given = shared_by_token(x, shared_gate_up_proj, shared_down_proj, shared_weights)
+    return found if given is None else found + run(*given, 1.0, *settings)
 
 
 def run(
@@ -210,7 +213,7 @@ def traced(
         if not isinstance(matrix, torch.Tensor):
             del named[name]
             named |= matrix.parts(name)
-    gated = up.shape[1] * up.shape[2] == 2 * down.shape[1] * down.shape[2]
+    gated = True if up.shape[1] * up.shape[2] == 2 * down.shape[1] * down.shape[2] else False  # noqa: SIM210
     facts = (
         ("activation", activation if isinstance(activation, str) else (_term_of(activation, gated),)),
         ("transposed", transposed),
@@ -377,7 +380,8 @@ def moe(
     Returns (T, H) in x's dtype. Raises as those two do.
     """
     known = {name: options.pop(name) for name in ROUTING if name in options}
-    if isinstance(router_logits, torch.Tensor) and router_logits.dim() == 2:
+    shaped = isinstance(x, torch.Tensor) and isinstance(gate_up_proj, (torch.Tensor, QuantizedWeight))
+    if shaped and isinstance(router_logits, torch.Tensor) and router_logits.dim() == 2:
         light = Light(*(options.get(name, default) for name, default in LIGHT))
         given = [(0, x.shape[0]), (1, gate_up_proj.shape[0] + light.count)]
         for where, wanted in given[: 1 if known.keys() & {"expert_vectors", "remap"} else 2]:

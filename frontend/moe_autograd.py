@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .layers import LORA, Layer
 from .moe import forward, launch
 from .routing import grouped
+from .step_autograd import once_differentiable
 
 NAMES = ("x", "weights", "gate_up", "down", "gate_up_bias", "down_bias", *LORA)
 
@@ -31,7 +31,7 @@ class _Experts(torch.autograd.Function):
         ctx: Any, rest: Any, layer: Layer, term: Any, recompute: bool, x: Any, weights: Any, *matrices: Any
     ) -> torch.Tensor:
         ctx.layer, ctx.term, ctx.names = layer, term, tuple(rest)
-        if not weights.numel():
+        if not weights.numel() or not x.shape[0]:
             ctx.save_for_backward(x, weights)
             return torch.zeros_like(x)
         found, rest, kept = sorted_forward(x, weights, rest, layer, term, recompute)
@@ -45,7 +45,7 @@ class _Experts(torch.autograd.Function):
         x, weights, *kept = ctx.saved_tensors
         layer: Layer = ctx.layer
         wanted = tuple(n for n, asked in zip(NAMES, ctx.needs_input_grad[4:], strict=True) if asked)
-        if not weights.numel():
+        if not weights.numel() or not x.shape[0]:
             inputs = {"x": x, "weights": weights, **layer.tensors}
             return (*[None] * 4, *(torch.zeros_like(inputs[n]) if n in wanted else None for n in NAMES))
         routing = dict(zip(ctx.names, kept, strict=False))

@@ -22,6 +22,8 @@ define(
         "groups": "group_step",
         "experts": "experts_step",
         "light": "light_step",
+        "product": "product_step",
+        "outer": "outer_step",
     },
 )
 

@@ -195,17 +195,18 @@ LIBRARY.impl("attention_backward", _autograd_backward, "Autograd", with_keyset=T
 # autocast -------------------------------------------------------------------------------------------
 
 
-def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value as torch.autocast wants them: in its dtype, but for float64."""
-    kind = query.device.type
+def autocast(first: Tensor, *others: Any) -> tuple[Any, ...]:
+    """Tensors as torch.autocast wants them where the first one is: in its dtype, but for float64. What else
+    comes is passed on."""
+    kind, given = first.device.type, (first, *others)
     if not torch.is_autocast_enabled(kind):
-        return query, key, value
+        return given
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if _casts(t) else t for t in (query, key, value))
+    return tuple(t.to(dtype) if _casts(t) else t for t in given)
 
 
-def _casts(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype != torch.float64
+def _casts(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> list[Tensor]:

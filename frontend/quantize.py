@@ -38,7 +38,7 @@ def quantize(
             alone, see `QuantizedWeight.read`. For "int4": (2, 4).
 
     Codes are rounded to nearest; integers of 2 and 4 bits that are not nested take, of some scales, the one
-    of least squared error. Raises InputError."""
+    of least squared error. Raises InputError, also where a number is not finite: codes hold none."""
     where = "quantize"
     element, planes = checked_format(where, format, nested)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 3 or not weight.is_floating_point():
@@ -55,6 +55,12 @@ def quantize(
         raise InputError(f"{where}.group_size", expected, repr(group))
     columns = weight.shape[2]
     size = min(group, columns) if isinstance(group, int) else columns
+    finite = weight.float().isfinite().flatten(1).all(1)  # float32 is what scales are taken in
+    if not finite.all():
+        wrong = int((~finite).nonzero()[0])
+        raise InputError(
+            f"{where}.weight", "finite numbers within float32's range", f"others in expert {wrong}"
+        )
     largest = None
     if group == "tensor":
         largest = weight.abs().amax().float()
@@ -98,8 +104,8 @@ def _integers(
     clips = [1.0] if len(planes) > 1 else CLIPS.get(bits, [1.0])
     best: Any = None
     for clip in clips:
-        scales = torch.where(largest > 0, largest * (clip / top), 1.0)
-        codes = torch.round(padded / scales - middle).clamp(-half, half - 1)
+        scales = largest * (clip / top)  # 0 where all is 0: codes of 2 bits have no zero
+        codes = torch.round(padded / torch.where(scales > 0, scales, 1.0) - middle).clamp(-half, half - 1)
         over = tuple(d for d in range(3) if scales.shape[d] == 1)
         error = ((codes + middle) * scales - padded).square().sum(over, keepdim=True)
         if best is None:

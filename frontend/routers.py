@@ -100,9 +100,13 @@ def route(
         raise InputError("route.router", f"a function, or one of {', '.join(ROUTERS)}", repr(router))
     wide = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
     tensors = {"logits": router_logits}
+    given = isinstance(temperature, torch.Tensor)
+    if expert_vectors is None and (given or temperature != LOG_2):
+        raise InputError("route.temperature", "expert_vectors beside it", None, "Divide router_logits by it")
     if expert_vectors is not None:
-        if not isinstance(temperature, torch.Tensor):
-            temperature = router_logits.new_full((1,), temperature, dtype=wide)
+        if not given:
+            number = _number("temperature", temperature)
+            temperature = router_logits.new_full((1,), number, dtype=wide)
         tensors |= _cosines(router_logits, expert_vectors, temperature, wide)
     tokens, experts = router_logits.shape[0], tensors.get("vectors", router_logits.T).shape[0]
     count = as_integer(top_k)
@@ -110,11 +114,21 @@ def route(
         raise InputError("route.top_k", f"1 to {experts}, the number of experts", top_k)
     if capacity is not None and (_count(capacity) is None or capacity < 0):
         raise InputError("route.capacity", "a number of tokens, 0 or more", capacity)
-    cuts = {"top_p": top_p, "threshold": threshold, "relative_threshold": relative_threshold}
-    given = {name: float(value) for name, value in cuts.items() if value is not None}
+    scale = _number("scale", scale)
+    cuts = {
+        "top_p": (top_p, 1.0),
+        "threshold": (threshold, math.inf),
+        "relative_threshold": (relative_threshold, 1.0),
+    }
+    given = {
+        n: _number(n, value, 0.0 if high == 1 else -high, high)
+        for n, (value, high) in cuts.items()
+        if value is not None
+    }
     if router == "expert_choice":
         others = (group_logits, correction_bias, remap, token_ids, entropy_threshold)
-        if given or groups != 1 or any(other is not None for other in others):
+        numbers = (groups, scale, min_k) != (1, 1.0, 0)
+        if given or numbers or any(other is not None for other in others):
             what = "router_logits, top_k, capacity and expert_vectors alone"
             raise InputError("route", f"{what}, where experts choose", "more than that")
         wanted = -(-tokens * count // experts) if capacity is None else capacity
@@ -124,8 +138,8 @@ def route(
     if callable(router):
         facts["term"] = _term_of(router)
     integers: dict[str, Any] = {}
-    numbers = {"scale": float(scale)}
-    _cut(router, given, min_k, entropy_threshold, float(entropy_index), facts, numbers)
+    numbers = {"scale": scale}
+    _cut(router, given, min_k, entropy_threshold, entropy_index, facts, numbers)
     if correction_bias is not None:
         _check("correction_bias", correction_bias, (experts,), router_logits)
         tensors["bias"] = correction_bias
@@ -146,12 +160,14 @@ def route(
     elif num_experts is not None and num_experts != experts:
         raise InputError("route.num_experts", "a table of ids in remap", num_experts)
     if token_ids is not None:
-        if router != "random" or tuple(token_ids.shape) != (tokens,):
-            expected = f"shape ({tokens},), with router 'random'"
-            raise InputError("route.token_ids", expected, tuple(token_ids.shape))
+        if router != "random":
+            raise InputError("route.token_ids", "router 'random' beside them", repr(router))
+        _check("token_ids", token_ids, (tokens,), dtypes=INTEGERS)
         tensors["token_ids"] = token_ids.to(torch.int64)
     if router == "random":
-        integers["seed"] = int(seed)
+        if _count(seed) is None or not -(2**63) <= seed < 2**63:
+            raise InputError("route.seed", "an integer of 64 bits", seed)
+        integers["seed"] = seed
     if capacity_order not in ORDERS:
         raise InputError("route.capacity_order", f"one of {', '.join(ORDERS)}", repr(capacity_order))
     if capacity is not None:
@@ -170,6 +186,18 @@ LEARNT = ("logits", "group_logits", "vectors", "temperature")
 
 def _count(value: Any) -> Any:
     return value if isinstance(value, torch.SymInt) else as_integer(value)
+
+
+def _number(name: str, value: Any, lowest: float = -math.inf, highest: float = math.inf) -> float:
+    """A finite number within bounds. Raises InputError."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (lowest <= number <= highest and -math.inf < number < math.inf):
+        bounded = f"a number from {lowest:g} to {highest:g}" if highest < math.inf else "a finite number"
+        raise InputError(f"route.{name}", bounded, value)
+    return number
 
 
 @pure
@@ -191,8 +219,8 @@ def _cut(
     router: Any,
     given: dict[str, float],
     min_k: Any,
-    entropy: float | None,
-    index: float,
+    entropy: Any,
+    index: Any,
     facts: dict[str, Any],
     numbers: dict[str, float],
 ) -> None:
@@ -212,8 +240,9 @@ def _cut(
         facts |= {"cut": name.removesuffix("_threshold"), "least": least}
         numbers["limit"] = limit
     if entropy is not None:
+        index = _number("entropy_index", index)
         facts["entropy"] = "shannon" if index == 1 else "tsallis"
-        numbers["most_entropy"] = float(entropy)
+        numbers["most_entropy"] = _number("entropy_threshold", entropy)
         if index != 1:
             numbers["entropy_index"] = index
 
@@ -246,22 +275,21 @@ def _remapped(table: Any, requests: Any, tokens: int, experts: int) -> dict[str,
     for name, tensor, shape in (("remap", table, (None, experts)), ("request_ids", requests, (tokens,))):
         if tensor is None:
             raise InputError(f"route.{name}", "remap and request_ids together", None)
-        _check(name, tensor, shape)
-        if tensor.dtype not in INTEGERS:
-            raise InputError(f"route.{name}", "int32 or int64", tensor.dtype)
+        _check(name, tensor, shape, dtypes=INTEGERS)
     if not table.shape[0]:
         raise InputError("route.remap", "one row at least", tuple(table.shape))
     return {"table": table, "request": requests}
 
 
-def _check(name: str, tensor: Any, shape: tuple[Any, ...], like: Any = None) -> None:
-    """Raise InputError unless a tensor has a shape (None: any extent), and is float and where `like` is."""
+def _check(name: str, tensor: Any, shape: tuple[Any, ...], like: Any = None, dtypes: Any = FLOATS) -> None:
+    """Raise InputError unless a tensor has a shape (None: any extent), a dtype and like's device."""
     check_tensor(f"route.{name}", tensor, len(shape), f"{shape}")
     if any(wanted is not None and wanted != n for wanted, n in zip(shape, tensor.shape, strict=True)):
         shown = ", ".join("any" if n is None else str(n) for n in shape)
         shown += "," * (len(shape) == 1)
         raise InputError(f"route.{name}", f"shape ({shown})", tuple(tensor.shape))
-    if like is not None and tensor.dtype not in FLOATS:
-        raise InputError(f"route.{name}", "float16, bfloat16, float32 or float64", tensor.dtype)
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise InputError(f"route.{name}", expected, tensor.dtype)
     if like is not None and tensor.device != like.device:
         raise InputError(f"route.{name}", f"a tensor on {like.device}", tensor.device)

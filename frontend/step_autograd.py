@@ -6,6 +6,7 @@ A gradient of a gradient, which there is not, is refused at every level.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,6 +18,39 @@ from ..ir.errors import UnsupportedError
 
 Save = Callable[[Any, Any, Sequence[Tensor]], None]
 Gradients = Callable[..., Sequence[Tensor | None]]
+
+
+class _Refused(torch.autograd.Function):
+    """Gradients whose own gradients are asked for in vain."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        raise UnsupportedError(NO_SECOND)
+
+
+NO_SECOND = "gradients of gradients are not built. Differentiate once (create_graph=False)"
+
+
+def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A backward whose results refuse to be differentiated: with create_graph=True a penalty on them would
+    otherwise have no gradient, and nobody would be told. (torch's decorator of this name refuses only where
+    the gradients that come in are differentiated too.)"""
+
+    @wraps(backward)
+    def run(ctx: Any, *slopes: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *slopes)
+        if not torch.is_grad_enabled():
+            return found
+        there = [t.detach().requires_grad_() for t in found if t is not None]
+        refused = iter(_Refused.apply(*there) if there else ())  # type: ignore[arg-type]
+        return tuple(None if t is None else next(refused) for t in found)
+
+    return run
 
 
 class _Forward(SingleLevel):
@@ -55,9 +89,7 @@ class _Backward(SingleLevel):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
-        raise UnsupportedError(
-            "gradients of gradients are not built. Differentiate once (create_graph=False)"
-        )
+        raise UnsupportedError(NO_SECOND)
 
 
 def register(

@@ -20,12 +20,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from ..ir.errors import UnsupportedError
 from .moe_form import MoeForm
 from .operator_vmap import each
-from .step_autograd import register
+from .step_autograd import once_differentiable, register
 
 LIBRARY = torch.library.Library("gossamer", "FRAGMENT")
 CALL = "Tensor[] tensors, SymInt[] integers, float[] numbers, str form"

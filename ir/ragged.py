@@ -65,6 +65,7 @@ class Tiling:
     inner: how much of the summed axis a step takes. resident: a program loads all of a row tile once and
     walks over all columns (CPUs); else it takes one column tile. wide: column tiles that start side by side,
     before the next row tile. blocked: intermediates are stored a row tile after another, rows innermost.
+    rest: row tiles with no more rows than this are computed as tiles of so many; 0: all are of `rows`.
     meta: backend hints.
 
     Of quantised matrices: `inner` counts columns of a slice. unroll: how many of these steps a turn of the
@@ -79,6 +80,7 @@ class Tiling:
     resident: bool = False
     wide: int = 1
     blocked: bool = False
+    rest: int = 0
     meta: tuple[tuple[str, int], ...] = ()
     unroll: int = 1
     scales: str = "codes"

@@ -54,6 +54,18 @@ def exchange(kernel: K.Kernel, *pairs: tuple[str, str]) -> K.Kernel:
     return change(kernel)
 
 
+def apart(body: tuple[K.Stmt, ...], axes: dict[str, str], mark: str) -> tuple[K.Stmt, ...]:
+    """The same statements over other axes, with `mark` behind every name that they bind: a kernel can hold
+    both. What they use from outside keeps its name.
+
+    >>> i = sympy.Symbol("i", integer=True)
+    >>> (load,) = apart((K.Load("A", "f32", ("i",), "x", (i,)),), {"i": "r"}, "_rest")
+    >>> load.dst, load.axes, load.index
+    ('A_rest', ('r',), (r,))
+    """
+    return _Marker(axes, mark).block(body)
+
+
 class _Renamer:
     def __init__(self, kernel: K.Kernel) -> None:
         self.source = kernel
@@ -62,6 +74,7 @@ class _Renamer:
         self.taken = {a.name for a in kernel.args} | {n for t in kernel.tensors for n in t.shape}
 
     def bind(self, name: str, stem: str) -> str:
+        """The new name of one that a statement binds: a grid dimension, an axis, a tile or a scalar."""
         fresh = (f"{stem}{i}" for i in self.numbers[stem])
         self.names[name] = next(n for n in fresh if n not in self.taken)
         return self.names[name]
@@ -87,8 +100,8 @@ class _Renamer:
     def exprs(self, exprs: tuple[Expr, ...]) -> tuple[Expr, ...]:
         return tuple(map(self.expr, exprs))
 
-    def axes(self, axes: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(self.names[a] for a in axes)
+    def known(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(self.names.get(n, n) for n in names)
 
     def statement(self, s: K.Stmt) -> K.Stmt:
         match s:
@@ -100,7 +113,7 @@ class _Renamer:
                     s,
                     index=self.exprs(s.index),
                     value=self.expr(s.value),
-                    axes=self.axes(s.axes),
+                    axes=self.known(s.axes),
                     guard=self.expr(s.guard),
                 )
             case K.If():
@@ -112,19 +125,30 @@ class _Renamer:
                 self.names = outer
                 return made
             case K.Compute():
-                s = replace(s, axes=self.axes(s.axes), expr=self.expr(s.expr))
+                s = replace(s, axes=self.known(s.axes), expr=self.expr(s.expr))
             case K.Load():
                 index, guard = self.exprs(s.index), self.expr(s.guard)
-                s = replace(s, axes=self.axes(s.axes), index=index, guard=guard, other=self.expr(s.other))
+                s = replace(s, axes=self.known(s.axes), index=index, guard=guard, other=self.expr(s.other))
                 return replace(s, dst=self.bind(s.dst, "t"))
             case K.Dot():
-                a, b, over = self.names[s.a], self.names[s.b], self.names[s.over]
-                s = replace(s, axes=self.axes(s.axes), a=a, b=b, over=over)
+                a, b, over = self.known((s.a, s.b, s.over))
+                s = replace(s, axes=self.known(s.axes), a=a, b=b, over=over)
             case K.Reduce():
-                s = replace(s, axes=self.axes(s.axes), expr=self.expr(s.expr), over=self.axes(s.over))
+                s = replace(s, axes=self.known(s.axes), expr=self.expr(s.expr), over=self.known(s.over))
             case K.Scan():
-                s = replace(s, axes=self.axes(s.axes), expr=self.expr(s.expr), over=self.names[s.over])
-        return replace(s, dst=self.bind(s.dst, "t") if s.declares else self.names[s.dst])
+                s = replace(s, axes=self.known(s.axes), expr=self.expr(s.expr), over=self.known((s.over,))[0])
+        return replace(s, dst=self.bind(s.dst, "t") if s.declares else self.known((s.dst,))[0])
+
+
+class _Marker(_Renamer):
+    """Statements apart from a kernel, whose axes are given other names and whose own names are marked."""
+
+    def __init__(self, axes: dict[str, str], mark: str) -> None:
+        self.names, self.mark = dict(axes), mark
+
+    def bind(self, name: str, stem: str) -> str:
+        self.names[name] = name + self.mark
+        return self.names[name]
 
 
 def _like(symbol: Expr, name: str) -> Expr:

@@ -36,6 +36,7 @@ from ..ir.kernel import (
     Tensor,
 )
 from ..ir.ragged import Tiling, storage_of
+from ..ir.rename import apart
 from .moe_codes import Codes, codes_of
 from .moe_matrix import CodedMatrix, DenseMatrix, Matrix
 from .moe_spec import BYTES, ExpertsSpec
@@ -117,13 +118,21 @@ class _Builder:
             grid=tuple(grid),
             axes=self._axes(),
             lanes="i" if cpu else None,
-            body=(*self._find(), If(ROW0 < LAST, (*self._rows(), *work))),
+            body=(*self._find(), *self._tiles((*self._rows(), *work))),
             meta=tuple(sorted((*t.meta, *self.matrix.hints))),
             comment=(
                 f"{self.experts} groups, [rows, {inner}] x [{inner}, {self.tiles.columns}]"
                 f"{' x 2' if self.tiles.halves else ''}; {t.rows} rows, {t.cols} columns",
             ),
         )
+
+    def _tiles(self, work: tuple[Stmt, ...]) -> list[Stmt]:
+        """The work of a row tile that has rows: the last one of a group may be smaller than the others."""
+        rest = self.tiling.rest
+        if not rest:
+            return [If(ROW0 < LAST, work)]
+        few = all_of([ROW0 < LAST, ROW0 + rest >= LAST])
+        return [If(ROW0 + rest < LAST, work), If(few, apart(work, {"i": "r"}, "_rest"))]
 
     def _name(self) -> str:
         return f"experts_{self.out.name}"
@@ -133,7 +142,8 @@ class _Builder:
         rows, columns = self._axis("i", t.rows), self._axis("n", t.cols)
         if self.spec.is_cpu:
             rows = replace(rows, live="here")
-        tile = (columns, rows) if t.turned else (rows, columns)
+        rest = [self._axis("r", t.rest)] if t.rest else []
+        tile = (columns, rows, *rest) if t.turned else (rows, *rest, columns)
         low = [self._axis("l", int(self.added[0].shape[1]))] if self.added else []
         return (*tile, self._axis("d", self.tiles.step), self._axis("z", self.experts), *low)
 

@@ -82,6 +82,11 @@ def compile_router(spec: RouterSpec) -> Program:
     return Program(tuple(kernels), tuple(between), text=f"# {spec}")
 
 
+def _ranked(score: Expr) -> Expr:
+    """What scores are compared by. NaN comes first, as in torch's topk: its token's weights are NaN."""
+    return where(score >= LOWEST, score, where(score < LOWEST, LOWEST, sympy.oo))
+
+
 class _Builder:
     def __init__(self, spec: RouterSpec) -> None:
         self.spec, self.acc = spec, spec.accumulator
@@ -154,7 +159,7 @@ class _Builder:
         if self.spec.corrected:
             out.append(Load("correction", self.acc, ("e",), "bias", (E_AXIS,)))
             value = value + real("correction")
-        out.append(Compute("C", self.acc, ("i", "e"), maximum(value, LOWEST)))
+        out.append(Compute("C", self.acc, ("i", "e"), _ranked(value)))
         return out if self.spec.groups == self.spec.top_groups else [*out, *self._groups()]
 
     def _groups(self) -> list[Stmt]:
@@ -171,7 +176,7 @@ class _Builder:
             Compute("R", self.acc, ig, two),
         ]
         if spec.scoring == "levels":
-            rank = [Compute("R", self.acc, ig, maximum(real("p"), LOWEST))]
+            rank = [Compute("R", self.acc, ig, _ranked(real("p")))]
         group, ranks = integer("group"), real("R")
         here = sympy.Eq(integer("group_of_it"), group)
         pick: tuple[Stmt, ...] = (
@@ -195,11 +200,7 @@ class _Builder:
         taken = sympy.Eq(E_AXIS, integer("expert"))
         return [
             Reduce("top", self.acc, ("i",), "max", chosen, ("e",)),
-            Reduce("found", "i32", ("i",), "min", first, ("e",)),
-            # No score equals the best one: they are NaN, and any expert spreads it in this token.
-            Compute(
-                "expert", "i32", ("i",), where(integer("found") < self.spec.experts, integer("found"), U)
-            ),
+            Reduce("expert", "i32", ("i",), "min", first, ("e",)),
             Reduce("score", self.acc, ("i",), "sum", where(taken, real("P"), NONE), ("e",)),
             Compute("W", self.acc, ik, where(here, real("score"), real("W")), declares=False),
             Compute("A", "i32", ik, where(here, integer("expert"), integer("A")), declares=False),

@@ -10,12 +10,11 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import BackendError, MissingDependencyError
-from ..ir.syntax import PARSER
 from .knobs import NUM_THREADS
 from .manifest import Launch
 from .workers import POOL
@@ -32,23 +31,24 @@ _SHARES = 2  # a thread, unless a kernel asks for more: they even out cells that
 _LINE = 64
 
 
+@lru_cache(maxsize=128)
 def build_object(source: str, target: str) -> bytes:
     """Compile TVMScript to an object file for target 'cpu' (this machine) or 'cpu:<LLVM CPU name>'.
 
+    The last ones are remembered: programs that differ have kernels in common (routing, row sums, copies).
     Raises MissingDependencyError without tvm, BackendError when TVM refuses the source.
     """
     try:
         import tvm
-        from tvm.script import tirx
     except ImportError:
         raise MissingDependencyError("apache-tvm", "cpu", "compiling CPU kernels") from None
+    from . import tvm_script
+
     _register_pipeline()
     cpu = target.partition(":")[2] or str(tvm.get_global_func("target.llvm_get_system_cpu")())
     llvm = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "opt-level": _LLVM_LEVEL})
     try:
-        with PARSER:
-            function = tvm.script.from_source(source, extra_vars={"T": tirx}, check_well_formed=False)
-        module = tvm.tirx.build(function, target=llvm, pipeline=_PIPELINE)
+        module = tvm.tirx.build(tvm_script.read(source), target=llvm, pipeline=_PIPELINE)
     except Exception as error:
         raise BackendError(f"TVM refused a generated kernel for {target}: {error}") from error
     with tempfile.TemporaryDirectory() as folder:

@@ -53,6 +53,14 @@ def test_flex_drop_in(tmp_path: Path) -> None:
     assert "output (1, 8, 300, 64)" in said
 
 
-@pytest.mark.parametrize("name", ["longformer_bytes.py", "flex_drop_in.py", "train_bytes.py"])
+def test_whole_model(tmp_path: Path) -> None:
+    said = run(tmp_path, "whole_model.py", "--layers", "1", "--length", "200", "--rounds", "1")
+    assert "compiled attention at" in said and "compiled experts at" in said and "left" not in said
+    assert float(said.partition("relative to their norms: ")[2].split()[0]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name", ["longformer_bytes.py", "flex_drop_in.py", "train_bytes.py", "whole_model.py"]
+)
 def test_examples_explain_their_options(name: str, tmp_path: Path) -> None:
     assert "--help" in run(tmp_path, name, "--help")

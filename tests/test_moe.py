@@ -290,3 +290,67 @@ def test_the_reference_backend_agrees():
     found = gossamer.experts(x, ids, weights, backend="reference", **layer)
     torch.testing.assert_close(found, gossamer.experts(x, ids, weights, **layer), rtol=1e-5, atol=1e-5)
     assert activated(case, torch.randn(3, 24)).shape == (3, 12)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (torch.nn.functional.silu, "swiglu"),  # silu(input, inplace=False): not silu(gate, up)
+        (torch.nn.functional.gelu, "geglu"),  # without a signature of its own
+        (torch.nn.GELU(approximate="tanh"), "geglu_tanh"),
+        (lambda gate: gate.relu(), "reglu"),
+        (torch.mul, lambda gate, up: gate * up),
+    ],
+    ids=["silu", "gelu", "module", "lambda", "mul"],
+)
+def test_functions_of_one_argument_are_multiplied_by_up(function, name):
+    case = Case(tokens=5)
+    given = (case.x(), *case.routing())
+    found, expected = (
+        gossamer.experts(*given, **(case.layer() | {"activation": act})) for act in (function, name)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("router", ["softmax", "expert_choice"])
+def test_lists_that_are_changed_in_place_count(router):
+    case = Case(tokens=20)
+    layer, x = case.layer(), case.x()
+    chosen = gossamer.route(torch.randn(20, 4), 2, router=router)
+    before = gossamer.experts(x, chosen, None, **layer)
+    assert not chosen.is_list
+    chosen.weights.mul_(-2)
+    assert chosen.is_list
+    torch.testing.assert_close(gossamer.experts(x, chosen, None, **layer), -2 * before)
+    with torch.inference_mode():
+        chosen = gossamer.route(torch.randn(20, 4), 2, router=router)
+        chosen.weights.zero_()
+        assert not gossamer.experts(x, chosen, None, **layer).any()
+
+
+def test_rows_may_be_given_to_other_experts():
+    case = Case(tokens=20)
+    layer, x = case.layer(), case.x()
+    ids, weights = case.routing()
+    chosen = gossamer.Routing.from_topk(ids, weights, 4)
+    moved = chosen.replace(expert_ids=(chosen.expert_ids + 2) % 4 - (chosen.expert_ids == 3).int() * 9)
+    expected = torch.where(ids == 3, -1, (ids + 2) % 4)
+    assert moved.counts.tolist() == [int((expected == e).sum()) for e in range(4)]
+    found = gossamer.experts(x, moved, None, **layer, validate=True)
+    torch.testing.assert_close(found, gossamer.experts(x, expected, weights, **layer))
+
+
+def test_lists_that_name_what_is_not_there_read_nothing_else():
+    case = Case(tokens=20, dtype=torch.float64)
+    layer, x = case.layer(), case.x().requires_grad_()
+    chosen = gossamer.Routing.from_topk(*case.routing(), 4)
+    for name in ("gate_up_proj", "down_proj"):
+        layer[name].requires_grad_()
+    far = chosen.replace(token_ids=chosen.token_ids + 2**28)
+    many = chosen.replace(counts=chosen.counts + 5000)
+    less = chosen.replace(counts=chosen.counts - 5000)
+    for routing in (far, less):
+        out = gossamer.experts(x, routing, None, **layer)
+        gradients = torch.autograd.grad(out.sum(), (x, layer["gate_up_proj"], layer["down_proj"]))
+        assert not out.any() and not any(g.any() for g in gradients)
+    assert gossamer.experts(x, many, None, **layer).isfinite().all()

@@ -46,6 +46,36 @@ BAD = {
     "an id too small": ({"topk_ids": torch.full((T, K), -2), "validate": True}, "got -2"),
     "activation": ({"activation": "swish"}, "experts.activation: expected one of swiglu"),
     "gate that is not there": ({"gate_up_proj": torch.zeros(E, I, H)}, "These matrices have no gate"),
+    "matrices of lists": ({"gate_up_proj": [[0.0]]}, "gate_up_proj: expected a torch.Tensor or a Quantized"),
+    "half an adapter": (
+        {"gate_up_lora": (torch.zeros(E, 2, H),)},
+        "expected two tensors, a .* got 1 of them",
+    ),
+    "adapters of one tensor": ({"down_lora": torch.zeros(E, 2, I)}, "experts.down_lora: .* got Tensor"),
+    "no inner features": (
+        {"gate_up_proj": torch.zeros(E, 0, H), "down_proj": torch.zeros(E, H, 0)},
+        "expected H and I of 1 or more",
+    ),
+    "half a shared expert": (
+        {"shared_down_proj": torch.zeros(H, I)},
+        "experts.shared_gate_up_proj: .* got None",
+    ),
+    "weights of no shared expert": (
+        {"shared_weights": torch.zeros(T)},
+        "shared_gate_up_proj and shared_down",
+    ),
+    "shared experts of three dimensions": (
+        {"shared_gate_up_proj": torch.zeros(1, 2 * I, H), "shared_down_proj": torch.zeros(1, H, I)},
+        r"two matrices, \(2 S, H\) and \(H, S\); got \(1, 12, 8\)",
+    ),
+    "shared weights": (
+        {
+            "shared_gate_up_proj": torch.zeros(2 * I, H),
+            "shared_down_proj": torch.zeros(H, I),
+            "shared_weights": torch.zeros(T + 1),
+        },
+        "a weight for each of 5 tokens",
+    ),
     "backend": ({"backend": "cuda"}, "experts.backend: expected one of auto"),
     "backend of another device": ({"backend": "triton"}, "cuda tensors for 'triton'"),
 }
@@ -62,7 +92,7 @@ def test_activations_that_cannot_be_captured():
     with pytest.raises(TraceError):
         gossamer.experts(**layer(activation=lambda gate, up: gate if gate > 0 else up))
     with pytest.raises(TraceError, match="expects 2 arguments"):
-        gossamer.experts(**layer(activation=lambda gate: gate))
+        gossamer.experts(**layer(activation=lambda gate, up, more: gate))
     table = torch.ones(4)
     with pytest.raises(UnsupportedError, match="reads tensors"):
         gossamer.experts(**layer(activation=lambda gate, up: gate * up * table[0]))
@@ -94,10 +124,37 @@ def test_logits_of_the_wrong_width(shape):
         gossamer.moe(given["x"], torch.zeros(shape), given["gate_up_proj"], given["down_proj"], top_k=1)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weights": torch.zeros(5)}, r"Routing\.weights: expected shape \(6,\), as token_ids has"),
+        ({"weights": torch.zeros(6).int()}, r"Routing\.weights: expected one of float16.*; got torch.int32"),
+        ({"weights": [0.0] * 6}, r"Routing\.weights: expected a torch.Tensor; got list"),
+        ({"counts": torch.zeros(E)}, r"Routing\.counts: expected one of int32, int64; got torch.float32"),
+        ({"counts": torch.zeros(E, 1).int()}, r"Routing\.counts: expected 1 dimensions \(experts,\)"),
+        ({"token_ids": torch.zeros(6)}, r"Routing\.token_ids: expected one of int32, int64"),
+        ({"expert_ids": torch.zeros(6)}, r"Routing\.expert_ids: expected one of int32, int64"),
+    ],
+    ids=str,
+)
+def test_parts_of_routings(changed, message):
+    rows = torch.zeros(6, dtype=torch.int32)
+    parts = {"token_ids": rows, "expert_ids": rows, "weights": torch.zeros(6), "counts": rows[:E]}
+    with pytest.raises(InputError, match=message):
+        gossamer.Routing(**(parts | changed), num_tokens=T)
+
+
+@pytest.mark.parametrize("ids", [-2, E + 1])
+def test_ids_of_routings_are_validated(ids):
+    chosen = gossamer.Routing.known(torch.full((T,), ids), E)
+    given = layer(topk_ids=chosen, topk_weights=None)
+    assert not gossamer.experts(**given).any()
+    with pytest.raises(InputError, match=f"ids from 0 to {E - 1}, or -1 or {E} for none; got {ids}"):
+        gossamer.experts(**given, validate=True)
+
+
 def test_routings():
     rows = torch.zeros(6, dtype=torch.int32)
-    with pytest.raises(InputError, match=r"Routing\.weights"):
-        gossamer.Routing(rows, rows, torch.zeros(5), torch.zeros(E, dtype=torch.int32), T)
     chosen = gossamer.Routing(rows, rows, torch.zeros(6), torch.tensor([6, 0, 0, 0]), T)
     with pytest.raises(InputError, match=r"Routing\.replace"):
         chosen.replace(experts=rows)

@@ -119,6 +119,26 @@ def test_routings_are_edited_within_a_graph():
         close(one, other)
 
 
+@pytest.mark.parametrize("changed", ["replaced", "in place", "other experts", "loss"])
+def test_lists_are_read_and_changed_within_a_graph(changed):
+    gate_up, down = (m.detach().clone() for m in MATRICES)  # tensors whose sizes are symbols
+
+    def function(x, logits):
+        chosen = gossamer.route(logits, K)
+        if changed == "loss":
+            return gossamer.load_balance_loss(logits, chosen)
+        if changed == "in place":
+            chosen.weights.mul_(3)
+        elif changed == "replaced":
+            chosen = chosen.replace(weights=chosen.weights * 3)
+        else:
+            chosen = chosen.replace(expert_ids=(chosen.expert_ids + 1) % E)
+        return gossamer.experts(x, chosen, None, gate_up, down, activation=lambda g, u: g.tanh() * u)
+
+    x, logits = random(9, H), random(9, E)
+    close(compiled(function, dynamic=True)(x, logits), function(x, logits))
+
+
 def test_vmap():
     x, logits = random(3, 7, H), random(3, 7, E)
     found = torch.vmap(lambda x, logits: gossamer.moe(x, logits, *MATRICES, top_k=K))(x, logits)

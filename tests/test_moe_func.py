@@ -62,6 +62,21 @@ def test_parameters_by_functional_call():
         torch.testing.assert_close(found[name], parameter.grad)
 
 
+@pytest.mark.parametrize("what", ["layer", "router", "product"])
+def test_penalties_on_gradients_are_refused(what):
+    """With create_graph=True they would have no gradient, and a sum of losses would hide that."""
+    x = X.clone().requires_grad_()
+    out = {
+        "layer": lambda: layer(x, UP, WEIGHTS),
+        "router": lambda: gossamer.route(x, 2).topk_weights.square(),
+        "product": lambda: gossamer.grouped_mm(x, x.detach().T[None], offs=torch.tensor([len(x)])),
+    }[what]()
+    (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    assert slope.requires_grad
+    with pytest.raises(UnsupportedError, match="gradients of gradients are not built"):
+        (out.sum() + slope.square().sum()).backward()
+
+
 def test_second_gradients_and_tangents_are_refused():
     def first(x):
         return torch.func.grad(layer)(x, UP, WEIGHTS).sum()

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from gossamer.runtime.triton_interpreter import run_interpreted  # noqa: E402
 SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")
 DTYPES = {"f16": torch.float16, "f32": torch.float32, "i32": torch.int32}
 SMALL = (Tiling(16, 16, 32, wide=2), Tiling(16, 16, 16, wide=2))
+SMALL_REST = tuple(replace(t, rows=32, rest=16) for t in SMALL)  # of a group of 20 rows, 4 are a rest
 
 
 def run(program, given, sizes):
@@ -52,6 +54,7 @@ def run(program, given, sizes):
         {"halves": None, "dtype": "f16"},
         {"ranks": (3, 2), "lora_scale": 0.5},
         {"hidden": 48},  # three tiles of columns, two side by side
+        {"tiling": SMALL_REST, "biased": True, "ranks": (3, 2)},
     ],
     ids=str,
 )
@@ -67,8 +70,7 @@ def test_interpreter(more, single, load):
         load=load,
         target="cuda:sm_90",
         aligned=False,
-        tiling=SMALL,
-        **({"hidden": size} | more),
+        **({"hidden": size, "tiling": SMALL} | more),
     )
     rng, tokens = np.random.default_rng(0), 30
     kind = np.float16 if spec.dtype == "f16" else np.float32
@@ -92,11 +94,12 @@ def test_interpreter(more, single, load):
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("inner", [64, 72])
-def test_matrices_through_descriptors(inner):
+@pytest.mark.parametrize(("inner", "rest"), [(64, 0), (72, 0), (64, 16)])
+def test_matrices_through_descriptors(inner, rest):
     """Boxes at the end of a half take rows of the next half, which nothing stores."""
     meta = (("descriptors", 1),)
-    tiling = (Tiling(16, 16, 64, wide=8, meta=meta), Tiling(16, 32, 64, wide=8, meta=meta))
+    rows = {"rows": 2 * rest or 16, "rest": rest, "wide": 8, "meta": meta}
+    tiling = (Tiling(cols=16, inner=64, **rows), Tiling(cols=32, inner=64, **rows))
     spec = ExpertsSpec(3, 2, 64, inner, SWIGLU, dtype="f16", target="cuda:sm_90", tiling=tiling)
     rng = np.random.default_rng(0)
     shapes = {"x": (20, 64), "gate_up": (3, 2 * inner, 64), "down": (3, 64, inner)}
@@ -105,7 +108,11 @@ def test_matrices_through_descriptors(inner):
     expected = interpret(build_experts(spec), given | routing)["o"]
     program = compile_experts(spec)
     up, down = (emit(k) for k in program.kernels if k.name in ("experts_h", "experts_y"))
-    assert up.count("d_gate_up.load([") == 2 and "d_down.load([" in down and "d_h.load([" in down
+    assert (
+        up.count("d_gate_up.load([") == (4 if rest else 2)
+        and "d_down.load([" in down
+        and "d_h.load([" in down
+    )
     flat = {name: value.reshape(-1) for name, value in routing.items()}
     out = {"o": np.full((20, 64), np.nan, np.float16)}
     found = run(program, given | flat | out, {"entries": 40, "T": 20})["o"].numpy()

@@ -127,7 +127,8 @@ def test_quantising_rounds_to_the_nearest_number_of_the_format():
     squares = [((gossamer.quantize(w, f).dequantize() - w) ** 2).mean() for f in ("int2", "int4", "int8")]
     assert squares[0] < 0.15 and squares[1] < 0.015 and squares[2] < 1e-4
     zeros = torch.zeros(1, 4, 32)
-    assert all(torch.equal(gossamer.quantize(zeros, f).dequantize(), zeros) for f in ("int8", "fp8", "mxfp4"))
+    formats = ("int8", "int4", "int2", "fp8", "mxfp4")
+    assert all(torch.equal(gossamer.quantize(zeros, f).dequantize(), zeros) for f in formats)
 
 
 def test_torch_and_the_ir_agree_on_what_codes_stand_for():
@@ -244,6 +245,11 @@ BAD = {
     "nested": (lambda: gossamer.quantize(torch.ones(E, N, K), "int8", nested=(3, 8)), r"\(4, 8\), \(2, 4"),
     "nested fp8": (lambda: gossamer.quantize(torch.ones(E, N, K), "fp8", nested=(4, 8)), "None for fp8"),
     "integers": (lambda: gossamer.quantize(CODES), r"floats \(experts, out, in\)"),
+    "not a number": (
+        lambda: gossamer.quantize(torch.tensor([[[1.0]], [[torch.nan]]]), "int4"),
+        "finite numbers within float32's range; got others in expert 1",
+    ),
+    "beyond float32": (lambda: gossamer.quantize(1e39 * torch.ones(1, 1, 1).double(), "fp8"), "finite"),
     "range": (lambda: QuantizedWeight.from_codes("int4", CODES + 9, 1.0), "-8 to 7 for int4; got 9"),
     "floats": (lambda: QuantizedWeight.from_codes("int4", CODES.float(), 1.0), "integers for int4"),
     "scales": (

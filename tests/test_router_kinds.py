@@ -1,5 +1,7 @@
 """Routers of many kinds against torch: cosines, two levels, experts that choose, tables of ids, entropy."""
 
+import math
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -231,9 +233,43 @@ def test_dtypes_and_no_tokens(options, dtype):
         ({"remap": torch.zeros(1, 8, dtype=torch.int32)}, r"route\.request_ids"),
         ({"remap": torch.zeros(1, 8), "request_ids": torch.zeros(5).int()}, r"route\.remap"),
         ({"num_experts": 9}, r"route\.num_experts"),
+        ({"router": "expert_choice", "scale": 2.0}, "where experts choose"),
+        ({"router": "expert_choice", "min_k": 1}, "where experts choose"),
+        ({"temperature": 3.0}, r"route\.temperature: expected expert_vectors beside it"),
+        ({"scale": math.nan}, r"route\.scale: expected a finite number; got nan"),
+        ({"scale": "a"}, r"route\.scale: expected a finite number; got a"),
+        ({"top_p": 1.5}, r"route\.top_p: expected a number from 0 to 1; got 1.5"),
+        ({"relative_threshold": -0.5}, r"route\.relative_threshold: expected a number from 0 to 1"),
+        ({"threshold": math.nan}, r"route\.threshold: expected a finite number"),
+        ({"top_p": 0.5, "entropy_threshold": math.inf}, r"route\.entropy_threshold: expected a finite"),
+        ({"router": "random", "seed": 2**63}, r"route\.seed: expected an integer of 64 bits"),
+        ({"router": "random", "seed": 0.5}, r"route\.seed"),
+        ({"router": "random", "token_ids": torch.zeros(5)}, r"route\.token_ids: expected int32 or int64"),
+        ({"router": "random", "token_ids": [0] * 5}, r"route\.token_ids: expected a torch.Tensor; got list"),
     ],
     ids=str,
 )
 def test_bad_input(options, message):
     with pytest.raises(InputError, match=message):
         gossamer.route(torch.zeros(5, 8), 2, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"renormalize": False},
+        {"router": "sigmoid"},
+        {"router": "softmax_of_topk"},
+        {"router": torch.tanh},
+    ],
+    ids=str,
+)
+def test_what_is_not_a_number_stays_in_its_token_and_shows(options):
+    logits = random(40, 12)
+    logits[6, 3] = torch.nan
+    chosen, others = gossamer.route(logits, 3, **options), torch.arange(40) != 6
+    assert chosen.topk_weights[6].isnan().any() and not chosen.topk_weights[others].isnan().any()
+    if "router" in options:  # elsewhere all of its scores are NaN
+        assert chosen.topk_ids[6, 0] == 3  # as torch.topk has it
+        assert chosen.topk_ids[6, 1:].tolist() == logits[6].nan_to_num(-9).topk(2)[1].tolist()

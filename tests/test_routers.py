@@ -85,7 +85,10 @@ def test_gradients_pass_by_what_is_dropped():
     [
         ({"top_p": 0.5, "threshold": 0.1}, "one of them at most"),
         ({"capacity": -1}, r"route\.capacity"),
-        ({"token_ids": torch.zeros(37, dtype=torch.int64)}, "with router 'random'"),
+        (
+            {"token_ids": torch.zeros(37, dtype=torch.int64)},
+            "expected router 'random' beside them; got 'softmax'",
+        ),
         ({"top_p": 0.5, "router": "softmax_of_topk"}, r"route\.top_p"),
     ],
     ids=str,
@@ -118,5 +121,53 @@ def test_losses_are_least_where_all_is_even():
     skewed = logits(12, 6).requires_grad_()
     (gossamer.importance_loss(skewed) + gossamer.z_loss(skewed)).backward()
     assert gossamer.importance_loss(skewed) > 0 and skewed.grad.abs().sum() > 0
-    with pytest.raises(InputError, match="topk_ids"):
-        gossamer.load_balance_loss(even, ids[:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_16_bits_are_summed_in_float32(dtype):
+    given = (3 * logits(5000, 8)).to(dtype)
+    ids = torch.arange(10000).reshape(5000, 2) % 8
+    assert gossamer.load_balance_loss(given, ids).item() == pytest.approx(2.0, rel=1e-5)
+    for loss in (gossamer.importance_loss, gossamer.z_loss, gossamer.entropy_loss):
+        found = loss(given)
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(loss(given.double()).item(), rel=1e-3)
+
+
+def test_masks_of_losses():
+    given, seen = logits(12, 6), torch.arange(12) % 3 > 0
+    for loss in (gossamer.importance_loss, gossamer.z_loss, gossamer.entropy_loss):
+        torch.testing.assert_close(loss(given, mask=seen.reshape(2, 6)), loss(given[seen]))
+        assert loss(given[:0]) == 0 and loss(given, mask=torch.zeros(12)) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"capacity": 3}, {"router": "expert_choice"}], ids=str)
+def test_load_balance_loss_of_a_routing(options):
+    given, mask = logits(20, 6), torch.arange(20) % 3 > 0
+    chosen = gossamer.route(given, 2, **options)
+    rows = int(chosen.counts.sum())
+    taken = torch.zeros(20, 6).index_put(
+        (chosen.token_ids[:rows].long(), chosen.expert_ids[:rows].long()), torch.ones(rows)
+    )
+    for seen in (None, mask):
+        share = taken.mean(0) if seen is None else taken[seen].mean(0)
+        chance = (given if seen is None else given[seen]).softmax(-1).mean(0)
+        found = gossamer.load_balance_loss(given, chosen, seen)
+        torch.testing.assert_close(found, 6 * (share * chance).sum())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topk_ids": torch.zeros(5, 1).long()}, r"shape \(12, top_k\), or a Routing; got \(5, 1\)"),
+        ({"topk_ids": None}, "or a Routing; got NoneType"),
+        ({"topk_ids": gossamer.Routing.known(torch.zeros(3).long(), 6)}, "a Routing of 12 tokens among 6"),
+        ({"mask": torch.ones(3)}, "a number for each of 12 tokens"),
+        ({"router_logits": torch.zeros(6)}, r"floats \(tokens, experts\)"),
+    ],
+    ids=str,
+)
+def test_bad_input_of_losses(options, message):
+    given = {"router_logits": torch.zeros(12, 6), "topk_ids": torch.zeros(12, 1).long()}
+    with pytest.raises(InputError, match=message):
+        gossamer.load_balance_loss(**(given | options))
