@@ -74,7 +74,7 @@ def tracing() -> Any:
 
 @contextmanager
 def ending_graphs(function: Any) -> Iterator[None]:
-    """While programs are captured let a function of torch end a graph, as `disallow_in_graph` does for good."""
+    """While programs are captured, a function of torch ends a graph, as with `disallow_in_graph` for good."""
     added = not trace_rules.is_callable_disallowed(function)
     if added:
         trace_rules._disallowed_callable_ids.add(id(function))

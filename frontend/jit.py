@@ -19,7 +19,13 @@ try:
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.jit") from None
 
-from . import adapt_bigbird, adapt_experts, adapt_longformer, dynamo  # noqa: F401  they register themselves
+from . import (  # noqa: F401  adapters register themselves
+    adapt_bigbird,
+    adapt_encoder,
+    adapt_experts,
+    adapt_longformer,
+    dynamo,
+)
 from .graph_compile import compile_graph
 from .graph_report import Findings
 from .graph_rest import compile_rest

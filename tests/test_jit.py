@@ -382,6 +382,24 @@ def test_modules_of_torch():
         assert len(f.report().compiled) == 1 and not f.report().left, f.report()
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_encoders_of_torch_with_masks(window):
+    encoder = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True, dtype=torch.float64),
+        2,
+        enable_nested_tensor=False,
+    ).eval()
+    x = torch.randn(2, 20, 32, dtype=torch.float64)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(20, dtype=torch.float64)
+    if window is not None:
+        mask = mask.masked_fill(torch.ones(20, 20).tril(-window).bool(), -INF)
+    f = gossamer.jit(encoder)
+    torch.testing.assert_close(f(x, mask=mask), encoder(x, mask=mask))
+    assert [len(f.report().compiled), len(f.report().left)] == [2, 0], f.report()
+    with torch.enable_grad():
+        torch.testing.assert_close(f(x, mask=mask).sum(), encoder(x, mask=mask).sum())
+
+
 def test_modules_of_torch_are_left_alone_where_something_would_be_lost():
     attention = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval()
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
