@@ -394,10 +394,9 @@ def test_encoders_of_torch_with_masks(window):
     if window is not None:
         mask = mask.masked_fill(torch.ones(20, 20).tril(-window).bool(), -INF)
     f = gossamer.jit(encoder)
-    torch.testing.assert_close(f(x, mask=mask), encoder(x, mask=mask))
+    with torch.enable_grad():  # without gradients torch computes a layer in one operation
+        torch.testing.assert_close(f(x, mask=mask), encoder(x, mask=mask))
     assert [len(f.report().compiled), len(f.report().left)] == [2, 0], f.report()
-    with torch.enable_grad():
-        torch.testing.assert_close(f(x, mask=mask).sum(), encoder(x, mask=mask).sum())
 
 
 def test_modules_of_torch_are_left_alone_where_something_would_be_lost():
