@@ -40,6 +40,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ZERO = constant(0.0)
 _WRAPS = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")
 _PRODUCTS = ("softmax", "matmul", "bmm", "mm", "einsum", "baddbmm", "scaled_dot_product_attention")
+_SOFTMAX = ("sum", "amax", "max", "values", "logsumexp", "log_softmax")
 
 
 def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled | Left]]:
@@ -207,7 +208,7 @@ def sweep(graph: fx.Graph, memory: Memory) -> None:
             del memory.group[node]
 
 
-_PURE = frozenset((*CREATIONS, *VIEWS, *FUNCTIONS, *METHODS, *_PRODUCTS))
+_PURE = frozenset((*CREATIONS, *VIEWS, *FUNCTIONS, *METHODS, *_PRODUCTS, *_SOFTMAX))
 
 # Kind -> (what finds it: nodes that stand for it, with a match or why it is left alone; what replaces it).
 KINDS: dict[str, tuple[Find, Replace]] = {

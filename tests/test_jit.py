@@ -284,6 +284,39 @@ def test_left_alone(program):
     assert str(report).startswith("left attention at ") and "test_jit.py:" in str(report)
 
 
+def no_shift(q, k, v):
+    e = (q @ k.mT).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def other_sum(q, k, v):
+    s = q @ k.mT
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return (e / (e.sum(-1, keepdim=True) + 1)) @ v
+
+
+def other_dimension(q, k, v):
+    s = q @ k.mT
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return (e / e.sum(-2, keepdim=True)) @ v
+
+
+def overwritten_exponentials(q, k, v):
+    s = q @ k.mT
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    total = e.sum(-1, keepdim=True)
+    e[..., :3].zero_()
+    return (e / total) @ v
+
+
+@pytest.mark.parametrize("program", [no_shift, other_sum, other_dimension, overwritten_exponentials])
+def test_what_is_no_softmax_by_hand(program):
+    f = gossamer.jit(program)
+    given = inputs(torch.float64)
+    torch.testing.assert_close(f(*given), program(*given), rtol=0, atol=0)
+    assert not f.report().compiled
+
+
 def test_a_mask_of_the_sign_of_scores_is_a_score_map():
     def program(q, k, v):
         s = q @ k.mT
