@@ -172,10 +172,20 @@ def _let(ctx: Context, stmt: Let) -> None:
         value.dtype == "int32" and not value.number
     ):  # an element of a tensor: names of scalars are 64 bits wide
         text = f'T.Cast("int64", {value.text})'
+    counted = [a.name for a in ctx.kernel.axes if a.live == stmt.name and ctx.is_live(a.name)]
+    if counted:
+        text = _unseen(ctx, text)
     ctx.out.line(f"{safe(stmt.name)}: T.let = {text}")
-    for axis in ctx.kernel.axes:
-        if axis.live == stmt.name and ctx.is_live(axis.name):
-            _count_vectors(ctx, f"v_{axis.name}", safe(stmt.name))
+    for axis in counted:
+        _count_vectors(ctx, f"v_{axis}", safe(stmt.name))
+
+
+def _unseen(ctx: Context, text: str) -> str:
+    """A value by way of a register: TVM would analyse anew, at every index of every loop that it bounds, what
+    it was computed from."""
+    register = ctx.register("count", (1,), "int64")
+    ctx.out.line(f"{register}[0] = {text}")
+    return f"{register}[0]"
 
 
 def _count_vectors(ctx: Context, name: str, count: str) -> None:

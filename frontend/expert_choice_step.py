@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .moe_operator import Arguments, Made
 from .plan import launched
-from .router_step import cosine_gradients, facts_of, plain, spec_of, wide
+from .router_form import spec_of
+from .router_step import cosine_gradients, facts_of, plain, wide
 
 
 class ExpertChoice:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .activation import activation_term
-from .layers import Layer, check_routing, layer_by_name
+from .layer import Layer
+from .layers import check_routing, layer_by_name
 from .moe_operator import Arguments, Made
 from .quantized import QuantizedWeight
 

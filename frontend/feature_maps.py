@@ -1,7 +1,7 @@
 """Feature maps of linear attention: what `gossamer.linear_attention` makes of the rows of q and k.
 
-A map is computed element by element within the kernels, from rows that torch may prepare beforehand (by a
-projection, which is cast to their dtype, with gradients):
+A map is computed element by element within the kernels, from rows that torch or JAX may prepare beforehand
+(by a projection, which is cast to their dtype, with gradients):
 
     elu()                    elu(x) + 1                       Katharopoulos et al., 2020
     relu(eps)                relu(x) + eps                    Performer-ReLU (Choromanski et al., 2021)
@@ -19,18 +19,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import InputError, MissingDependencyError, TraceError
 from .activation import baked
+from .captured import as_numpy, is_array
 from .pure import pure
 from .term import Term, constant
 from .trace import run_traced, trace_activation
+from .trace_capture import lift_root
 
-try:
+if TYPE_CHECKING:
     import torch
-except ImportError:
-    raise MissingDependencyError("torch", "torch", "gossamer.feature_maps") from None
 
 X = "x0"
 MOST_PARTS = 8
@@ -39,11 +39,12 @@ MOST_PARTS = 8
 @dataclass(frozen=True, eq=False)
 class FeatureMap:
     """A captured feature map. parts: terms of an element x0, one for each group of features. softmax: all
-    features of a row are normalised together. prepare: what torch makes of rows (..., D) first, or None."""
+    features of a row are normalised together. prepare: what is made of rows (..., D) first,
+    tensors of torch or arrays of JAX, or None."""
 
     parts: tuple[Term, ...]
     softmax: bool = False
-    prepare: Callable[[torch.Tensor], torch.Tensor] | None = None
+    prepare: Callable[[Any], Any] | None = None
 
     @property
     def key(self) -> tuple[tuple[Term, ...], bool]:
@@ -52,6 +53,8 @@ class FeatureMap:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The features (..., P * D') of rows (..., D), by torch in x's dtype: what kernels compute."""
+        import torch
+
         from .moe_reference import evaluate_term
 
         rows = x if self.prepare is None else self.prepare(x)
@@ -69,9 +72,9 @@ def trace(function: Callable[..., Any]) -> FeatureMap:
     count = 1
 
     def run(at: int) -> Callable[..., Any]:
-        def pick(_: Any, x: Any) -> Any:
+        def pick(trace: Any, x: Any) -> Any:
             nonlocal count
-            made = function(x)
+            made = lift_root(trace, function)(x)
             if not isinstance(made, tuple | list):
                 return made
             count = len(made)
@@ -104,7 +107,7 @@ def exp() -> FeatureMap:
     return NAMED["exp"]
 
 
-def positive(projection: torch.Tensor) -> FeatureMap:
+def positive(projection: Any) -> FeatureMap:
     """Positive random features of the exponential kernel, exp(q . k): exp(w . x - |x|^2 / 2) / sqrt(R).
 
     projection: (D, R) or (H, D, R), columns w drawn from a standard normal distribution (orthogonal blocks
@@ -112,46 +115,46 @@ def positive(projection: torch.Tensor) -> FeatureMap:
     _check(projection)
     scale = projection.shape[-1] ** -0.5
 
-    def prepare(x: torch.Tensor) -> torch.Tensor:
-        return x @ projection.to(x.dtype) - 0.5 * (x * x).sum(-1, keepdim=True)
+    def prepare(x: Any) -> Any:
+        return x @ _beside(projection, x) - 0.5 * (x * x).sum(-1)[..., None]
 
     return FeatureMap((("mul", constant(scale), ("exp", X)),), prepare=prepare)
 
 
-def random_fourier(projection: torch.Tensor) -> FeatureMap:
+def random_fourier(projection: Any) -> FeatureMap:
     """Random Fourier features of normalised rows: [sin(w . x / |x|), cos(w . x / |x|)] / sqrt(R).
 
     projection: as for `positive`. Products of features may be negative, and so may denominators be."""
     _check(projection)
     scale = constant(projection.shape[-1] ** -0.5)
 
-    def prepare(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(x, dim=-1) @ projection.to(x.dtype)
+    def prepare(x: Any) -> Any:
+        return _unit(x) @ _beside(projection, x)
 
     return FeatureMap((("mul", scale, ("sin", X)), ("mul", scale, ("cos", X))), prepare=prepare)
 
 
-def hedgehog(weight: torch.Tensor, bias: torch.Tensor | None = None) -> FeatureMap:
+def hedgehog(weight: Any, bias: Any = None) -> FeatureMap:
     """Hedgehog's trained features: softmax over all of [W x + b, -(W x + b)].
 
     weight: (D, R) or (H, D, R); bias: (R,) or (H, 1, R). Gradients flow to both."""
     _check(weight)
 
-    def prepare(x: torch.Tensor) -> torch.Tensor:
-        rows = x @ weight.to(x.dtype)
-        return rows if bias is None else rows + bias.to(x.dtype)
+    def prepare(x: Any) -> Any:
+        rows = x @ _beside(weight, x)
+        return rows if bias is None else rows + _beside(bias, x)
 
     return FeatureMap((X, ("neg", X)), softmax=True, prepare=prepare)
 
 
-def hashing(projection: torch.Tensor) -> FeatureMap:
+def hashing(projection: Any) -> FeatureMap:
     """Hash codes: for each plane w of a projection (D, R) or (H, D, R) one of two features is 1, by the sign
     of w . x. The product of two codes is the number of planes on whose same side both rows lie. They have no
     gradients."""
     _check(projection)
     side = ("where", ("lt", X, constant(0.0)), constant(0.0), constant(1.0))
     other = ("where", ("lt", X, constant(0.0)), constant(1.0), constant(0.0))
-    return FeatureMap((side, other), prepare=lambda x: x @ projection.to(x.dtype))
+    return FeatureMap((side, other), prepare=lambda x: x @ _beside(projection, x))
 
 
 def orthogonal_projection(
@@ -159,6 +162,10 @@ def orthogonal_projection(
 ) -> torch.Tensor:
     """A projection (size, features), or (heads, size, features), in blocks of orthogonal columns whose norms
     are those of standard normal vectors (Choromanski et al., 2021, section 3.3)."""
+    try:
+        import torch
+    except ImportError:
+        raise MissingDependencyError("torch", "torch", "feature_maps.orthogonal_projection") from None
     generator = torch.Generator().manual_seed(seed)
     count = -(-features // size)
     shape = (heads or 1, count, size, size)
@@ -197,9 +204,31 @@ def _relu(eps: float) -> Term:
 
 
 def _check(projection: Any) -> None:
-    if not isinstance(projection, torch.Tensor) or projection.dim() not in (2, 3):
-        got = tuple(projection.shape) if isinstance(projection, torch.Tensor) else type(projection).__name__
+    if not is_array(projection) or len(projection.shape) not in (2, 3):
+        got = tuple(projection.shape) if is_array(projection) else type(projection).__name__
         raise InputError("feature_maps projection", "a tensor (D, R) or (heads, D, R)", got)
+
+
+def _beside(weight: Any, rows: Any) -> Any:
+    """A weight in the dtype of rows, and of their library."""
+    if hasattr(rows, "to"):
+        return weight.to(rows.dtype)
+    import jax
+    import jax.numpy as jnp
+
+    return jnp.asarray(weight if isinstance(weight, jax.Array) else as_numpy(weight)).astype(rows.dtype)
+
+
+def _unit(rows: Any) -> Any:
+    """Rows of length 1; zeros stay."""
+    if hasattr(rows, "to"):
+        import torch
+
+        return torch.nn.functional.normalize(rows, dim=-1)
+    import jax.numpy as jnp
+
+    wide = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    return (wide / jnp.sqrt(jnp.maximum((wide * wide).sum(-1), 1e-24))[..., None]).astype(rows.dtype)
 
 
 _ELU = ("where", ("lt", constant(0.0), X), ("add", X, constant(1.0)), ("exp", ("min", X, constant(0.0))))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .device import target_of
+from .layer_kernels import groups_facts, groups_program
 from .moe_operator import Arguments, Made
 from .plan import launched
-
-SINGLE = 512  # entries that one program sorts
 
 
 class Groups:
@@ -29,21 +28,10 @@ class Groups:
         ids, experts, made = call.tensors["ids"], call.integers["experts"], self.made(call)
         if not ids.numel():
             return [ids.new_zeros(one.shape, dtype=one.dtype) for one in made]
-        entries, top_k = ids.numel(), ids.shape[1]
-        dtype = "i64" if ids.dtype == torch.int64 else "i32"
-        facts = (experts, top_k, dtype, entries <= SINGLE, target_of(ids.device))
-
-        def make() -> Any:
-            from ..ir.expr import real
-            from ..passes.moe_pipeline import compile_groups
-            from ..passes.moe_spec import ExpertsSpec
-
-            sizes = (experts, top_k, 1, 1, real("x0"), None)
-            rest = {"routing": (dtype, "f32"), "single": facts[3], "target": facts[4]}
-            return compile_groups(ExpertsSpec(*sizes, **rest))
-
-        flat = [*made[:2], Made("place", (entries,), torch.int32)]
-        found = launched(("groups", facts), {"ids": ids.detach().reshape(-1).contiguous()}, {}, flat, make)
+        entries = ids.detach().reshape(-1).contiguous()
+        facts = groups_facts(experts, ids.shape[1], entries)
+        flat = [*made[:2], Made("place", (ids.numel(),), torch.int32)]
+        found = launched(("groups", facts), {"ids": entries}, {}, flat, partial(groups_program, facts))
         return [*found[:2], found[2].view(ids.shape)]
 
     def differentiate(self, *_: Any) -> dict[str, Tensor]:

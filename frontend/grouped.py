@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
-from .layers import FLOATS, MOST_EXPERTS, check_like, check_tensor
+from .layer import MOST_EXPERTS
+from .layers import FLOATS, check_like, check_tensor
 from .moe_form import MoeForm
 from .moe_operator import call, learns
 

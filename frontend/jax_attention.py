@@ -91,9 +91,7 @@ def attention(
         TraceError: a function cannot be captured. What only contents tell (an index out of a captured
         array) is raised by JAX when the program runs on a CPU, as jax.errors.JaxRuntimeError.
     """
-    if layout not in LAYOUTS:
-        raise InputError("attention.layout", " or ".join(LAYOUTS), repr(layout))
-    arrays, single = _checked(query, key, value, layout, paged=block_table is not None)
+    arrays, single = checked(query, key, value, layout, paged=block_table is not None)
     where = {"q_bounds": cu_seqlens_q, "kv_bounds": cu_seqlens_kv, "block_table": block_table}
     if where["q_bounds"] is None and block_table is None:
         _check_mask(mask, arrays, layout)
@@ -198,14 +196,16 @@ def _is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def _checked(
-    query: Any, key: Any, value: Any, layout: str, *, paged: bool = False
+def checked(
+    query: Any, key: Any, value: Any, layout: str, *, paged: bool = False, who: str = "attention"
 ) -> tuple[tuple[Any, ...], bool]:
-    """The arrays with a batch, and whether they came without."""
+    """The arrays with a batch, and whether they came without. who: the function that was given them."""
+    if layout not in LAYOUTS:
+        raise InputError(f"{who}.layout", " or ".join(LAYOUTS), repr(layout))
     arrays = tuple(jnp.asarray(x) for x in (query, key, value))
     q, k, v = arrays
     for name, x in zip(("query", "key", "value"), arrays, strict=True):
-        where, wanted = f"attention.{name}", LAYOUTS[layout]
+        where, wanted = f"{who}.{name}", LAYOUTS[layout]
         if x.ndim not in (3, 4) or x.ndim != q.ndim:
             raise InputError(where, f"4 dimensions {wanted}, or 3 without the batch, as query", x.shape)
         if dtype_name(x.dtype) not in FLOATS:
@@ -215,19 +215,19 @@ def _checked(
         if not 1 <= x.shape[-1] <= 1024:
             raise InputError(where, "a head size from 1 to 1024", x.shape[-1])
     if k.shape[:-1] != v.shape[:-1]:
-        raise InputError("attention.value", f"{k.shape[:-1]} + (size,), as key has", v.shape)
+        raise InputError(f"{who}.value", f"{k.shape[:-1]} + (size,), as key has", v.shape)
     if k.shape[-1] != q.shape[-1]:
-        raise InputError("attention.key", f"the query's head size {q.shape[-1]}", k.shape[-1])
+        raise InputError(f"{who}.key", f"the query's head size {q.shape[-1]}", k.shape[-1])
     if paged and q.ndim != 4:
-        raise InputError("attention.query", "a batch, beside block_table", q.shape)
+        raise InputError(f"{who}.query", "a batch, beside block_table", q.shape)
     if q.ndim == 4 and not paged and k.shape[0] not in (1, q.shape[0]):
-        raise InputError("attention.key", f"batch {q.shape[0]} (the query's) or 1", k.shape[0])
+        raise InputError(f"{who}.key", f"batch {q.shape[0]} (the query's) or 1", k.shape[0])
     place = -2 if layout == "BTNH" else -3
     if k.shape[place] == 0 or q.shape[place] % k.shape[place]:
         expected = (
             f"a number of heads that divides the query's {q.shape[place]}; arrays are {LAYOUTS[layout]}"
         )
-        raise InputError("attention.key", expected, k.shape[place])
+        raise InputError(f"{who}.key", expected, k.shape[place])
     single = q.ndim == 3
     return tuple(x[None] for x in arrays) if single else arrays, single
 

@@ -1,33 +1,19 @@
-"""`gossamer.jax.experts`, `moe`, `route` and `ragged_dot`: layers of experts in a JAX program."""
+"""`gossamer.jax.experts`, `moe` and `ragged_dot`: layers of experts in a JAX program."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from ..ir.errors import InputError, TraceError
-from .activation import activation_term
-from .graph_terms import reads_in, replaced
-from .jax_kernels import call
+from ..ir.errors import InputError
+from .jax_activation import activation_of
 from .jax_layer import Sizes, grouped, layer
 from .jax_problem import FLOATS
-from .jax_program import flatten
-from .jax_terms import LeftAlone, Reader
+from .jax_routers import ROUTING, route
 from .layer import MOST_EXPERTS, layer_of_shapes
-from .layer_kernels import cut_of, router_facts
-from .term import Term
 from .trace_tensor import dtype_name
-
-
-class Routed(NamedTuple):
-    """Which experts a token takes: ids (T, k) int32, -1 for none, and weights (T, k), float32 or float64."""
-
-    ids: Any
-    weights: Any
 
 
 def experts(
@@ -88,124 +74,14 @@ def moe(
     """A mixture of experts: `route` decides from the logits (T, E), `experts` computes.
 
     options: of `route` and of `experts`, by name. Returns (T, H) in x's dtype. Raises as those two do."""
-    known = {name: options.pop(name) for name in _ROUTING if name in options}
+    known = {name: options.pop(name) for name in ROUTING if name in options}
     logits = jnp.asarray(router_logits)
-    for d, (size, what) in enumerate(
-        ((x.shape[0], "tokens, as x has"), (gate_up_proj.shape[0], "experts, as gate_up_proj has"))
-    ):
+    sizes = [(x.shape[0], "tokens, as x has"), (gate_up_proj.shape[0], "experts, as gate_up_proj has")]
+    for d, (size, what) in enumerate(sizes[: 1 if known.keys() & {"expert_vectors", "remap"} else 2]):
         if logits.ndim == 2 and logits.shape[d] != size:
             raise InputError("moe.router_logits", f"{size} {what}", logits.shape[d])
     ids, weights = route(logits, top_k, router=router, **known)
     return experts(x, ids, weights, gate_up_proj, down_proj, activation=activation, **options)
-
-
-_ROUTING = (
-    "renormalize", "correction_bias", "groups", "top_groups", "scale", "top_p", "threshold", "capacity",
-    "seed", "token_ids",
-)  # fmt: skip
-
-
-def route(
-    router_logits: Any,
-    top_k: int,
-    *,
-    router: str | Callable[..., Any] = "softmax",
-    renormalize: bool = True,
-    correction_bias: Any = None,
-    groups: int = 1,
-    top_groups: int | None = None,
-    scale: float = 1.0,
-    top_p: float | None = None,
-    threshold: float | None = None,
-    capacity: int | None = None,
-    seed: int = 0,
-    token_ids: Any = None,
-) -> Routed:
-    """The top_k experts of every token, and their weights, from logits (T, E) of any float dtype.
-
-    Arguments are those of `gossamer.route`; numbers are Python's. A function as router is written with
-    jax.numpy. Returns (ids, weights): (T, k) int32, -1 where an expert is not taken, and (T, k) float32
-    (float64 for float64). Gradients flow from weights to logits. Raises InputError, TraceError."""
-    logits = jnp.asarray(router_logits)
-    if logits.ndim != 2:
-        raise InputError("route.router_logits", "2 dimensions (tokens, experts)", logits.shape)
-    _check_float("route.router_logits", logits)
-    cut, tokens = cut_of(top_p, threshold, capacity), logits.shape[0]
-    wide = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
-    corrected = None if correction_bias is None else dtype_name(jnp.dtype(wide))
-    hashed, limited = token_ids is not None, capacity is not None
-    options = (renormalize, corrected, groups, top_groups, cut)
-    facts = router_facts(logits.shape[1], top_k, router, *options)
-    operands: dict[str, Any] = {}
-    if corrected is not None:
-        operands["bias"] = bias = jnp.asarray(correction_bias).astype(wide)
-        if bias.shape != (logits.shape[1],):
-            raise InputError("route.correction_bias", f"shape ({logits.shape[1]},)", bias.shape)
-    if hashed:
-        operands["token_ids"] = names = jnp.asarray(token_ids)
-        if router != "random" or names.shape != (tokens,):
-            raise InputError("route.token_ids", f"shape ({tokens},), with router 'random'", names.shape)
-        if not jax.config.read("jax_enable_x64"):
-            raise InputError("route.token_ids", "64-bit integers", names.dtype, "Set jax_enable_x64")
-        operands["token_ids"] = names.astype(jnp.int64)
-    numbers: dict[str, float] = {"scale": float(scale)}
-    if cut is not None:
-        numbers["limit"] = float(top_p if threshold is None else threshold)  # type: ignore[arg-type]
-    if facts[2] == "random":
-        numbers["seed"] = int(seed)
-    if capacity is not None:
-        numbers["capacity"] = int(capacity)
-    term = activation_of(router, False) if callable(router) else None
-    spelled = router if isinstance(router, str) else jax.tree_util.Partial(router)
-    settings = ((*facts, cut, hashed, limited, term), tuple(numbers.items()), spelled)
-    decided: Any = _decide(*settings, logits, operands)
-    return Routed(*decided[:2])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _decide(facts: Any, numbers: Any, router: Any, logits: Any, operands: dict[str, Any]) -> Any:
-    tokens, count = logits.shape[0], facts[1]
-    wide = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
-    results = {"ids": ((tokens, count), jnp.int32), "weights": ((tokens, count), wide)}
-    if facts[-2]:
-        results["chosen"] = results["ids"]
-    if not tokens:
-        return tuple(jnp.zeros(*result) for result in results.values())
-    found = call("router", {"logits": logits, **operands}, results, facts, **dict(numbers))
-    return tuple(found.values())
-
-
-def _decide_forward(facts: Any, numbers: Any, router: Any, logits: Any, operands: dict[str, Any]) -> Any:
-    decided: Any = _decide(facts, numbers, router, logits, operands)
-    return decided, (logits, decided[2 if facts[-2] else 0], operands)
-
-
-def _decide_backward(facts: Any, numbers: Any, router: Any, saved: Any, cotangents: Any) -> Any:
-    logits, ids, operands = saved
-    scale, nothing = dict(numbers)["scale"], dict.fromkeys(operands)
-    if facts[2] == "random":
-        return None, nothing
-
-    def weights(logits: Any) -> Any:
-        return _weights(logits, ids, router, facts[3]) * scale
-
-    _, back = jax.vjp(weights, logits)
-    return back(cotangents[1])[0], nothing
-
-
-_decide.defvjp(_decide_forward, _decide_backward)
-
-
-def _weights(logits: Any, ids: Any, router: Any, renormalize: bool) -> Any:
-    """The weights of the chosen experts by jax.numpy, which differentiates them; 0 where nobody is chosen."""
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "softmax_of_topk": lambda x: x}
-    whole = (scores[router] if isinstance(router, str) else router)(wide)
-    found = jnp.take_along_axis(whole, jnp.maximum(ids, 0), 1)
-    if router == "softmax_of_topk":
-        return jax.nn.softmax(jnp.where(ids < 0, -jnp.inf, found), axis=-1)
-    found = jnp.where(ids < 0, 0.0, found)
-    return found / (found.sum(-1, keepdims=True) + 1e-20) if renormalize else found
 
 
 def ragged_dot(lhs: Any, rhs: Any, group_sizes: Any) -> Any:
@@ -235,32 +111,6 @@ def bounds_of(sizes: Any, rows: int) -> Any:
 
 
 # arguments ------------------------------------------------------------------------------------------
-
-
-def activation_of(activation: Any, gated: bool) -> Term:
-    """The term over x0 (and x1) of a name or a function. Raises InputError, TraceError."""
-    if not callable(activation) or hasattr(activation, "term"):
-        return activation_term(activation, gated=gated)
-    number = jax.ShapeDtypeStruct((), jnp.float32)
-    given = (number, number) if gated else (number,)
-    try:
-        closed = jax.make_jaxpr(activation)(*given)
-    except (TypeError, AttributeError):
-        return activation_term(activation, gated=gated)  # one of torch's, or of methods
-    program, reader = flatten(closed), Reader()
-    try:
-        term = reader.of(program.outputs[0]).term
-    except LeftAlone as reason:
-        raise TraceError(f"experts.activation: {reason}") from None
-    for read in reads_in(term):
-        value = reader.leaves[read[1]]
-        if value not in program.inputs:
-            what = value.op.name if value.op is not None else "an array that it captures"
-            raise TraceError(
-                f"experts.activation: {what} cannot be captured; use functions of one number each"
-            )
-        term = replaced(term, read, f"x{program.inputs.index(value)}")
-    return term
 
 
 def _check_float(where: str, array: Any) -> None:

@@ -7,9 +7,10 @@ What cannot be proven equal is left alone, and the report says why.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial, update_wrapper, wraps
+from types import MethodType
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from ..ir.errors import GossamerError, InputError
 from . import jax_match_experts
 from .jax_expert_site import ExpertSite
 from .jax_match import find, where_of
-from .jax_program import BODIES, Op, Program, Replacement, Value, flatten, needed, run
+from .jax_program import BODIES, MAPPED, Op, Program, Replacement, Value, apply, at_line, flatten, needed, run
 from .jax_site import Site
 from .jax_terms import LeftAlone, Reader
 from .report import Compiled, Left, Report
@@ -28,16 +29,14 @@ from .report import Compiled, Left, Report
 
 def jit(
     function: Callable[..., Any] | None = None,
-    *,
-    static_argnums: int | Sequence[int] | None = None,
-    static_argnames: str | Sequence[str] | None = None,
+    **options: Any,
 ) -> Any:
     """`jax.jit` of a function, with the attention and experts inside it computed by gossamer's kernels.
 
-    function: any that `jax.jit` takes; without it, the result is a decorator. static_argnums,
-    static_argnames: as for `jax.jit`. Found are `jax.nn.dot_product_attention` and the softmax between two
-    products that programs write themselves, and layers of experts by `jax.lax.ragged_dot`, by one_hot and
-    by GShard's slots, in the bodies of scans, loops and branches too. A mask that is
+    function: any that `jax.jit` takes; without it, the result is a decorator. options: those of `jax.jit`, as
+    static_argnames, donate_argnums, in_shardings. Found are `jax.nn.dot_product_attention` and the softmax
+    between two products that programs write themselves, and layers of experts by `jax.lax.ragged_dot`, by
+    one_hot and by GShard's slots, in the bodies of scans, loops, branches and `shard_map` too. A mask that is
     computed from indices becomes one in closed form; arrays that masks and biases read stay operands.
     Where a mask of large negative numbers leaves a row without pairs, the row is what the original gives.
     Gradients come from kernels too; forward-mode ones are refused. On platforms without kernels nothing is
@@ -46,28 +45,39 @@ def jit(
     The result has `report()`: what was compiled and what was left, and why, in the program traced last.
     Raises InputError for what is no function."""
     if function is None:
-        return functools.partial(jit, static_argnums=static_argnums, static_argnames=static_argnames)
+        return partial(jit, **options)
     if not callable(function):
         raise InputError("jax.jit", "a function", type(function).__name__)
-    return Jitted(function, static_argnums, static_argnames)
+    return Jitted(function, options)
 
 
 class Jitted:
     """A function whose attention is compiled; see `jit`."""
 
-    def __init__(self, function: Callable[..., Any], static_argnums: Any, static_argnames: Any) -> None:
-        functools.update_wrapper(self, function)
+    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        update_wrapper(self, function)
         self._function = function
         self._parts: list[Compiled | Left] = []
 
-        @functools.wraps(function)
+        @wraps(function)
         def traced(*args: Any, **kwargs: Any) -> Any:
             return self._run(*args, **kwargs)
 
-        self._jitted = jax.jit(traced, static_argnums=static_argnums, static_argnames=static_argnames)
+        self._jitted = jax.jit(traced, **options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._jitted(*args, **kwargs)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """As for `jax.jit`."""
+        return self._jitted.eval_shape(*args, **kwargs)
+
+    def clear_cache(self) -> None:
+        """As for `jax.jit`."""
+        self._jitted.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As for `jax.jit`."""
@@ -109,7 +119,12 @@ def compiled(closed: ClosedJaxpr, note: Note) -> Callable[..., list[Any]]:
     """The program of a jaxpr with its attention replaced. note: takes every part of the report."""
     program = flatten(closed)
     sites = _sites(program, note)
-    bodies = {op: _bodies(op, note) for op in program.makers if op.name in BODIES}
+    bodies: dict[Op, Callable[..., Sequence[Any]]] = {}
+    for op in program.makers:
+        if op.name in BODIES and (changed := _bodies(op, note)):
+            bodies[op] = partial(_apply, op, op.params | changed)
+        elif op.name == MAPPED:
+            bodies[op] = partial(_mapped, op, note)
     replaced: dict[Value, tuple[Sequence[Value], Replacement]] = {
         value: (site.inputs, site) for value, site in sites.items()
     }
@@ -119,6 +134,22 @@ def compiled(closed: ClosedJaxpr, note: Note) -> Callable[..., list[Any]]:
         return run(program.ops, known, program.outputs, replaced, bodies)
 
     return call
+
+
+def _apply(op: Op, params: dict[str, Any], *arrays: Any) -> Sequence[Any]:
+    return apply(op.eqn, params, arrays)
+
+
+def _mapped(op: Op, note: Note, *arrays: Any) -> Sequence[Any]:
+    """A `shard_map` whose program has its attention replaced: that of one device, whose axes are known while
+    it is traced alone."""
+
+    def one(*parts: Any) -> tuple[Any, ...]:
+        return tuple(compiled(ClosedJaxpr(op.params["jaxpr"], ()), note)(*parts))
+
+    params = {name: op.params[name] for name in ("mesh", "in_specs", "out_specs", "check_vma")}
+    with at_line(op.eqn):
+        return jax.shard_map(one, **params, axis_names=op.params["newly_manual_axes"])(*arrays)  # type: ignore[call-arg]
 
 
 def _bodies(op: Op, note: Note) -> dict[str, Any]:

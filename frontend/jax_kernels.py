@@ -1,4 +1,4 @@
-"""The primitive `gossamer_kernels` of JAX: one program of kernels of a layer of experts."""
+"""The primitive `gossamer_kernels` of JAX: one program of kernels, of experts or of linear attention."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching
 
+from ..runtime.driver import get_or_compile
 from ..runtime.strided import Strided
-from . import layer_kernels
+from . import layer_kernels, linear_form
+from .device import target_of
+from .feature_maps import FeatureMap
 from .jax_call import _tuples
 from .jax_cpu import Target
 from .jax_primitive import define, leading, one_by_one
+from .jax_problem import heads_first
 from .layer import Layer, load_of
+from .linear_form import Settings, linear_executable
+from .router_form import facts_of, spec_of
 
 kernels_p = Primitive("gossamer_kernels")
 """Operands as `Kernels.operands` names them. Parameter: call, the text of a Kernels. Results: its results."""
@@ -102,8 +108,23 @@ def _outer(kernels: Kernels, values: dict[str, Any]) -> Any:
 
 
 def _router(kernels: Kernels, values: dict[str, Any]) -> Any:
-    *facts, cut, hashed, limited, term = kernels.facts
-    return layer_kernels.router_executable(tuple(facts), values["logits"], cut, hashed, limited, term)
+    """facts: what was asked for, by name."""
+    from ..passes.moe_router import compile_router
+
+    facts = facts_of(dict(kernels.facts), values, "chosen" in values)
+    target = target_of(values["logits"].device)
+    return get_or_compile(("router", facts), lambda: compile_router(spec_of(facts)), target)
+
+
+def _linear(kernels: Kernels, values: dict[str, Any]) -> Any:
+    layout, q_map, k_map, *options, keeps, wanted = kernels.facts
+    settings = Settings(FeatureMap(*q_map), FeatureMap(*k_map), *options)
+    for name in ("q", "k", "v", "o", "do", "dq", "dk", "dv"):
+        if name in values:
+            values[name] = heads_first(values[name], layout)
+    executable, sizes = linear_executable(values, settings, keeps, wanted)
+    values |= sizes
+    return executable
 
 
 FOUND: dict[str, Callable[[Kernels, dict[str, Any]], Any]] = {
@@ -113,6 +134,8 @@ FOUND: dict[str, Callable[[Kernels, dict[str, Any]], Any]] = {
     "product": _product,
     "outer": _outer,
     "router": _router,
+    "linear": _linear,
+    "linear gradients": _linear,
 }
 
 
@@ -130,8 +153,9 @@ define(kernels_p, _shapes, KERNELS)
 
 # batching -------------------------------------------------------------------------------------------
 
-# What has a row for each token, so that calls side by side are one call of more tokens.
-_BY_TOKEN = {"experts": ("x", "ids", "weights"), "router": ("logits", "token_ids")}
+# What has a row for each token or each sequence, so that calls side by side are one call of more of them.
+_BY_ROW = {"experts": ("x", "ids", "weights"), "router": ("logits", "token_ids", "group_logits", "request")}
+_BY_ROW |= dict.fromkeys(("linear", "linear gradients"), linear_form.ALL_NAMES)
 
 
 def _batched(args: Sequence[Any], dims: Sequence[int | None], *, call: str) -> Any:
@@ -142,7 +166,7 @@ def _batched(args: Sequence[Any], dims: Sequence[int | None], *, call: str) -> A
     calls = next(x.shape[0] for name, x in zip(kernels.operands, args, strict=True) if own[name])
     given = []
     for name, x in zip(kernels.operands, args, strict=True):
-        if name in _BY_TOKEN[kernels.what]:
+        if name in _BY_ROW[kernels.what]:
             x = x if own[name] else jnp.broadcast_to(x, (calls, *x.shape))
             x = x.reshape(-1, *x.shape[2:])
         given.append(x)
@@ -153,13 +177,13 @@ def _batched(args: Sequence[Any], dims: Sequence[int | None], *, call: str) -> A
 
 def _folds(kernels: Kernels, own: Mapping[str, bool]) -> bool:
     """Whether calls side by side are one: some routers count tokens from the first."""
-    by_token = _BY_TOKEN.get(kernels.what, ())
-    if any(own[name] and name not in by_token for name in own):
+    by_row = _BY_ROW.get(kernels.what, ())
+    if any(own[name] and name not in by_row for name in own):
         return False
     if kernels.what == "router":
-        counts = kernels.facts[-2] or (kernels.facts[2] == "random" and "token_ids" not in own)
-        return not counts
-    return kernels.what == "experts" and "ids" in own
+        facts = dict(kernels.facts)
+        return "limited" not in facts and (facts["scoring"] != "random" or "token_ids" in own)
+    return kernels.what in ("linear", "linear gradients") or (kernels.what == "experts" and "ids" in own)
 
 
 batching.primitive_batchers[kernels_p] = _batched

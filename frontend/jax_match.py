@@ -134,7 +134,7 @@ def softmax_of(reader: Reader, op: Op) -> Softmax | None:
     return Softmax(given, axis, op.outputs[0])
 
 
-_SAME = ("convert_element_type", "stop_gradient", "copy", "copy_p", "reduce_precision")
+_SAME = ("convert_element_type", "stop_gradient", "copy", "copy_p", "reduce_precision", "pvary", "pcast")
 
 
 def _plain(value: Value) -> Value:

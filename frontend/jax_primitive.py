@@ -60,8 +60,13 @@ def define(primitive: Primitive, shapes: Callable[[str, Sequence[Any]], list[Any
     shapes: of the results, from the text and the operands. target: what finds its kernels, and runs them on a
     CPU."""
 
+    @partial(jax.jit, static_argnames="call")
     def compiled(*operands: Any, call: str) -> Any:
         return primitive.bind(*operands, call=call)
+
+    def eagerly(*operands: Any, call: str) -> Any:
+        with jax.disable_jit(False):  # kernels are operations of XLA's programs alone
+            return compiled(*operands, call=call)
 
     def on_cpu(*operands: Any, call: str) -> Any:
         results = shapes(call, operands)
@@ -78,7 +83,7 @@ def define(primitive: Primitive, shapes: Callable[[str, Sequence[Any]], list[Any
         )
 
     primitive.multiple_results = True
-    primitive.def_impl(jax.jit(compiled, static_argnames="call"))
+    primitive.def_impl(eagerly)
     primitive.def_abstract_eval(lambda *avals, call: types_like(avals, partial(shapes, call)))
     mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=True), platform="cpu")
     mlir.register_lowering(primitive, mlir.lower_fun(on_gpu, multiple_results=True), platform="cuda")

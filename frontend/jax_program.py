@@ -6,7 +6,8 @@ its own computes, is read operation by operation. The latter still run as they a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -20,6 +21,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 CALLS = ("jit", "pjit", "closed_call", "core_call")  # that are spelled out, and run so
 OPAQUE_CALLS = ("custom_jvp_call", "custom_vjp_call")  # that are read, and run as they are
 BODIES = ("scan", "while", "cond", "remat2", "checkpoint")  # whose bodies are programs of their own
+MAPPED = "shard_map"  # so is that of each device
 
 
 @dataclass(eq=False)
@@ -202,11 +204,11 @@ def run(
     known: dict[Value, Any],
     wanted: Sequence[Value],
     replaced: Mapping[Value, tuple[Sequence[Value], Replacement]],
-    bodies: Mapping[Op, dict[str, Any]],
+    bodies: Mapping[Op, Callable[..., Sequence[Any]]],
     acting: bool = True,
 ) -> list[Any]:
-    """The wanted values, from known ones. replaced: how others are computed, and from what. bodies: new
-    parameters of operations. acting: whether operations with effects run too."""
+    """The wanted values, from known ones. replaced: how others are computed, and from what. bodies: what runs
+    in place of operations. acting: whether operations with effects run too."""
     inputs = {value: sources for value, (sources, _) in replaced.items()}
     effects = [op for op in ops if acting and op.eqn.effects]
     live = needed(
@@ -223,7 +225,8 @@ def run(
                 known[value] = replaced[value][1](read)
         if all(value in known for value in missing) and op not in effects:
             continue
-        found = apply(op.eqn, op.eqn.params | bodies.get(op, {}), [read(value) for value in op.inputs])
+        given = [read(value) for value in op.inputs]
+        found = bodies[op](*given) if op in bodies else apply(op.eqn, op.params, given)
         for value, array in zip(op.outputs, found, strict=True):
             known.setdefault(value, array)
     return [read(value) for value in wanted]
@@ -235,7 +238,14 @@ def apply(eqn: JaxprEqn, params: dict[str, Any], inputs: Sequence[Any]) -> Seque
     params = eqn.primitive.get_bind_params(params)
     if isinstance(params, tuple):  # of JAX before 0.10
         functions, params = params
-    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+    with at_line(eqn):
         found = eqn.primitive.bind(*functions, *inputs, **params)
     return found if eqn.primitive.multiple_results else [found]
+
+
+@contextlib.contextmanager
+def at_line(eqn: JaxprEqn) -> Iterator[None]:
+    """Within it, operations stand where one of the program does."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+        yield

@@ -112,11 +112,11 @@ class Reader:
         return self.leaf(value)
 
     def _operate(self, value: Value, op: Op) -> Term | None:
+        if op.name in MOVES:
+            return MOVES[op.name](self.of(op.inputs[0]), op)
         if value.shape == () and op.inputs and all(x.const is not None and x.shape == () for x in op.inputs):
             with jax.ensure_compile_time_eval():
                 return _constant(np.asarray(apply(op.eqn, op.params, [x.const for x in op.inputs])[0]))
-        if op.name in MOVES:
-            return MOVES[op.name](self.of(op.inputs[0]), op)
         if op.name == "iota":
             index = Stand(self.trace, f"i{op.params['dimension']}", "int")
             return (as_float(index) if kind_of_dtype(value.dtype) == "float" else index).term
@@ -268,7 +268,7 @@ MOVES: dict[str, Callable[[Array, Op], Term | None]] = {
     "rev": _reverse,
     "reshape": _reshape,
     "stop_gradient": lambda array, op: stopped(array.term) if array.kind == "float" else array.term,
-    **dict.fromkeys(("copy", "copy_p", "reduce_precision"), lambda array, op: array.term),
+    **dict.fromkeys(("copy", "copy_p", "reduce_precision", "pvary", "pcast"), lambda array, op: array.term),
 }
 
 

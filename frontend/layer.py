@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..ir.errors import InputError
-from .problem import is_aligned
+from ..ir.quantized import Quantized
+from ..runtime.knobs import WORKSPACE
+from .problem import ALIGN, is_aligned
 
 MOST_EXPERTS = 1024  # as passes.moe_spec has it
 
@@ -26,8 +30,8 @@ class Layer:
     """The matrices of a layer and how they lie.
 
     transposed: [E, H, 2 I] and [E, I, H] in place of [E, 2 I, H] and [E, H, I]; gated: the first product has
-    two halves, interleaved or one after the other. units: which dimension of each has stride 1, None:
-    none."""
+    two halves, interleaved or one after the other. units: which dimension of each has stride 1, None: none.
+    lora: the matrices of low-rank adapters by name, of `ranks`, 0: none. trains: which experts learn (E,)."""
 
     gate_up: Any
     down: Any
@@ -40,26 +44,48 @@ class Layer:
     transposed: bool
     interleaved: bool
     units: tuple[int | None, int | None]
+    lora: dict[str, Any] = field(default_factory=dict)
+    ranks: tuple[int, int] = (0, 0)
+    lora_scale: float = 1.0
+    trains: Any = None
 
     @property
     def halves(self) -> str | None:
         return ("interleaved" if self.interleaved else "split") if self.gated else None
+
+    @cached_property
+    def matrices(self) -> dict[str, Any]:
+        """The tensors that the matrices lie in, by the names that kernels give them."""
+        found: dict[str, Any] = {}
+        for name, matrix in (("gate_up", self.gate_up), ("down", self.down)):
+            found |= matrix.tensors(name) if is_coded(matrix) else {name: matrix}
+        return found
+
+    @cached_property
+    def tensors(self) -> dict[str, Any]:
+        """The tensors that there are, by the names that kernels give them."""
+        biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
+        return (
+            self.matrices
+            | {name: tensor for name, tensor in biases.items() if tensor is not None}
+            | self.lora
+        )
+
+    @property
+    def quantized(self) -> tuple[Any, Any]:
+        """The fields of the Quantized that matrices are stored by, None: as they are."""
+        up, down = (m.key if is_coded(m) else None for m in (self.gate_up, self.down))
+        return up, down
 
     @property
     def columns(self) -> int:
         """Columns of the first product."""
         return self.inner * (2 if self.gated else 1)
 
-    @property
-    def tensors(self) -> dict[str, Any]:
-        """The tensors that there are, by the names that kernels give them."""
-        named = {
-            "gate_up": self.gate_up,
-            "down": self.down,
-            "gate_up_bias": self.gate_up_bias,
-            "down_bias": self.down_bias,
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+def is_coded(matrix: Any) -> bool:
+    """Whether a stack of matrices is a QuantizedWeight, codes that kernels decode."""
+    return hasattr(matrix, "codes")
 
 
 def layer_of_shapes(
@@ -84,6 +110,8 @@ def layer_of_shapes(
     flipped = is_transposed(hidden, gate_up.shape, down.shape, transposed)
     columns, inner = (gate_up.shape[2], down.shape[1]) if flipped else (gate_up.shape[1], down.shape[2])
     gated = columns == 2 * inner
+    if not hidden or not inner:
+        raise InputError("experts.gate_up_proj, down_proj", "H and I of 1 or more", shown(gate_up, down))
     for name, bias, size in (("gate_up_bias", gate_up_bias, columns), ("down_bias", down_bias, hidden)):
         if bias is not None and tuple(bias.shape) != (experts, size):
             raise InputError(f"experts.{name}", f"shape ({experts}, {size})", tuple(bias.shape))
@@ -116,8 +144,8 @@ def shown(*tensors: Any) -> str:
 
 
 def unit_of(matrix: Any) -> int | None:
-    """The dimension of a stack of matrices whose stride is 1."""
-    for d in (2, 1):
+    """The dimension of a stack of matrices whose stride is 1; of codes None."""
+    for d in (2, 1) if not is_coded(matrix) else ():
         if matrix.stride(d) == 1 or matrix.shape[d] == 1:
             return d
     return None
@@ -129,8 +157,26 @@ def is_layer_aligned(x: Any, layer: Layer) -> bool:
         return True
     size = x.element_size()
     rows = (layer.hidden * size) % 16 == 0 and (layer.inner * size) % 16 == 0
-    if not rows or None in layer.units:
+    pairs = list(zip((layer.gate_up, layer.down), layer.units, strict=True))
+    dense = [(matrix, unit) for matrix, unit in pairs if not is_coded(matrix)]
+    if not rows or any(unit is None for _, unit in dense):
         return False
-    pairs = zip((layer.gate_up, layer.down), layer.units, strict=True)
-    ordered = [matrix if unit == 2 else matrix.transpose(1, 2) for matrix, unit in pairs]
-    return is_aligned(x) and all(map(is_aligned, ordered))
+    ordered = [matrix if unit == 2 else matrix.transpose(1, 2) for matrix, unit in dense]
+    codes = [plane for matrix, _ in pairs if is_coded(matrix) for plane in matrix.codes]
+    return is_aligned(x) and all(map(is_aligned, ordered)) and all(c.data_ptr() % ALIGN == 0 for c in codes)
+
+
+def decoded_once(layer: Layer, rows: float, dtype: str, target: str) -> tuple[bool, bool]:
+    """Which matrices of codes are decoded before their product, in a call whose experts get so many rows on
+    average: passes/moe_once.py says where that is faster, GOSSAMER_WORKSPACE how large they may be."""
+    if not any(layer.quantized):
+        return False, False
+    from ..passes.moe_once import decodes_once
+
+    def decoded(key: Any, matrix: Any) -> bool:
+        if key is None or 2 * math.prod(matrix.shape) > WORKSPACE.get():
+            return False
+        return decodes_once(Quantized(*key), rows, dtype, target)
+
+    up, down = layer.quantized
+    return decoded(up, layer.gate_up), decoded(down, layer.down)

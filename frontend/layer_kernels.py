@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import InputError
 from ..runtime.driver import get_or_compile
-from .activation import activation_term
 from .device import makes_descriptors, precision_of, target_of
-from .layer import Layer, is_handful, is_layer_aligned, load_of
-from .problem import as_integer, is_aligned
+from .layer import Layer, decoded_once, is_handful, is_layer_aligned, load_of
+from .problem import is_aligned
 from .term import Term
 from .trace_tensor import dtype_name
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from ..runtime.driver import Executable
 
 SINGLE = 512  # entries that one program sorts
-ROUTERS = {"softmax": "softmax", "sigmoid": "sigmoid", "softmax_of_topk": "logits", "random": "random"}
 
 
 def dtype_of(tensor: Any) -> str:
@@ -44,55 +42,67 @@ def layer_executable(
     x, (top_k, term, routed, keeps) = values["x"], asked
     rows = values["tokens"] if routed else values["ids"]
     target, entries = target_of(x.device), rows.shape[0]
+    mean, dtype = entries / layer.experts, dtype_of(x)
     alone = what == "experts" and not routed and is_handful(x.shape[0], entries, layer.experts)
+    load = "one" if alone else load_of(mean, x.device)
     facts = {
         "experts": layer.experts,
         "top_k": top_k,
         "hidden": layer.hidden,
         "inner": layer.inner,
         "halves": layer.halves,
-        "dtype": dtype_of(x),
+        "dtype": dtype,
         "transposed": layer.transposed,
         "units": layer.units,
         "biased": layer.gate_up_bias is not None,
         "routing": ("i32" if routed else dtype_of(rows), dtype_of(values.get("weights", x))),
-        "load": "one" if alone else load_of(entries / layer.experts, x.device),
+        "load": load,
         "single": entries <= SINGLE and not routed,
         "routed": routed and top_k > 0,
         "keeps": keeps,
+        "ranks": layer.ranks,
+        "lora_scale": layer.lora_scale,
+        "masked": layer.trains is not None,
+        "quantized": layer.quantized,
+        "once": decoded_once(layer, mean, dtype, target) if load == "many" else (False, False),
         "aligned": is_layer_aligned(x, layer),
         "descriptors": makes_descriptors(x.device),
-        "precision": precision_of(x.device, dtype_of(x)),
+        "precision": precision_of(x.device, dtype),
     }
 
     def make() -> Program:
+        from ..ir.quantized import Quantized
         from ..passes.moe_pipeline import compile_experts, compile_gradients
         from ..passes.moe_spec import ExpertsSpec
         from .term_expr import to_expr
 
         expr = to_expr(term, frozenset(("x0", "x1")))
-        spec = ExpertsSpec(activation=expr, target=target, **facts)
+        stored = tuple(key and Quantized(*key) for key in layer.quantized)
+        spec = ExpertsSpec(activation=expr, target=target, **{**facts, "quantized": stored})
         return compile_gradients(spec, wanted) if what == "gradients" else compile_experts(spec)
 
     return get_or_compile((what, term, wanted, tuple(facts.items())), make, target)
 
 
+def groups_facts(experts: int, top_k: int, ids: Any) -> tuple[Any, ...]:
+    """What kernels that sort ids (entries,), of top_k each token, by expert depend on."""
+    return experts, top_k, dtype_of(ids), ids.shape[0] <= SINGLE, target_of(ids.device)
+
+
+def groups_program(facts: tuple[Any, ...]) -> Program:
+    """ids -> tokens, bounds, place."""
+    from ..ir.expr import real
+    from ..passes.moe_pipeline import compile_groups
+    from ..passes.moe_spec import ExpertsSpec
+
+    experts, top_k, dtype, single, target = facts
+    sizes = (experts, top_k, 1, 1, real("x0"), None)
+    return compile_groups(ExpertsSpec(*sizes, routing=(dtype, "f32"), single=single, target=target))
+
+
 def groups_executable(experts: int, top_k: int, ids: Any) -> Executable:
-    """What sorts ids (entries,) by expert: ids -> tokens, bounds, place."""
-    target = target_of(ids.device)
-    facts = (experts, top_k, dtype_of(ids), ids.shape[0] <= SINGLE)
-
-    def make() -> Program:
-        from ..ir.expr import real
-        from ..passes.moe_pipeline import compile_groups
-        from ..passes.moe_spec import ExpertsSpec
-
-        spec = ExpertsSpec(
-            *facts[:2], 1, 1, real("x0"), None, routing=(facts[2], "f32"), single=facts[3], target=target
-        )
-        return compile_groups(spec)
-
-    return get_or_compile(("groups", facts), make, target)
+    facts = groups_facts(experts, top_k, ids)
+    return get_or_compile(("groups", facts), partial(groups_program, facts), facts[-1])
 
 
 def product_executable(
@@ -133,72 +143,3 @@ def are_rows_aligned(tensor: Any) -> bool:
     return tensor.device.type == "cpu" or (
         is_aligned(tensor) and tensor.shape[-1] * tensor.element_size() % 16 == 0
     )
-
-
-# routers --------------------------------------------------------------------------------------------
-
-
-def router_facts(
-    experts: int,
-    top_k: Any,
-    router: str | Callable[..., Any],
-    renormalize: Any,
-    corrected: str | None,
-    groups: int,
-    top_groups: int | None,
-    cut: str | None,
-) -> tuple[Any, ...]:
-    """What a router's kernel depends on beside dtype, device and hashing: (experts, top_k, scoring, whether
-    weights add up to 1, dtype of a correction, groups, top_groups). Raises InputError."""
-    if not callable(router) and router not in ROUTERS:
-        raise InputError("route.router", f"a function, or one of {', '.join(ROUTERS)}", repr(router))
-    if cut is not None and router == "softmax_of_topk":
-        expected = "scores that are compared before their softmax is known"
-        raise InputError(f"route.{cut}", expected, repr(router), 'Pass router="softmax"')
-    count = as_integer(top_k)
-    if count is None or not 1 <= count <= experts:
-        raise InputError("route.top_k", f"1 to {experts}, the number of experts", top_k)
-    top_groups = groups if top_groups is None else top_groups
-    size = experts // groups if groups and experts % groups == 0 else 0
-    if not size or not 1 <= top_groups <= groups or top_groups * size < count:
-        expected = f"groups that divide {experts} experts, and enough of them open for {count}"
-        raise InputError("route.groups, top_groups", expected, (groups, top_groups))
-    if groups == top_groups:
-        groups = top_groups = 1
-    scoring = "map" if callable(router) else ROUTERS[router]
-    return experts, count, scoring, bool(renormalize), corrected, groups, top_groups
-
-
-def cut_of(top_p: Any, threshold: Any, capacity: Any) -> str | None:
-    """What leaves out experts: 'top_p', 'threshold' or nothing. Raises InputError."""
-    if top_p is not None and threshold is not None:
-        raise InputError("route.top_p, threshold", "one of them at most", (top_p, threshold))
-    if capacity is not None and (as_integer(capacity) is None or capacity < 0):
-        raise InputError("route.capacity", "a number of tokens, 0 or more", capacity)
-    return "top_p" if top_p is not None else None if threshold is None else "threshold"
-
-
-def router_term(router: Any) -> Term | None:
-    """The score of a logit, x0, where the router is a function. Raises TraceError."""
-    return activation_term(router, gated=False) if callable(router) else None
-
-
-def router_executable(
-    facts: tuple[Any, ...], logits: Any, cut: str | None, hashed: bool, limited: bool, term: Any
-) -> Executable:
-    """logits (, bias, token_ids), numbers -> ids, weights; with `limited` also chosen, ids before the limit.
-
-    facts: see `router_facts`."""
-    target, dtype = target_of(logits.device), dtype_of(logits)
-
-    def make() -> Program:
-        from ..passes.moe_router import compile_router
-        from ..passes.moe_router_spec import RouterSpec
-        from .term_expr import to_expr
-
-        expr = None if term is None else to_expr(term, frozenset(("x0",)))
-        more: dict[str, Any] = dict(logits=dtype, target=target, cut=cut, hashed=hashed, keeps=limited)
-        limit = "token" if limited else None
-        return compile_router(RouterSpec(*facts, expr=expr, limited=limit, **more))  # pyright: ignore[reportCallIssue]
-
-    return get_or_compile(("router by arrays", facts, dtype, cut, hashed, limited, term), make, target)

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError
-from . import feature_maps
 from .layers import FLOATS, check_tensor
-from .linear_launch import Recalled, Settings, attend, recall
+from .linear_form import Settings, check_shapes, rows_of, settings_of
+from .linear_launch import Recalled, attend, recall
 from .linear_operator import call as traced
 from .linear_operator import watched
 
@@ -21,7 +21,6 @@ except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.linear_attention") from None
 
 BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
-WIDEST = 1024
 
 
 def linear_attention(
@@ -116,42 +115,6 @@ def _run(
     return known.kernels(tensors) if known.kernels is not None else attend(tensors, settings, known.key)
 
 
-def settings_of(
-    feature_map: Any,
-    key_map: Any,
-    *,
-    causal: bool = False,
-    normalize: bool = True,
-    eps: float = 1e-6,
-    initial: bool = False,
-    final: bool = False,
-) -> Settings:
-    """The options of a call that kernels depend on. Raises InputError, TraceError and UnsupportedError."""
-    if not isinstance(eps, int | float) or not eps >= 0:
-        raise InputError("linear_attention.eps", "a number of at least 0", repr(eps))
-    q_map = feature_maps.of(feature_map, "linear_attention.feature_map")
-    k_map = q_map if key_map is None else feature_maps.of(key_map, "linear_attention.key_map")
-    if len(q_map.parts) != len(k_map.parts):
-        counts = f"{len(q_map.parts)} and {len(k_map.parts)}"
-        raise InputError("linear_attention.key_map", "as many features of an element as feature_map", counts)
-    return Settings(q_map, k_map, bool(causal), float(eps) if normalize else None, initial, bool(final))
-
-
-def rows_of(query: Any, key: Any, settings: Settings) -> tuple[Any, Any]:
-    """The rows that kernels read of query and key, as maps prepare them. Raises InputError."""
-    q_map, k_map = settings.q_map, settings.k_map
-    rows_q = query if q_map.prepare is None else q_map.prepare(query)
-    rows_k = key if k_map.prepare is None else k_map.prepare(key)
-    for name, rows, tensor in (("feature_map", rows_q, query), ("key_map", rows_k, key)):
-        if rows.shape[:3] != tensor.shape[:3] or rows.dtype != tensor.dtype:
-            expected = f"rows {tuple(tensor.shape[:3])} of {tensor.dtype}"
-            raise InputError(f"linear_attention.{name}", expected, f"{tuple(rows.shape)} of {rows.dtype}")
-    if rows_q.shape[3] != rows_k.shape[3] or not 1 <= rows_q.shape[3] <= WIDEST:
-        expected = f"rows of one size for q and k, 1 to {WIDEST}"
-        raise InputError("linear_attention.key", expected, f"{rows_q.shape[3]} and {rows_k.shape[3]}")
-    return rows_q, rows_k
-
-
 def check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool) -> None:
     """Raise InputError for tensors that do not fit each other."""
     where = "linear_attention"
@@ -165,25 +128,7 @@ def check(q: Any, k: Any, v: Any, *, causal: bool, enable_gqa: bool) -> None:
             )
         if tensor.device != q.device:
             raise InputError(f"{where}.{name}", f"a tensor on {q.device}, as the query is", tensor.device)
-    if v.shape[:3] != k.shape[:3]:
-        raise InputError(f"{where}.value", f"{tuple(k.shape[:3])} + (Dv,), as key has", tuple(v.shape))
-    if not v.shape[3] <= WIDEST:
-        raise InputError(f"{where}.value", f"a size of at most {WIDEST}", v.shape[3])
-    if q.shape[0] != k.shape[0]:
-        raise InputError(f"{where}.key", f"batch {q.shape[0]}, as the query has", k.shape[0])
-    if q.shape[3] != k.shape[3]:
-        raise InputError(f"{where}.key", f"size {q.shape[3]}, as the query has", k.shape[3])
-    heads, of = q.shape[1], k.shape[1]
-    if heads != of and not enable_gqa:
-        raise InputError(
-            f"{where}.key", f"{heads} heads, as the query has", of, "Pass enable_gqa=True to share key heads"
-        )
-    if heads != of and (of == 0 or heads % of):
-        raise InputError(f"{where}.key", f"a number of heads that divides the query's {heads}", of)
-    if causal and q.shape[2] != k.shape[2]:
-        raise InputError(
-            f"{where}.key", f"length {q.shape[2]}, as the query has, with causal=True", k.shape[2]
-        )
+    check_shapes(q, k, v, causal=causal, enable_gqa=enable_gqa)
 
 
 def check_backend(q: Any, backend: Any) -> None:

@@ -2,81 +2,27 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..runtime.driver import driver, get_or_compile
+from ..runtime.driver import driver
 from ..runtime.executable import Contiguous
 from ..runtime.knobs import NUM_THREADS
 from ..runtime.recent import Recent
-from .device import precision_of, target_of
-from .feature_maps import FeatureMap
+from .device import precision_of
+from .linear_form import DTYPES, GRADIENTS, NAMES, Settings, linear_executable, shapes_of
 from .operator_rules import wants_gradient
 from .plan import _signature
-from .problem import _fill_names, is_aligned
 from .step_autograd import once_differentiable
 
 if TYPE_CHECKING:
-    from ..ir.kernel import Program
     from ..runtime.executable import Bound
 
-CPU_ROWS, GPU_ROWS = 32, (128, 64)  # of a chunk, else and if causal, as passes/linear_schedule.py has them
-PROGRAMS = 528  # that fill a GPU: four for each of its multiprocessors
-LEAST = 4  # chunks of a segment at least
 _LAYOUTS = 8  # of gradients that a forward keeps kernels for
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a call asks for, besides its tensors."""
-
-    q_map: FeatureMap
-    k_map: FeatureMap
-    causal: bool
-    eps: float | None
-    initial: bool
-    final: bool
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return self.q_map.key, self.k_map.key, self.causal, self.eps, self.initial, self.final
-
-    @property
-    def prepares(self) -> bool:
-        """Whether torch makes something of rows before kernels read them."""
-        return self.q_map.prepare is not None or self.k_map.prepare is not None
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """What the state of all keys is called among results."""
-        names = ("new_state", "new_sums") if self.final else ("key_state", "key_sums")
-        return names if self.eps is not None else names[:1]
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """The results that gradients read."""
-        if not self.causal:
-            return self.states
-        return ("o", "den") if self.eps is not None else ()
-
-    def results(self, *, keeps: bool) -> tuple[str, ...]:
-        """What kernels give; `keeps`: for gradients too."""
-        kept = self.kept if keeps else ()
-        den = ("den",) if "den" in kept else ()
-        return ("o", *den, *(self.states if self.final or self.states[0] in kept else ()))
-
-    def given(self, name: str) -> bool:
-        """Whether a result is the caller's."""
-        return name == "o" or name.startswith("new_")
-
-
-NAMES: tuple[str, ...] = ("q", "k", "v", "state", "sums")
-GRADIENTS: tuple[str, ...] = ("do", "dnew_state", "dnew_sums")
 
 
 class Recalled(NamedTuple):
@@ -193,25 +139,15 @@ def _facts(settings: Settings, q: Any) -> tuple[Hashable, ...]:
     return settings.key, threads, q.dtype is torch.float32 and precision_of(q.device, "f32")
 
 
-def shapes_of(
-    values: Mapping[str, Any], settings: Settings, *, keeps: bool
-) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of every result."""
-    q, k, v = (values[name] for name in ("q", "k", "v"))
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    state = (*k.shape[:2], k.shape[3] * len(settings.k_map.parts), v.shape[3])
-    shapes = {"o": (*q.shape[:3], v.shape[3]), "den": tuple(q.shape[:3])}
-    shapes |= dict(zip(settings.states, (state, state[:3]), strict=False))
-    names = settings.results(keeps=keeps)
-    return [(name, shapes[name], q.dtype if name == "o" else wide) for name in names]
-
-
 def _outputs(
     values: dict[str, Any], settings: Settings, *, keeps: bool, contiguous: bool = False
 ) -> tuple[Output, ...]:
     by_length = not contiguous and _by_length(values["q"])
     made = shapes_of(values, settings, keeps=keeps)
-    return tuple(Output.of(name, shape, dtype, name == "o" and by_length) for name, shape, dtype in made)
+    return tuple(
+        Output.of(name, shape, getattr(torch, DTYPES[dtype]), name == "o" and by_length)
+        for name, shape, dtype in made
+    )
 
 
 def _slopes(
@@ -288,64 +224,8 @@ def _plan(
     plain = {name: _plain(tensor) for name, tensor in values.items()}
     copied = tuple(name for name, tensor in values.items() if plain[name].data_ptr() != tensor.data_ptr())
     values = plain
-    q, k, v = (values[name] for name in ("q", "k", "v"))
-    target, dtype = target_of(q.device), _fill_names()[q.dtype]
-    split = _splits(k, settings.causal)
-    spans = {"span_L": _span(q, settings.causal, split), "span_N": _span(k, settings.causal, split)}
-    facts = {
-        "dtype": dtype,
-        "qk_size": q.shape[3],
-        "v_size": v.shape[3],
-        "causal": settings.causal,
-        "eps": settings.eps,
-        "initial": settings.initial,
-        "final": settings.final,
-        "keeps": keeps,
-        "grouped": q.shape[1] != k.shape[1],
-        "split": split,
-        "aligned": q.device.type == "cpu" or all(is_aligned(t) for t in values.values() if t.dim() == 4),
-        "precision": precision_of(q.device, dtype),
-    }
-
-    def make() -> Program:
-        from ..ir.linear import FeatureMap as Features
-        from ..passes.linear_pipeline import compile_linear, compile_linear_gradients
-        from ..passes.linear_spec import LinearSpec
-        from .term_expr import to_expr
-
-        maps = []
-        for one in (settings.q_map, settings.k_map):
-            parts = tuple(to_expr(part, frozenset(("x0",))) for part in one.parts)
-            maps.append(Features(parts, one.softmax))
-        spec = LinearSpec(*maps, target=target, **facts)
-        return compile_linear_gradients(spec, wanted) if wanted else compile_linear(spec)
-
-    quick = ("linear", settings.q_map.key, settings.k_map.key, wanted, tuple(facts.items()))
-    executable = get_or_compile(quick, make, target)
+    device = values["q"].device
+    executable, spans = linear_executable(values, settings, keeps, wanted)
     stand_ins = {output.name: output.empty("meta") for output in outputs}
-    bound = executable.bind({**values, **stand_ins, **spans}, allocate=partial(allocate, device=q.device))
-    return LinearPlan(bound, outputs, q.device, copied)
-
-
-def _programs(rows: Any) -> int:
-    """How many programs keep the device of a tensor busy."""
-    if rows.device.type != "cpu":
-        return PROGRAMS
-    return NUM_THREADS.get() or os.cpu_count() or 1
-
-
-def _chunks(rows: Any, causal: bool) -> int:
-    return -(-rows.shape[2] // (CPU_ROWS if rows.device.type == "cpu" else GPU_ROWS[causal]))
-
-
-def _splits(keys: Any, causal: bool) -> bool:
-    """Whether keys are cut into segments: not where heads alone fill the device, or there are few keys."""
-    heads = keys.shape[0] * keys.shape[1]
-    return 2 * heads < _programs(keys) and _chunks(keys, causal) >= 2 * LEAST
-
-
-def _span(rows: Any, causal: bool, split: bool) -> int:
-    """Chunks of a segment of queries or keys."""
-    cpu = rows.device.type == "cpu"
-    fair = -(-_chunks(rows, causal) * rows.shape[0] * rows.shape[1] // _programs(rows))
-    return max(LEAST if split else 1, fair if split or not cpu else -(-fair // 4))
+    bound = executable.bind({**values, **stand_ins, **spans}, allocate=partial(allocate, device=device))
+    return LinearPlan(bound, outputs, device, copied)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .feature_maps import FeatureMap
-from .linear_launch import NAMES, Settings, forward, gradients, shapes_of
+from .linear_form import DTYPES, NAMES, Settings, shapes_of
+from .linear_launch import forward, gradients
 from .moe_form import MoeForm
 from .operator_rules import is_traced
 from .step_autograd import recording
@@ -54,7 +55,8 @@ class LinearStep:
         q, k, v = (call.tensors[name] for name in ("q", "k", "v"))
         settings = _settings(call)
         check(q, k, v, causal=settings.causal, enable_gqa=call.facts["enable_gqa"])
-        return [Made(*made) for made in shapes_of(call.tensors, settings, keeps=call.form.learns)]
+        made = shapes_of(call.tensors, settings, keeps=call.form.learns)
+        return [Made(name, shape, getattr(torch, DTYPES[dtype])) for name, shape, dtype in made]
 
     def evaluate(self, call: Arguments) -> list[Tensor]:
         settings, made = _settings(call), self.made(call)

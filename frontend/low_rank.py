@@ -11,7 +11,8 @@ from ..ir.errors import InputError
 from ..ir.graph import Graph, Op, Value
 from ..runtime.driver import driver
 from .layers import FLOATS, check_tensor
-from .linear import check, check_backend, linear_attention, rows_of, settings_of
+from .linear import check, check_backend, linear_attention
+from .linear_form import rows_of, settings_of
 from .linear_launch import Kernels, Recalled, recall
 from .linear_operator import watched
 from .low_rank_launch import Layer, Products, Step, by_head

@@ -7,23 +7,24 @@ IR, and importing what that needs, happens behind a miss.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
-from ..runtime.driver import driver, get_or_compile
+from ..runtime.driver import driver
 from .activation import activation_term
-from .device import makes_descriptors, precision_of, target_of
-from .layer import is_handful, load_of
-from .layers import LORA, Layer, check_routing, decoded_once, is_layer_aligned, layer_by_name
+from .device import precision_of
+from .layer import Layer
+from .layer_kernels import dtype_of, layer_executable
+from .layers import LORA, check_routing, layer_by_name
 from .light_step import Light, with_light
 from .moe_arguments import by_token, pair_of, shared_by_token
 from .moe_form import MoeForm
 from .moe_operator import call, learns
 from .operator_rules import autocast, is_traced
 from .plan import Plan, _signature
-from .problem import _fill_names
 from .pure import pure
 from .quantized import QuantizedWeight
 from .routers import route
@@ -34,12 +35,7 @@ try:
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.experts") from None
 
-if TYPE_CHECKING:
-    from ..ir.kernel import Program
-
-SINGLE = 512  # entries that one program sorts
 BACKENDS = {"auto": ("cpu", "cuda"), "tvm": ("cpu",), "triton": ("cuda",), "reference": ("cpu", "cuda")}
-IDS = {torch.int32: "i32", torch.int64: "i64"}
 
 
 def experts(
@@ -150,7 +146,8 @@ def experts(
         if backend == "reference":
             from .moe_reference import reference_light as add
         found = add(found, x, topk_ids, topk_weights, first, light)
-    given = shared_by_token(x, shared_gate_up_proj, shared_down_proj, shared_weights)
+    gated = math.prod(gate_up_proj.shape) == 2 * math.prod(down_proj.shape)
+    given = shared_by_token(x, shared_gate_up_proj, shared_down_proj, shared_weights, gated=gated)
     return found if given is None else found + run(*given, 1.0, *settings)
 
 
@@ -253,10 +250,9 @@ def forward(x: Any, given: dict[str, Any], layer: Layer, term: Any, *, keeps: bo
     flat = {name: tensor.detach().reshape(-1).contiguous() for name, tensor in given.items()}
     values = {"x": x.detach(), **flat, **{name: tensor.detach() for name, tensor in layer.tensors.items()}}
     outputs = (("o", tuple(x.shape), x.dtype),)
-    columns = layer.inner * (2 if layer.gated else 1)
     if keeps:
         rows = flat.get("tokens", flat["weights"]).shape[0]
-        outputs += (("g", (rows, columns), x.dtype),)
+        outputs += (("g", (rows, layer.columns), x.dtype),)
     asked = (top_k, term, "ids" not in given, keeps)
     return launch("experts", values, outputs, layer, asked)
 
@@ -277,7 +273,7 @@ def launch(
     facts += (
         layer.lora_scale,
         layer.trains is not None,
-        precision_of(x.device, _dtype(x)),
+        precision_of(x.device, dtype_of(x)),
     )
     key = (what, facts, tuple((name, _signature(t)) for name, t in values.items()))
     plans = driver().plans
@@ -286,10 +282,6 @@ def launch(
         plan = _plan(what, values, outputs, layer, asked, wanted)
         plans.put(key, plan)
     return plan(values)
-
-
-def _dtype(tensor: Any) -> str:
-    return _fill_names()[tensor.dtype]
 
 
 def _plan(
@@ -303,52 +295,11 @@ def _plan(
     from ..runtime.executable import Contiguous
     from .prepare import allocate
 
-    x, (top_k, term, routed, keeps) = values["x"], asked
-    rows = values["tokens"] if routed else values["ids"]
-    target, entries = target_of(x.device), rows.shape[0]
-    mean = entries / layer.experts
-    alone = what == "experts" and not routed and is_handful(x.shape[0], entries, layer.experts)
-    load = "one" if alone else load_of(mean, x.device)
-    facts = {
-        "experts": layer.experts,
-        "top_k": top_k,
-        "hidden": layer.hidden,
-        "inner": layer.inner,
-        "halves": layer.halves,
-        "dtype": _dtype(x),
-        "transposed": layer.transposed,
-        "units": layer.units,
-        "biased": layer.gate_up_bias is not None,
-        "routing": ("i32" if routed else IDS[rows.dtype], _dtype(values.get("weights", x))),
-        "load": load,
-        "single": entries <= SINGLE and not routed,
-        "routed": routed and top_k > 0,
-        "keeps": keeps,
-        "ranks": layer.ranks,
-        "lora_scale": layer.lora_scale,
-        "masked": layer.trains is not None,
-        "quantized": layer.quantized,
-        "once": decoded_once(layer, mean, _dtype(x), target) if load == "many" else (False, False),
-        "aligned": is_layer_aligned(x, layer),
-        "descriptors": makes_descriptors(x.device),
-        "precision": precision_of(x.device, _dtype(x)),
-    }
-
-    def make() -> Program:
-        from ..ir.quantized import Quantized
-        from ..passes.moe_pipeline import compile_experts, compile_gradients
-        from ..passes.moe_spec import ExpertsSpec
-        from .term_expr import to_expr
-
-        expr = to_expr(term, frozenset(("x0", "x1")))
-        stored = tuple(q and Quantized(*q) for q in layer.quantized)
-        spec = ExpertsSpec(activation=expr, target=target, **{**facts, "quantized": stored})
-        return compile_gradients(spec, wanted) if what == "gradients" else compile_experts(spec)
-
-    executable = get_or_compile((what, term, wanted, tuple(facts.items())), make, target)
+    device = values["x"].device
+    executable = layer_executable(what, values, layer, asked, wanted)
     stand_ins = {name: Contiguous(shape) for name, shape, _ in outputs}
-    bound = executable.bind({**values, **stand_ins}, allocate=partial(allocate, device=x.device))
-    return Plan(bound, outputs, x.device)
+    bound = executable.bind({**values, **stand_ins}, allocate=partial(allocate, device=device))
+    return Plan(bound, outputs, device)
 
 
 def _check_backend(backend: Any, x: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..ir.errors import InputError, UnsupportedError
-from .layers import check_routing
+from .layers import check_like, check_routing
 from .quantized import QuantizedWeight
 from .routing import Routing
 
@@ -37,10 +37,12 @@ def by_token(ids: Any, weights: Any, x: Any, experts: int, *, validate: bool) ->
     return ids, weights
 
 
-def shared_by_token(x: Any, gate_up: Any, down: Any, weights: Any) -> tuple[dict[str, Any], Any, Any] | None:
+def shared_by_token(
+    x: Any, gate_up: Any, down: Any, weights: Any, *, gated: bool
+) -> tuple[dict[str, Any], Any, Any] | None:
     """Shared experts as a layer of one that all tokens take: its tensors by name, ids and weights (T, 1).
 
-    None where there are none. Raises InputError."""
+    None where there are none. gated: whether experts have a gate. Raises InputError."""
     given = {"shared_gate_up_proj": gate_up, "shared_down_proj": down}
     if gate_up is None and down is None:
         if weights is not None:
@@ -54,6 +56,16 @@ def shared_by_token(x: Any, gate_up: Any, down: Any, weights: Any) -> tuple[dict
             raise InputError(f"experts.{name}", "two matrices, (2 S, H) and (H, S)", got)
         if rank == 3 and matrix.shape[0] != 1:
             raise InputError(f"experts.{name}", "codes of one matrix, (1, out, in)", tuple(matrix.shape))
+        if isinstance(matrix, torch.Tensor):
+            check_like(f"experts.{name}", matrix, x)
+    up, two = (given[name].shape[-2:] for name in given)
+    factor = 2 if gated else 1
+    plain = up[1] == two[0] == x.shape[1] and up[0] == factor * two[1]
+    if not plain and not (up[0] == two[1] == x.shape[1] and up[1] == factor * two[0]):
+        expected = f"({'2 S' if gated else 'S'}, H) and (H, S), or both transposed, with H = {x.shape[1]}"
+        raise InputError(
+            "experts.shared_gate_up_proj, shared_down_proj", expected, f"{tuple(up)} and {tuple(two)}"
+        )
     stacks = (m if isinstance(m, QuantizedWeight) else m.unsqueeze(0) for m in given.values())
     tokens = x.shape[0]
     if weights is None:

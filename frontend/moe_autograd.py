@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .layers import LORA, Layer
+from .layer import Layer
+from .layers import LORA
 from .moe import forward, launch
 from .routing import grouped
 from .step_autograd import once_differentiable

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .layers import Layer
+from .layer import Layer
 from .term import float_of
 
 _UNARY = {

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from ..runtime.driver import get_or_compile
-from .device import precision_of, target_of
 from .layer import load_of, unit_of
+from .layer_kernels import are_rows_aligned, product_executable
 from .moe_operator import Arguments, Made
-from .problem import _fill_names, is_aligned
-
-if TYPE_CHECKING:
-    from ..ir.kernel import Program
 
 
 class Product:
@@ -54,9 +49,9 @@ def product(a: Any, b: Any, bounds: Any, bias: Any) -> Tensor:
     if bias is not None:
         values["bias"] = _plain(bias)
     turned = b if unit == 2 else b.transpose(1, 2)
-    aligned = unit is not None and all(map(_is_aligned, (values["a"], turned, out)))
+    aligned = unit is not None and all(map(are_rows_aligned, (values["a"], turned, out)))
     load = load_of(rows / b.shape[0], a.device)
-    _run(values, tuple(b.shape), (unit, load, bias is not None, False, aligned))
+    _run(values, tuple(b.shape), unit, load, biased=bias is not None, outer=False, aligned=aligned)
     return out
 
 
@@ -65,9 +60,9 @@ def outer(a: Any, b: Any, bounds: Any) -> Tensor:
     groups = bounds.shape[0] - 1
     out = a.new_zeros((groups, a.shape[1], b.shape[1]))
     values = {"a": _plain(a), "b": _plain(b), "bounds": bounds, "o": out}
-    aligned = all(map(_is_aligned, (values["a"], values["b"])))
+    aligned = all(map(are_rows_aligned, (values["a"], values["b"])))
     if a.shape[0] and out.numel():
-        _run(values, tuple(out.shape), (2, "many", False, True, aligned))
+        _run(values, tuple(out.shape), 2, "many", biased=False, outer=True, aligned=aligned)
     return out
 
 
@@ -76,34 +71,12 @@ def _plain(matrix: Any) -> Any:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def _is_aligned(tensor: Any) -> bool:
-    return tensor.device.type == "cpu" or (
-        is_aligned(tensor) and tensor.shape[-1] * tensor.element_size() % 16 == 0
-    )
-
-
-def _run(values: dict[str, Any], sizes: tuple[int, ...], facts: tuple[Any, ...]) -> None:
+def _run(values: dict[str, Any], sizes: tuple[int, ...], unit: int | None, load: str, **facts: bool) -> None:
     from .prepare import allocate
 
-    a = values["a"]
-    dtype, target = _fill_names()[a.dtype], target_of(a.device)
-    precision = precision_of(a.device, dtype)
-    unit, load, biased, is_outer, aligned = facts
-
-    def make() -> Program:
-        from ..ir.expr import real
-        from ..passes.moe_pipeline import compile_product
-        from ..passes.moe_spec import ExpertsSpec
-
-        groups, hidden, inner = sizes
-        spec = ExpertsSpec(
-            groups, 1, hidden, inner, real("x0"), None, dtype=dtype, units=(unit, unit), load=load,
-            aligned=aligned, precision=precision, target=target,
-        )  # fmt: skip
-        return compile_product(spec, outer=is_outer, biased=biased)
-
-    executable = get_or_compile(("product", sizes, facts, dtype, precision), make, target)
-    executable(values, allocate=partial(allocate, device=a.device))
+    groups, rows, columns = sizes
+    executable = product_executable(values["a"], (groups, rows, columns), unit, load, **facts)
+    executable(values, allocate=partial(allocate, device=values["a"].device))
 
 
 STEP = Product()

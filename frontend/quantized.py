@@ -8,6 +8,7 @@ from typing import Any
 
 from ..ir.errors import InputError, MissingDependencyError, UnsupportedError
 from ..ir.quantized import E2M1, NESTED, PER_EXPERT, Quantized
+from .pure import is_compiled
 
 try:
     import torch
@@ -89,7 +90,7 @@ class QuantizedWeight(torch.nn.Module):
         """The same memory, of which codes of fewer bits are read: their upper ones.
 
         bits: one of the widths that the codes were nested for; or a tensor (E,) of integers, a width for
-        each expert, on the device of the codes. Raises InputError."""
+        each expert, on the device of the codes (those on a GPU are not looked at). Raises InputError."""
         q, planes = self._q, self._q.planes
         where = "QuantizedWeight.read"
         if isinstance(bits, torch.Tensor):
@@ -98,6 +99,10 @@ class QuantizedWeight(torch.nn.Module):
             if tuple(bits.shape) != self.shape[:1] or bits.is_floating_point() or bits.device != self.device:
                 got = f"{bits.dtype} of shape {tuple(bits.shape)} on {bits.device}"
                 raise InputError(where, f"integers of shape ({self.shape[0]},) on {self.device}", got)
+            here = bits.device.type == "cpu" and not is_compiled()
+            if here and not all(width in planes for width in bits.tolist()):
+                widths = ", ".join(map(str, planes))
+                raise InputError(where, f"widths of {widths} for all experts", bits.tolist())
             narrow = dataclasses.replace(q, bits=PER_EXPERT)
             return QuantizedWeight(narrow, self.shape, self.codes, self.scales, bits.to(torch.int32))
         if isinstance(bits, bool) or bits not in planes:

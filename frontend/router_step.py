@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .device import target_of
+from . import router_form
 from .moe_operator import Arguments, Made
 from .plan import launched
-from .problem import _fill_names
-
-if TYPE_CHECKING:
-    from ..passes.moe_router_spec import RouterSpec
-
-ROUTED = {torch.int32: "i32", torch.int64: "i64"}
+from .router_form import spec_of
 
 
 def wide(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def spec_of(facts: tuple[tuple[str, Any], ...]) -> RouterSpec:
-    """The spec of a router's kernels. facts: as `facts_of` gives them."""
-    from ..passes.moe_router_spec import RouterSpec
-    from .term_expr import to_expr
-
-    named = dict(facts)
-    term = named.pop("term")
-    expr = None if term is None else to_expr(term, frozenset(("x0",)))
-    return RouterSpec(expr=expr, **named)
-
-
 def facts_of(call: Arguments) -> tuple[tuple[str, Any], ...]:
     """What kernels depend on, sizes of experts and dtypes included."""
-    tensors, names = call.tensors, _fill_names()
-    logits, vectors = tensors["logits"], tensors.get("vectors")
-    found = call.facts | {"logits": names[logits.dtype], "target": target_of(logits.device)}
-    found["experts"] = logits.shape[1] if vectors is None else vectors.shape[0]
-    found["features"] = 0 if vectors is None else logits.shape[1]
-    found["hashed"] = "token_ids" in tensors
-    found["keeps"] = call.form.learns
-    if "bias" in tensors:
-        found["corrected"] = names[tensors["bias"].dtype]
-    if "group_logits" in tensors:
-        found["groups"] = tensors["group_logits"].shape[1]
-    if "table" in tensors:
-        found["routing"] = tuple(ROUTED[tensors[name].dtype] for name in ("table", "request"))
-    return tuple(found.items())
+    return router_form.facts_of(call.facts, call.tensors, call.form.learns)
 
 
 def plain(tensors: Any) -> dict[str, Tensor]:

@@ -13,19 +13,11 @@ from .activation import activation_term
 from .layers import FLOATS, check_tensor
 from .moe_form import MoeForm
 from .moe_operator import call, learns
-from .problem import as_integer
 from .pure import pure
+from .router_form import ROUTERS, count_of, cuts_of, groups_of, limits_of, number_of, seed_of
 from .routing import Routing
 
-ROUTERS = {
-    "softmax": "softmax",
-    "sigmoid": "sigmoid",
-    "softmax_of_topk": "logits",
-    "random": "random",
-    "expert_choice": "softmax",
-}
 LOG_2 = math.log(2)  # what Tutel starts with
-ORDERS = ("token", "choice")
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -96,8 +88,6 @@ def route(
     check_tensor("route.router_logits", router_logits, 2, "(tokens, experts)")
     if router_logits.dtype not in FLOATS:
         raise InputError("route.router_logits", "float16, bfloat16, float32 or float64", router_logits.dtype)
-    if not callable(router) and router not in ROUTERS:
-        raise InputError("route.router", f"a function, or one of {', '.join(ROUTERS)}", repr(router))
     wide = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
     tensors = {"logits": router_logits}
     given = isinstance(temperature, torch.Tensor)
@@ -105,30 +95,16 @@ def route(
         raise InputError("route.temperature", "expert_vectors beside it", None, "Divide router_logits by it")
     if expert_vectors is not None:
         if not given:
-            number = _number("temperature", temperature)
+            number = number_of("temperature", temperature)
             temperature = router_logits.new_full((1,), number, dtype=wide)
         tensors |= _cosines(router_logits, expert_vectors, temperature, wide)
     tokens, experts = router_logits.shape[0], tensors.get("vectors", router_logits.T).shape[0]
-    count = as_integer(top_k)
-    if count is None or not 1 <= count <= experts:
-        raise InputError("route.top_k", f"1 to {experts}, the number of experts", top_k)
-    if capacity is not None and (_count(capacity) is None or capacity < 0):
-        raise InputError("route.capacity", "a number of tokens, 0 or more", capacity)
-    scale = _number("scale", scale)
-    cuts = {
-        "top_p": (top_p, 1.0),
-        "threshold": (threshold, math.inf),
-        "relative_threshold": (relative_threshold, 1.0),
-    }
-    given = {
-        n: _number(n, value, 0.0 if high == 1 else -high, high)
-        for n, (value, high) in cuts.items()
-        if value is not None
-    }
+    count = count_of(router, top_k, experts, capacity)
+    scale = number_of("scale", scale)
+    cuts = {"top_p": top_p, "threshold": threshold, "relative_threshold": relative_threshold}
     if router == "expert_choice":
-        others = (group_logits, correction_bias, remap, token_ids, entropy_threshold)
-        numbers = (groups, scale, min_k) != (1, 1.0, 0)
-        if given or numbers or any(other is not None for other in others):
+        others = (group_logits, correction_bias, remap, token_ids, entropy_threshold, *cuts.values())
+        if (groups, scale, min_k) != (1, 1.0, 0) or any(other is not None for other in others):
             what = "router_logits, top_k, capacity and expert_vectors alone"
             raise InputError("route", f"{what}, where experts choose", "more than that")
         wanted = -(-tokens * count // experts) if capacity is None else capacity
@@ -139,20 +115,15 @@ def route(
         facts["term"] = _term_of(router)
     integers: dict[str, Any] = {}
     numbers = {"scale": scale}
-    _cut(router, given, min_k, entropy_threshold, entropy_index, facts, numbers)
+    made = cuts_of(router, cuts, min_k, entropy_threshold, entropy_index)
+    facts, numbers = facts | made[0], numbers | made[1]
     if correction_bias is not None:
         _check("correction_bias", correction_bias, (experts,), router_logits)
         tensors["bias"] = correction_bias
     if group_logits is not None:
         groups = _levels(router, group_logits, router_logits, groups, experts)
         facts["scoring"], tensors["group_logits"] = "levels", group_logits
-    opened = groups if top_groups is None else top_groups
-    size = experts // groups if groups > 0 and experts % groups == 0 else 0
-    if not size or not 1 <= opened <= groups or opened * size < count:
-        expected = f"groups that divide {experts} experts, and enough of them open for {count}"
-        raise InputError("route.groups, top_groups", expected, (groups, opened))
-    if opened < groups or group_logits is not None:
-        facts |= {"groups": groups, "top_groups": opened}
+    facts |= groups_of(groups, top_groups, experts, count, levels=group_logits is not None)
     if remap is not None or request_ids is not None:
         tensors |= _remapped(remap, request_ids, tokens, experts)
         num_experts = experts if num_experts is None else num_experts
@@ -165,13 +136,10 @@ def route(
         _check("token_ids", token_ids, (tokens,), dtypes=INTEGERS)
         tensors["token_ids"] = token_ids.to(torch.int64)
     if router == "random":
-        if _count(seed) is None or not -(2**63) <= seed < 2**63:
-            raise InputError("route.seed", "an integer of 64 bits", seed)
-        integers["seed"] = seed
-    if capacity_order not in ORDERS:
-        raise InputError("route.capacity_order", f"one of {', '.join(ORDERS)}", repr(capacity_order))
+        integers["seed"] = seed_of(seed)
+    facts |= limits_of(capacity, capacity_order)
     if capacity is not None:
-        facts["limited"], integers["capacity"] = capacity_order, capacity
+        integers["capacity"] = capacity
     learning = router != "random" and learns([t for n, t in tensors.items() if n in LEARNT])
     form = MoeForm("route", tuple(tensors), tuple(integers), tuple(numbers), tuple(facts.items()), learning)
     weights, ids, *rest = call(form, [*tensors.values()], [*integers.values()], [*numbers.values()])
@@ -182,22 +150,6 @@ def route(
 
 
 LEARNT = ("logits", "group_logits", "vectors", "temperature")
-
-
-def _count(value: Any) -> Any:
-    return value if isinstance(value, torch.SymInt) else as_integer(value)
-
-
-def _number(name: str, value: Any, lowest: float = -math.inf, highest: float = math.inf) -> float:
-    """A finite number within bounds. Raises InputError."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (lowest <= number <= highest and -math.inf < number < math.inf):
-        bounded = f"a number from {lowest:g} to {highest:g}" if highest < math.inf else "a finite number"
-        raise InputError(f"route.{name}", bounded, value)
-    return number
 
 
 @pure
@@ -213,38 +165,6 @@ def _expert_choice(tensors: dict[str, Any], top_k: int, capacity: int) -> Routin
     chosen = Routing.chosen(rows, bounds, place, scores)
     chosen.logits = rest[0] if rest else None
     return chosen
-
-
-def _cut(
-    router: Any,
-    given: dict[str, float],
-    min_k: Any,
-    entropy: Any,
-    index: Any,
-    facts: dict[str, Any],
-    numbers: dict[str, float],
-) -> None:
-    """What leaves out experts, into facts and numbers."""
-    if len(given) > 1:
-        raise InputError(f"route.{', '.join(given)}", "one of them at most", tuple(given.values()))
-    if entropy is not None and (not given or router != "softmax"):
-        expected = "router 'softmax' and a top_p, threshold or relative_threshold for the other tokens"
-        raise InputError("route.entropy_threshold", expected, entropy)
-    least = as_integer(min_k)
-    if least is None or least < 0 or (least and not given):
-        raise InputError("route.min_k", "0 or more, with top_p, threshold or relative_threshold", min_k)
-    for name, limit in given.items():
-        if router == "softmax_of_topk":
-            expected = "scores that are compared before their softmax is known"
-            raise InputError(f"route.{name}", expected, repr(router), 'Pass router="softmax"')
-        facts |= {"cut": name.removesuffix("_threshold"), "least": least}
-        numbers["limit"] = limit
-    if entropy is not None:
-        index = _number("entropy_index", index)
-        facts["entropy"] = "shannon" if index == 1 else "tsallis"
-        numbers["most_entropy"] = _number("entropy_threshold", entropy)
-        if index != 1:
-            numbers["entropy_index"] = index
 
 
 def _cosines(features: Any, vectors: Any, temperature: Any, wide: torch.dtype) -> dict[str, Any]:

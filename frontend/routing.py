@@ -155,6 +155,10 @@ class Routing:
             return True
         return self._versions != self._versions_now()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: their tensors have counted no changes yet."""
+        return self.__dict__ | {"_versions": None}
+
     def _versions_now(self) -> tuple[int, ...] | None:
         """How often each part was changed in place; None where torch does not count that."""
         parts = (*self._rows, self._weights, self._counts)

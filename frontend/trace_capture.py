@@ -22,6 +22,7 @@ from .term import Term, constant
 from .trace_error import at_definition, trace_error
 from .trace_gradient import grad_enabled
 from .trace_guard import Guard, Path
+from .trace_jax import adapted
 from .trace_objects import Copied, Watched, call_of
 from .trace_operate import operate, value_of
 from .trace_tensor import Captured, dtype_name
@@ -135,6 +136,8 @@ class Trace:
             return self._number(value, path, origin)
         if is_array(value):
             return self._once(("tensor", id(value)), path, lambda: self._tensor(value, path))
+        if _library(value) == "jax" and callable(value) and not isinstance(value, type):
+            return adapted(self._same_object(value, path))
         if isinstance(value, (FunctionType, MethodType, functools.partial)):
             return self._callable(value, path)
         if type(value) in (tuple, list, dict) or (isinstance(value, tuple) and hasattr(value, "_fields")):
@@ -143,10 +146,11 @@ class Trace:
             if not isinstance(getattr(value, "__self__", None), (ModuleType, type(None))):
                 self.memo = False  # a method: what it reads of its object is out of sight
             return self._plain(value, path)
-        if isinstance(value, functools._lru_cache_wrapper):
+        if isinstance(value, functools._lru_cache_wrapper) or type(value).__name__ == "PjitFunction":
             return self.lift(value.__wrapped__, (*path, ("attr", "__wrapped__")))
         if isinstance(value, ModuleType) and value.__name__.partition(".")[0] in LIBRARIES:
-            return self._same_object(value, path)
+            same = self._same_object(value, path)
+            return adapted(same) if value.__name__.startswith("jax") else same
         if isinstance(value, type) and _library(value) in LIBRARIES:
             return self._same_object(value, path)
         self.guards.append(("type", path, type(value)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gossamer.frontend import executables, gradients, linear_launch, prepare
+from gossamer.frontend import executables, gradients, linear_form, prepare
 from gossamer.runtime import cuda_driver, cuda_kernel, gpu
 
 # PTX does not tell signed from unsigned.
@@ -159,6 +159,6 @@ def install(monkeypatch, cache) -> FakeCuda:
     monkeypatch.setattr(cuda_driver, "driver", lambda: made)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    for module in (prepare, executables, gradients, linear_launch):
+    for module in (prepare, executables, gradients, linear_form):
         monkeypatch.setattr(module, "target_of", lambda device: "cuda:sm_90")
     return fake

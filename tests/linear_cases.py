@@ -85,10 +85,12 @@ def dense(case: Case, q: Any, k: Any, v: Any, states: tuple[Any, ...] = ()) -> t
     return (out / (den + case.eps) if case.normalize else out, *new)
 
 
-def call(case: Case, q: Any, k: Any, v: Any, states: tuple[Any, ...] = (), **more: Any) -> tuple[Any, ...]:
-    """(out, *new states) by gossamer."""
+def call(
+    case: Case, q: Any, k: Any, v: Any, states: tuple[Any, ...] = (), function: Any = None, **more: Any
+) -> tuple[Any, ...]:
+    """(out, *new states) by gossamer, or by a function with the same arguments."""
     given = (states if case.normalize else states[0]) if states else None
-    found = gossamer.linear_attention(
+    found = (function or gossamer.linear_attention)(
         q, k, v, case.feature_map, key_map=case.key_map, causal=case.causal, normalize=case.normalize,
         eps=case.eps, initial_state=given, return_state=True, enable_gqa=True, **more,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from gossamer.passes.spec import AttentionSpec
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("tvm")
+from gossamer.runtime.compile import compile_kernels  # noqa: E402
 from gossamer.runtime.cpu import build_object, launch, load_object  # noqa: E402
 
 FOLDER = Path(__file__).parent
@@ -508,6 +509,14 @@ def test_pieces_cover_an_axis_once_in_powers_of_two(extent, dtype):
     ]
     assert cover == list(range(extent))
     assert all(piece.width & (piece.width - 1) == 0 for piece in pieces(extent, dtype))
+
+
+def test_kernels_that_programs_have_in_common_are_built_once():
+    shared, other = parse(SPANS), parse(SPANS.replace("@spans", "@others"))
+    compile_kernels([shared], "cpu")
+    built = build_object.cache_info()
+    compile_kernels([shared, other], "cpu")
+    assert build_object.cache_info()[:2] == (built.hits + 1, built.misses + 1)
 
 
 def test_broken_objects_and_sources_are_backend_errors():

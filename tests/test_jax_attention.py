@@ -512,6 +512,8 @@ x = jnp.ones((1, 9, 2, 8))
 run = lambda x: gossamer.jax.attention(x, x, x, mask=gossamer.masks.causal()).sum()
 ours = gossamer.jax.jit(lambda x: jax.nn.dot_product_attention(x, x, x))
 print(float(jax.grad(run)(x).sum()) >= 0, len((ours(x), ours.report().compiled)[1]))
+learned = lambda w: gossamer.jax.linear_attention(x, x, x, gossamer.feature_maps.hedgehog(w)).sum()
+print(bool(jnp.isfinite(jax.grad(learned)(jnp.ones((8, 4)))).all()))
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["True", "1"]
+    assert found.stdout.split() == ["True", "1", "True"]

@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 import jax.numpy as jnp  # noqa: E402
 
 import gossamer.jax  # noqa: E402
-from gossamer import masks  # noqa: E402
-from gossamer.frontend import jax_cpu, jax_gpu, jax_kernels, jax_layer  # noqa: E402
+from gossamer import feature_maps, masks  # noqa: E402
+from gossamer.frontend import jax_cpu, jax_gpu, jax_kernels, jax_layer, jax_linear  # noqa: E402
 from gossamer.frontend.activation import activation_term  # noqa: E402
 from gossamer.frontend.jax_attention import call_of  # noqa: E402
 from gossamer.frontend.jax_call import GradientCall  # noqa: E402
@@ -182,6 +182,31 @@ def test_experts_and_their_gradients(launched):
     for name, true in back(do)[0].items():
         near(made[name], true, np.float32)
     assert len(launched.launched) >= 7
+
+
+@pytest.mark.parametrize("library", ["Library"], indirect=True)
+@pytest.mark.parametrize("causal", [True, False])
+def test_linear_attention_and_its_gradients(launched, causal):
+    """At once, as they would be lowered."""
+    q, k, v = (jnp.asarray(x) for x in arrays(45, 45, 2, 2, 16, dtype=np.float32))
+    maps = feature_maps.NAMED["elu"].key
+    form = ("BTNH", maps, maps, causal, 1e-3, False, False)
+
+    def plain(q, k, v):
+        fq, fk = (jax.nn.elu(x) + 1 for x in (q, k))
+        scores = jnp.einsum("btnf,bsnf->bnts", fq, fk)
+        scores = jnp.tril(scores) if causal else scores
+        return jnp.einsum("bnts,bsnh->btnh", scores / (scores.sum(-1, keepdims=True) + 1e-3), v)
+
+    operands = {"q": q, "k": k, "v": v}
+    found = jax_linear._forward(form, operands, keeps=True)
+    out, back = jax.vjp(plain, q, k, v)
+    near(found["o"], out, np.float32)
+    kept = {n: x for n, x in found.items() if n in jax_linear._settings(form).kept}
+    made = jax_linear._gradients(form, operands, kept, [q], ("q", "k", "v"))
+    for name, true in zip(("q", "k", "v"), back(q), strict=True):
+        near(made[name], true, np.float32)
+    assert len(launched.launched) >= 3
 
 
 def test_the_lowered_program_holds_our_calls(library):

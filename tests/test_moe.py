@@ -1,6 +1,8 @@
 """gossamer.experts, moe and route on the CPU: against float64, for layouts and routings of every kind."""
 
+import copy
 import importlib.util
+import pickle
 import sys
 from pathlib import Path
 
@@ -322,6 +324,7 @@ def test_lists_that_are_changed_in_place_count(router):
     chosen.weights.mul_(-2)
     assert chosen.is_list
     torch.testing.assert_close(gossamer.experts(x, chosen, None, **layer), -2 * before)
+    assert copy.deepcopy(chosen).is_list and pickle.loads(pickle.dumps(chosen)).is_list
     with torch.inference_mode():
         chosen = gossamer.route(torch.randn(20, 4), 2, router=router)
         chosen.weights.zero_()

@@ -68,6 +68,14 @@ BAD = {
         {"shared_gate_up_proj": torch.zeros(1, 2 * I, H), "shared_down_proj": torch.zeros(1, H, I)},
         r"two matrices, \(2 S, H\) and \(H, S\); got \(1, 12, 8\)",
     ),
+    "a shared expert without a gate": (
+        {"shared_gate_up_proj": torch.zeros(I, H), "shared_down_proj": torch.zeros(H, I)},
+        r"expected \(2 S, H\) and \(H, S\), or both transposed, with H = 8; got \(6, 8\) and \(8, 6\)",
+    ),
+    "a shared expert of another dtype": (
+        {"shared_gate_up_proj": torch.zeros(2 * I, H).half(), "shared_down_proj": torch.zeros(H, I).half()},
+        "experts.shared_gate_up_proj: expected x's dtype torch.float32; got torch.float16",
+    ),
     "shared weights": (
         {
             "shared_gate_up_proj": torch.zeros(2 * I, H),

@@ -102,9 +102,9 @@ def test_where_it_pays():
 
 @pytest.fixture
 def cuda(fake, monkeypatch):
-    moe, plan = pytest.importorskip("gossamer.frontend.moe"), pytest.importorskip("gossamer.frontend.plan")
+    kernels, plan = (pytest.importorskip(f"gossamer.frontend.{name}") for name in ("layer_kernels", "plan"))
     pytest.importorskip("triton")
-    for module in (moe, plan):
+    for module in (kernels, plan):
         monkeypatch.setattr(module, "target_of", lambda device: "cuda:sm_90")
     return fake
 

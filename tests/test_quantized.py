@@ -269,6 +269,10 @@ BAD = {
         r"blocks \(E, N, G, 16\)",
     ),
     "width": (lambda: gossamer.quantize(torch.ones(E, N, K), "int8").read(4), "nested=\\(2, 4, 8\\)"),
+    "widths": (
+        lambda: gossamer.quantize(torch.ones(E, N, K), "int8", nested=(4, 8)).read(torch.tensor([4, 3])),
+        r"widths of 4, 8 for all experts; got \[4, 3\]",
+    ),
     "no experts": (lambda: gossamer.quantize_experts(torch.nn.Linear(2, 2)), "gate_up_proj and down_proj"),
     "transposed": (
         lambda: gossamer.experts(

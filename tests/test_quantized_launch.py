@@ -5,14 +5,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 import gossamer  # noqa: E402
-from gossamer.frontend import moe, plan  # noqa: E402
+from gossamer.frontend import layer_kernels, plan  # noqa: E402
 
 E, K, H, I = 8, 2, 64, 32  # noqa: E741
 
 
 @pytest.fixture
 def cuda(fake, monkeypatch):
-    for module in (moe, plan):
+    for module in (layer_kernels, plan):
         monkeypatch.setattr(module, "target_of", lambda device: "cuda:sm_90")
     return fake
 
