@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 
 from .term import Term, children, is_constant
@@ -17,10 +18,18 @@ def grad_enabled() -> bool:
     return torch is None or torch.is_grad_enabled()
 
 
-def recording() -> AbstractContextManager[object]:
-    """Gradients on, whatever the caller of a traced function set: what is seen off is off in the function."""
+@contextmanager
+def recording() -> Iterator[None]:
+    """Gradients on, whatever the caller of a traced function set: what is seen off is off in the function.
+
+    Modes that watch torch's functions are set aside: torch.export would write these switches into its program."""
     torch = sys.modules.get("torch")
-    return nullcontext() if torch is None else torch.enable_grad()
+    with ExitStack() as stack:
+        if torch is not None:
+            for _ in range(torch._C._len_torch_function_stack()):
+                stack.enter_context(torch.overrides._pop_mode_temporarily())
+            stack.enter_context(torch.enable_grad())
+        yield
 
 
 def stopped(term: Term) -> Term:

@@ -60,6 +60,23 @@ def fresh() -> None:
     torch._dynamo.reset()
 
 
+def test_programs_hold_nothing_of_tracing(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def forward(self, q: Tensor) -> Any:
+            def scaled(
+                score: Any, b: Any, h: Any, i: Any, j: Any
+            ) -> Any:  # a new function, so it is traced here
+                with torch.no_grad():
+                    return score * torch.tanh(score)
+
+            return gossamer.attention(q, q, q, score_mod=scaled)
+
+    with torch.no_grad():
+        program = torch.export.export(Scaled(), tensors(2, 20)[:1])
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert called == ["gossamer.attention.default", "<built-in function getitem>"]
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs_take_other_shapes(mask: Any, strict: bool, tmp_path: Path) -> None:
