@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 import os
 import traceback
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch._dynamo import symbolic_convert
+from torch._dynamo import symbolic_convert, trace_rules
 from torch._dynamo.variables import ConstantVariable, TensorVariable, higher_order_ops
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
@@ -69,6 +70,19 @@ def tracing() -> Any:
         return None
     backend = tracer.output.compiler_fn
     return getattr(backend, "compiler_fn", backend)
+
+
+@contextmanager
+def ending_graphs(function: Any) -> Iterator[None]:
+    """While programs are captured, a function of torch ends a graph, as with `disallow_in_graph` for good."""
+    added = not trace_rules.is_callable_disallowed(function)
+    if added:
+        trace_rules._disallowed_callable_ids.add(id(function))
+    try:
+        yield
+    finally:
+        if added:
+            trace_rules._disallowed_callable_ids.remove(id(function))
 
 
 def pass_on_settings() -> None:

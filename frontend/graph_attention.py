@@ -11,6 +11,7 @@ from .graph_flex import flex, is_flex
 from .graph_fused import fused
 from .graph_match import Attention
 from .graph_ops import arguments, operation
+from .graph_softmax import softmax_of
 from .graph_tensor import LeftAlone, Opaque, Reader
 from .graph_terms import reads_in
 from .graph_written import weights_of, written
@@ -41,8 +42,8 @@ def find_attention(reader: Reader, graph: fx.Graph) -> Iterator[tuple[fx.Node, A
                 continue
             yield weights[1], _attempt(lambda p=product, w=weights: written(reader, p, *w))
     for node in graph.nodes:
-        did = operation(node)
-        if did is not None and did.name == "softmax" and node not in seen and _of_products(reader, node):
+        found = softmax_of(node)
+        if found is not None and node not in seen and _of_products(reader, node, found[0]):
             yield node, _why_alone(reader, node)
 
 
@@ -59,9 +60,9 @@ def _attempt(match: Callable[[], Attention]) -> Attention | str:
         return str(reason)
 
 
-def _of_products(reader: Reader, softmax: fx.Node) -> bool:
+def _of_products(reader: Reader, softmax: fx.Node, given: fx.Node) -> bool:
     try:
-        term = reader.operand(arguments(softmax, "input")[0], softmax).term
+        term = reader.operand(given, softmax).term
     except LeftAlone:
         return False
     return any(contraction(reader.leaves[r[1]]) is not None for r in reads_in(term))

@@ -12,6 +12,7 @@ from ..ir.errors import GossamerError
 from .adapters import adapted_parts
 from .graph_attention import find_attention
 from .graph_create import CREATIONS
+from .graph_distinct import add_rows
 from .graph_einsum import spell_out
 from .graph_expert_site import replace_experts
 from .graph_experts import find_experts
@@ -39,12 +40,14 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ZERO = constant(0.0)
 _WRAPS = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")
 _PRODUCTS = ("softmax", "matmul", "bmm", "mm", "einsum", "baddbmm", "scaled_dot_product_attention")
+_SOFTMAX = ("sum", "amax", "max", "values", "logsumexp", "log_softmax")
 
 
 def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled | Left]]:
     """The graph with everything that can be proven equal replaced, and what was found."""
     parts: list[Compiled | Left] = [*adapted_parts(module.graph), *_written_out(module.graph)]
     spell_out(module.graph)
+    add_rows(module.graph)
     reader = Reader(module.graph)
     for kind, (find, replace) in KINDS.items():
         for node, match in list(find(reader, module.graph)):
@@ -205,7 +208,7 @@ def sweep(graph: fx.Graph, memory: Memory) -> None:
             del memory.group[node]
 
 
-_PURE = frozenset((*CREATIONS, *VIEWS, *FUNCTIONS, *METHODS, *_PRODUCTS))
+_PURE = frozenset((*CREATIONS, *VIEWS, *FUNCTIONS, *METHODS, *_PRODUCTS, *_SOFTMAX))
 
 # Kind -> (what finds it: nodes that stand for it, with a match or why it is left alone; what replaces it).
 KINDS: dict[str, tuple[Find, Replace]] = {

@@ -24,7 +24,8 @@ class Memory:
         for node in graph.nodes:
             did = operation(node)
             first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-            if did is not None and first is not None and (did.writes or did.name in VIEWS):
+            shares = did is not None and (did.writes or did.name in VIEWS)
+            if did is not None and first is not None and shares and not _is_one_of_several(did.name, first):
                 self.group[node] = self.group[first]
                 if did.writes:
                     self.writes[self.group[first]].append(node)
@@ -71,3 +72,14 @@ class Memory:
         chain = {group, *self.writes[group]}
         whole = node in chain and all(w.args[0] in chain and operation(w).name != "setitem" for w in between)  # type: ignore[union-attr]
         return (last, True) if whole and group.op != "placeholder" else (node, False)
+
+
+def _is_one_of_several(name: str, source: fx.Node) -> bool:
+    """Whether a node takes one of the results of an operation, each of which has memory of its own."""
+    did = operation(source)
+    return (
+        name == "getitem" and did is not None and did.name in _SEVERAL and isinstance(value_of(source), tuple)
+    )
+
+
+_SEVERAL = frozenset(("topk", "sort", "max", "min", "kthvalue", "median", "cummax", "cummin", "aminmax"))

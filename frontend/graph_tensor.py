@@ -19,6 +19,7 @@ from torch import fx
 from ..ir.errors import GossamerError
 from .graph_memory import Memory
 from .graph_ops import Operation, operation, value_of
+from .graph_softmax import softmax_of
 from .graph_terms import bounds, kind_of, size_of, tidy
 from .term import Term, children, constant, rename
 from .trace_capture import Trace
@@ -176,6 +177,8 @@ class Reader:
 
     def _read(self, node: fx.Node) -> Tensor:
         did = operation(node)
+        if softmax_of(node) is not None:
+            return self.leaf(node)
         if did is not None and isinstance(value_of(node), torch.Tensor):
             try:
                 found = self._operate(node, did)

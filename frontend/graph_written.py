@@ -17,14 +17,10 @@ from .graph_contract import Contraction, Labels, contraction
 from .graph_match import Attention, check_whole, checked, is_role, shared
 from .graph_operand import Axes, Operand
 from .graph_ops import Operation, arguments, operation, value_of
+from .graph_softmax import softmax_of
 from .graph_tensor import AT, LeftAlone, Reader, axis, is_one
 from .graph_terms import names_in, reads_in, replaced, tidy
 from .term import Term, rename
-
-
-def softmax_dim(node: fx.Node) -> int | None:
-    dim = arguments(node, "input", "dim")[1]
-    return dim % value_of(node).dim() if isinstance(dim, int) else None
 
 
 def weights_of(reader: Reader, product: Contraction) -> tuple[int, fx.Node] | None:
@@ -34,11 +30,8 @@ def weights_of(reader: Reader, product: Contraction) -> tuple[int, fx.Node] | No
         summed = axis(labels.index(product.summed))
         for read in reads_in(reader.operand(node, product.node).term):
             softmax = reader.leaves[read[1]]
-            did = operation(softmax)
-            if did is None or did.name != "softmax" or AT in read[1]:
-                continue
-            dim = softmax_dim(softmax)
-            if dim is not None and len(read) > dim + 2 and summed in names_in(read[2 + dim]):
+            found = None if AT in read[1] else softmax_of(softmax)
+            if found is not None and len(read) > found[1] + 2 and summed in names_in(read[2 + found[1]]):
                 return which, softmax
     return None
 
@@ -94,9 +87,10 @@ class _Scores:
 
 
 def _scores(reader: Reader, softmax: fx.Node) -> _Scores:
-    dim = softmax_dim(softmax)
-    assert dim is not None
-    given, behind = _exponents(reader, softmax, dim)
+    found = softmax_of(softmax)
+    assert found is not None
+    dim = found[1]
+    given, behind = _exponents(*found)
     tensor = reader.operand(given, softmax)
     dot, read = _dot(reader, tensor.term, dim)
     queries, q_label, keys = _sides(dot, read, dim)
@@ -145,9 +139,8 @@ def _weighed(
     return _operand(values, value_labels, of), prob, tuple(of[label] for label in product.out)
 
 
-def _exponents(reader: Reader, softmax: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | None]:
+def _exponents(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | None]:
     """What a softmax is taken of, less a shift by row, which changes nothing: scores, sinks behind them."""
-    node = arguments(softmax, "input")[0]
     while (did := operation(node)) is not None and did == Operation("sub"):
         kept, shift = node.args
         if not isinstance(kept, fx.Node) or not isinstance(shift, fx.Node):

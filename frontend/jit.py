@@ -19,7 +19,13 @@ try:
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.jit") from None
 
-from . import adapt_bigbird, adapt_experts, adapt_longformer, dynamo  # noqa: F401  they register themselves
+from . import (  # noqa: F401  adapters register themselves
+    adapt_bigbird,
+    adapt_encoder,
+    adapt_experts,
+    adapt_longformer,
+    dynamo,
+)
 from .graph_compile import compile_graph
 from .graph_report import Findings
 from .graph_rest import compile_rest
@@ -93,14 +99,16 @@ def backend_of(findings: Findings, rest: str | None = None) -> Callable[..., Any
 
 class _Settings:
     """How torch captures programs for us: operations whose sizes depend on data, such as `torch.where` of one
-    argument in loops over experts, end no graph."""
+    argument in loops over experts, end no graph. But counts do, which programs read as lists of numbers."""
 
     change = staticmethod(torch._dynamo.config._make_closure_patcher(capture_dynamic_output_shape_ops=True))
 
     def __enter__(self) -> None:
-        self.back = self.change()
+        self.back, self.ending = self.change(), dynamo.ending_graphs(torch.bincount)
+        self.ending.__enter__()
 
     def __exit__(self, *_: Any) -> None:
+        self.ending.__exit__(None, None, None)
         self.back()
 
 

@@ -93,6 +93,20 @@ def einsum_of_numbers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling
+def softmax_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i = torch.arange(q.shape[2])
+    s = (q @ k.mT * 0.3).masked_fill(i[:, None] < i, float("-inf"))
+    e = torch.exp(s - torch.max(s, dim=-1, keepdim=True)[0].detach())
+    return (e / e.sum(dim=-1, keepdim=True)) @ v
+
+
+@spelling
+def softmax_by_logarithms(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT * 0.3
+    return (s - s.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+@spelling
 def masked_in_bytes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     i = torch.arange(q.shape[2], dtype=torch.uint8)
     s = (q @ k.mT).masked_fill(i[:, None] - i > 5, float("-inf"))  # differences below 0 wrap around

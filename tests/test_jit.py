@@ -284,6 +284,39 @@ def test_left_alone(program):
     assert str(report).startswith("left attention at ") and "test_jit.py:" in str(report)
 
 
+def no_shift(q, k, v):
+    e = (q @ k.mT).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def other_sum(q, k, v):
+    s = q @ k.mT
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return (e / (e.sum(-1, keepdim=True) + 1)) @ v
+
+
+def other_dimension(q, k, v):
+    s = q @ k.mT
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return (e / e.sum(-2, keepdim=True)) @ v
+
+
+def overwritten_exponentials(q, k, v):
+    s = q @ k.mT
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    total = e.sum(-1, keepdim=True)
+    e[..., :3].zero_()
+    return (e / total) @ v
+
+
+@pytest.mark.parametrize("program", [no_shift, other_sum, other_dimension, overwritten_exponentials])
+def test_what_is_no_softmax_by_hand(program):
+    f = gossamer.jit(program)
+    given = inputs(torch.float64)
+    torch.testing.assert_close(f(*given), program(*given), rtol=0, atol=0)
+    assert not f.report().compiled
+
+
 def test_a_mask_of_the_sign_of_scores_is_a_score_map():
     def program(q, k, v):
         s = q @ k.mT
@@ -380,6 +413,23 @@ def test_modules_of_torch():
         f = gossamer.jit(program)
         torch.testing.assert_close(f(x), program(x))
         assert len(f.report().compiled) == 1 and not f.report().left, f.report()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_encoders_of_torch_with_masks(window):
+    encoder = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True, dtype=torch.float64),
+        2,
+        enable_nested_tensor=False,
+    ).eval()
+    x = torch.randn(2, 20, 32, dtype=torch.float64)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(20, dtype=torch.float64)
+    if window is not None:
+        mask = mask.masked_fill(torch.ones(20, 20).tril(-window).bool(), -INF)
+    f = gossamer.jit(encoder)
+    with torch.enable_grad():  # without gradients torch computes a layer in one operation
+        torch.testing.assert_close(f(x, mask=mask), encoder(x, mask=mask))
+    assert [len(f.report().compiled), len(f.report().left)] == [2, 0], f.report()
 
 
 def test_modules_of_torch_are_left_alone_where_something_would_be_lost():

@@ -81,6 +81,16 @@ def loop_with_nonzero(block, x, ids, weights):
     return out
 
 
+def loop_that_adds_to_rows(block, x, ids, weights):
+    weights, ids = F.softmax(block.router(x), -1).topk(TOP)
+    weights /= weights.sum(-1, keepdim=True)
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(block.experts):
+        tokens, places = torch.where(ids == e)
+        out[tokens] += weights[tokens, places, None] * expert(x[tokens])
+    return out
+
+
 def interleaved_halves(block, x, ids, weights):
     out = torch.zeros_like(x)
     for e in range(EXPERTS):
@@ -115,6 +125,7 @@ SPELLINGS = [
     loop_of_modules,
     loop_of_stacks,
     loop_with_nonzero,
+    loop_that_adds_to_rows,
     interleaved_halves,
     all_tokens_one_hot,
     all_tokens_scattered,
@@ -316,3 +327,35 @@ def test_torch_compile_captures_loops_too():
         torch.testing.assert_close(found, block(x))
     assert [type(part).__name__ for part in seen] == ["Compiled"]
     assert not torch._dynamo.config.capture_dynamic_output_shape_ops
+
+
+def test_rows_that_are_added_to_twice_keep_the_last():
+    def twice(block, x, ids, weights):
+        out, ids = torch.zeros_like(x), ids // 2
+        for e, expert in enumerate(block.experts):
+            tokens, places = torch.where(ids == e)
+            out[tokens] += weights[tokens, places, None] * expert(x[tokens])
+        return out
+
+    block, x = Block(twice).double(), torch.randn(T, H, dtype=torch.float64)
+    with torch.no_grad():
+        f = gossamer.jit(block)
+        torch.testing.assert_close(f(x), block(x), rtol=1e-12, atol=1e-12)
+    assert not f.report().compiled
+
+
+def test_loops_over_the_experts_that_have_tokens():
+    def counted(block, x, ids, weights):
+        out = torch.zeros_like(x)
+        counts = torch.bincount(ids.flatten(), minlength=EXPERTS).tolist()
+        for e, expert in enumerate(block.experts):
+            if counts[e]:
+                tokens, places = torch.where(ids == e)
+                out[tokens] += weights[tokens, places, None] * expert(x[tokens])
+        return out
+
+    block, x = Block(counted).double(), torch.randn(T, H, dtype=torch.float64)
+    f = gossamer.jit(block)
+    with torch.no_grad():
+        torch.testing.assert_close(f(x), block(x), rtol=1e-12, atol=1e-12)
+    assert any(part.kind == "graph" and "test_jit_experts.py" in part.where for part in f.report().left)
