@@ -22,7 +22,7 @@ def grad_enabled() -> bool:
 def recording() -> Iterator[None]:
     """Gradients on, whatever the caller of a traced function set: what is seen off is off in the function.
 
-    Modes that watch torch's functions are set aside: torch.export would write these switches into its program."""
+    Modes that watch functions of torch are set aside: torch.export would record these switches."""
     torch = sys.modules.get("torch")
     with ExitStack() as stack:
         if torch is not None:
