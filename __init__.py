@@ -13,35 +13,35 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers
     from .frontend.attention import attention as attention
-    from .frontend.grouped import grouped_mm as grouped_mm
-    from .frontend.grouped import ragged_dot as ragged_dot
+    from .frontend.capture.jit import jit as jit
     from .frontend.huggingface import register_transformers as register_transformers
-    from .frontend.jit import jit as jit
     from .frontend.kernel import AttentionSpec as AttentionSpec
     from .frontend.kernel import compile as compile
     from .frontend.kernel import load as load
-    from .frontend.linear import linear_attention as linear_attention
-    from .frontend.linear_layers import combiner_attention as combiner_attention
-    from .frontend.linear_layers import mossformer_attention as mossformer_attention
-    from .frontend.linear_layers import relative_linear_attention as relative_linear_attention
-    from .frontend.low_rank import flurka as flurka
-    from .frontend.low_rank import flurka_orders as flurka_orders
+    from .frontend.linear.attention import linear_attention as linear_attention
+    from .frontend.linear.layers import combiner_attention as combiner_attention
+    from .frontend.linear.layers import mossformer_attention as mossformer_attention
+    from .frontend.linear.layers import relative_linear_attention as relative_linear_attention
+    from .frontend.linear.low_rank import flurka as flurka
+    from .frontend.linear.low_rank import flurka_orders as flurka_orders
     from .frontend.mask import Mask as Mask
-    from .frontend.moe import experts as experts
-    from .frontend.moe import moe as moe
-    from .frontend.quantize import quantize as quantize
-    from .frontend.quantize import quantize_experts as quantize_experts
-    from .frontend.quantized import QuantizedWeight as QuantizedWeight
-    from .frontend.router_losses import entropy_loss as entropy_loss
-    from .frontend.router_losses import importance_loss as importance_loss
-    from .frontend.router_losses import load_balance_loss as load_balance_loss
-    from .frontend.router_losses import z_loss as z_loss
-    from .frontend.routers import route as route
-    from .frontend.routing import Routing as Routing
+    from .frontend.moe.experts import experts as experts
+    from .frontend.moe.experts import moe as moe
+    from .frontend.moe.grouped import grouped_mm as grouped_mm
+    from .frontend.moe.grouped import ragged_dot as ragged_dot
+    from .frontend.moe.losses import entropy_loss as entropy_loss
+    from .frontend.moe.losses import importance_loss as importance_loss
+    from .frontend.moe.losses import load_balance_loss as load_balance_loss
+    from .frontend.moe.losses import z_loss as z_loss
+    from .frontend.moe.quantize import quantize as quantize
+    from .frontend.moe.quantize import quantize_experts as quantize_experts
+    from .frontend.moe.quantized import QuantizedWeight as QuantizedWeight
+    from .frontend.moe.routers import route as route
+    from .frontend.moe.routing import Routing as Routing
+    from .frontend.moe.slices import slice_experts as slice_experts
     from .frontend.schedules import tune as tune
     from .frontend.score import ProbMod as ProbMod
     from .frontend.score import ScoreMod as ScoreMod
-    from .frontend.slice_experts import slice_experts as slice_experts
     from .frontend.splat import ACSRTensor as ACSRTensor
     from .frontend.splat import sddmm as sddmm
     from .frontend.splat import sparse_softmax as sparse_softmax
@@ -56,46 +56,46 @@ _NAMES: dict[str, str] = {
     "ACSRTensor": "frontend.splat",
     "Mask": "frontend.mask",
     "ProbMod": "frontend.score",
-    "QuantizedWeight": "frontend.quantized",
-    "Routing": "frontend.routing",
+    "QuantizedWeight": "frontend.moe.quantized",
+    "Routing": "frontend.moe.routing",
     "Schedule": "ir.plan",
     "ScoreMod": "frontend.score",
     "attention": "frontend.attention",
-    "combiner_attention": "frontend.linear_layers",
+    "combiner_attention": "frontend.linear.layers",
     "compile": "frontend.kernel",
-    "entropy_loss": "frontend.router_losses",
-    "experts": "frontend.moe",
-    "flurka": "frontend.low_rank",
-    "flurka_orders": "frontend.low_rank",
-    "grouped_mm": "frontend.grouped",
-    "importance_loss": "frontend.router_losses",
-    "jit": "frontend.jit",
-    "linear_attention": "frontend.linear",
+    "entropy_loss": "frontend.moe.losses",
+    "experts": "frontend.moe.experts",
+    "flurka": "frontend.linear.low_rank",
+    "flurka_orders": "frontend.linear.low_rank",
+    "grouped_mm": "frontend.moe.grouped",
+    "importance_loss": "frontend.moe.losses",
+    "jit": "frontend.capture.jit",
+    "linear_attention": "frontend.linear.attention",
     "load": "frontend.kernel",
-    "load_balance_loss": "frontend.router_losses",
-    "moe": "frontend.moe",
-    "mossformer_attention": "frontend.linear_layers",
-    "quantize": "frontend.quantize",
-    "quantize_experts": "frontend.quantize",
-    "ragged_dot": "frontend.grouped",
+    "load_balance_loss": "frontend.moe.losses",
+    "moe": "frontend.moe.experts",
+    "mossformer_attention": "frontend.linear.layers",
+    "quantize": "frontend.moe.quantize",
+    "quantize_experts": "frontend.moe.quantize",
+    "ragged_dot": "frontend.moe.grouped",
     "register_transformers": "frontend.huggingface",
-    "relative_linear_attention": "frontend.linear_layers",
-    "route": "frontend.routers",
+    "relative_linear_attention": "frontend.linear.layers",
+    "route": "frontend.moe.routers",
     "sddmm": "frontend.splat",
-    "slice_experts": "frontend.slice_experts",
+    "slice_experts": "frontend.moe.slices",
     "sparse_softmax": "frontend.splat",
     "spmm": "frontend.splat",
     "tune": "frontend.schedules",
-    "z_loss": "frontend.router_losses",
+    "z_loss": "frontend.moe.losses",
 }
 
 # Public module -> the module it is another name of, as ``os.path`` is of ``posixpath``.
 _MODULES = {
-    "feature_maps": "frontend.feature_maps",
+    "feature_maps": "frontend.linear.feature_maps",
     "flex": "frontend.flex",
-    "jax": "frontend.jax_face",
+    "jax": "frontend.jax.face",
     "masks": "frontend.masks",
-    "operators": "frontend.all_operators",
+    "operators": "frontend.operators.all",
     "testing": "frontend.testing",
 }
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from .frontend.cli import main
+from .frontend.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

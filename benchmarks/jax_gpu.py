@@ -35,7 +35,7 @@ import numpy as np
 
 import gossamer.jax
 from gossamer import masks
-from gossamer.frontend import jax_gpu
+from gossamer.frontend.jax import gpu as jax_gpu
 
 NAMES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 Dense = Callable[[Any, Any], Any]  # query and key indices -> who attends

@@ -20,15 +20,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from gossamer.frontend import feature_maps
+from gossamer.frontend.linear import feature_maps
 from gossamer.frontend.measure_gpu import milliseconds
 from gossamer.frontend.prepare import allocate
 from gossamer.frontend.term_expr import to_expr
 from gossamer.ir.graph import Graph
 from gossamer.ir.linear import Chunks, FeatureMap
-from gossamer.passes.linear_build import build_linear, build_linear_gradients
-from gossamer.passes.linear_pipeline import lower_linear, run_linear
-from gossamer.passes.linear_spec import LinearSpec
+from gossamer.passes.linear.build import build_linear, build_linear_gradients
+from gossamer.passes.linear.pipeline import lower_linear, run_linear
+from gossamer.passes.linear.spec import LinearSpec
 from gossamer.runtime.driver import driver
 from gossamer.runtime.gpu import target_of
 

@@ -219,8 +219,8 @@ def schedules(model: Model, kind: str, tokens: int, formats: tuple[Any, Any]) ->
     from moe_sweep import Candidate, candidates, specs
 
     from gossamer.frontend.device import target_of
-    from gossamer.frontend.layer import is_handful, load_of
-    from gossamer.passes.moe_once import decodes_once
+    from gossamer.frontend.moe.layer import is_handful, load_of
+    from gossamer.passes.moe.once import decodes_once
 
     entries = tokens * model.top_k
     alone = is_handful(tokens, entries, model.experts)

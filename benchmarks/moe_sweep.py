@@ -22,8 +22,8 @@ import torch
 
 from gossamer.ir.expr import real, sigmoid
 from gossamer.ir.ragged import Tiling
-from gossamer.passes.moe_pipeline import compile_experts, compile_gradients
-from gossamer.passes.moe_spec import ExpertsSpec
+from gossamer.passes.moe.pipeline import compile_experts, compile_gradients
+from gossamer.passes.moe.spec import ExpertsSpec
 from gossamer.runtime.driver import driver
 
 SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")

@@ -20,8 +20,8 @@ from ..runtime.driver import driver
 from .captured import is_array
 from .form import Call, Options
 from .mask import Mask
-from .operator_rules import autocast, is_traced, wants_gradient
-from .operators import call_operator
+from .operators.calls import call_operator
+from .operators.rules import autocast, is_traced, wants_gradient
 from .placement import NOWHERE, Placement, check_placement, tensors_of
 from .plan import recall, serves
 from .prepare import number_of, prepare
@@ -29,7 +29,7 @@ from .problem import Problem
 from .reads import check_reads
 from .score import ScoreMod
 from .softmax import check_sinks, prob_of
-from .trace_value import is_symbolic
+from .trace.value import is_symbolic
 
 EVERY_PAIR = Mask.of(None)
 PLAIN_OPTIONS = Options()
@@ -174,7 +174,7 @@ def run(
     modified: prob_mod, dropout_p and dropout_seed. where: q_offset, cu_seqlens_q, cu_seqlens_kv, block_table
     and kv_lens."""
     if torch.compiler.is_dynamo_compiling():
-        from .compiled import traced
+        from .operators.compiled import traced
 
         return traced(query, key, value, mask, score_mod, scale, options, sinks, modified, where)
     held, offset = tensors_of(where)

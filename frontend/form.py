@@ -20,7 +20,7 @@ from .mask import Mask, Signature
 from .score import ProbMod, ScoreMod
 from .softmax import Softmax
 from .term import Term
-from .trace_value import plain_number
+from .trace.value import plain_number
 
 VERSION = 1  # of the text of forms, which exported programs hold
 

@@ -13,12 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..ir.errors import GossamerError, MissingDependencyError, UnsupportedError
-from .activation import baked
-from .moe import experts
+from .moe.activation import baked
+from .moe.experts import experts
 from .term import Term
-from .trace import run_traced
-from .trace_error import trace_error
-from .trace_value import Value
+from .trace.error import trace_error
+from .trace.function import run_traced
+from .trace.value import Value
 
 
 def register_experts(name: str) -> None:

@@ -19,7 +19,7 @@ from .pure import is_compiled
 from .term import TRUE, Term, negate, rename, show
 from .term_expr import from_expr, to_expr
 from .term_mask import bake_large, joined, segments
-from .trace import dtype_name, trace_mask
+from .trace.function import dtype_name, trace_mask
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,7 +18,7 @@ from .captured import Derived, as_numpy, derivation, is_array
 from .mask import Mask
 from .pure import pure
 from .term import Term
-from .trace import dtype_name, kv_length, maximum, minimum
+from .trace.function import dtype_name, kv_length, maximum, minimum
 
 __all__ = [
     "axial",

@@ -14,7 +14,7 @@ from typing import Any
 from ..ir.errors import InputError, UnsupportedError
 from ..runtime.strided import Device
 from .problem import Problem, as_integer
-from .trace_value import is_symbolic
+from .trace.value import is_symbolic
 
 MAX_POSITION = 2**28  # as `passes.uniform` has it
 FEW_QUERIES, MANY_KEYS = 16, 1024  # calls of at most so many queries against at least so many keys are split

@@ -10,8 +10,8 @@ from .captured import readable
 from .term import show
 from .term_expr import to_expr
 from .term_mask import bake_large
-from .trace import LETTERS, Traced, trace_prob, trace_score
-from .trace_value import kind_of
+from .trace.function import LETTERS, Traced, trace_prob, trace_score
+from .trace.value import kind_of
 
 if TYPE_CHECKING:
     from ..ir.score import ScoreMap

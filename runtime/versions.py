@@ -18,8 +18,8 @@ def fingerprint() -> str:
     """Hash of gossamer's own source: an edited compiler does not take its older self's kernels."""
     root, digest = Path(__file__).parents[1], sha256()
     for folder in _COMPILING:
-        for path in sorted((root / folder).glob("*.py")):
-            digest.update(f"{folder}/{path.name}\0".encode() + path.read_bytes())
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

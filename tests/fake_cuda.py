@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from gossamer.frontend import executables, gradients, linear_form, prepare
+from gossamer.frontend import executables, gradients, prepare
+from gossamer.frontend.linear import form as linear_form
 from gossamer.runtime import cuda_driver, cuda_kernel, gpu
 
 # PTX does not tell signed from unsigned.

@@ -6,8 +6,8 @@ from sympy import sympify
 from gossamer.ir.evaluate import evaluate, round_to
 from gossamer.ir.expr import integer, real, sigmoid
 from gossamer.ir.quantized import Quantized, e4m3
-from gossamer.passes.moe_build import build_experts
-from gossamer.passes.moe_spec import ExpertsSpec
+from gossamer.passes.moe.build import build_experts
+from gossamer.passes.moe.spec import ExpertsSpec
 
 SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")
 E, I, T, TOP = 3, 16, 9, 2  # noqa: E741

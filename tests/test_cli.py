@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 import gossamer
 from gossamer import masks
-from gossamer.frontend import cli_plot, doctor
-from gossamer.frontend.cli import app
-from gossamer.frontend.cli_explain import order_text
+from gossamer.frontend import doctor
+from gossamer.frontend.cli import plot as cli_plot
+from gossamer.frontend.cli.explain import order_text
+from gossamer.frontend.cli.main import app
 from gossamer.frontend.pattern_text import parse_mask, pattern_names
 from gossamer.ir.errors import InputError, ParseError
 from gossamer.ir.order import Order, OrderDim
@@ -91,7 +92,7 @@ def test_version():
 def test_help_loads_nothing_heavy(tmp_path):
     code = """
 import sys
-from gossamer.frontend.cli import app
+from gossamer.frontend.cli.main import app
 print(*{"torch", "tvm", "triton", "jax", "sympy", "islpy", "numpy", "matplotlib"} & set(sys.modules))
 """
     done = subprocess.run(

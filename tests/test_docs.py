@@ -77,7 +77,7 @@ def test_commands(page: Path, command: str, monkeypatch: pytest.MonkeyPatch, tmp
     if words[:1] == ["gossamer"] and words[1] not in ("doctor", "bench"):  # these look at the machine
         from typer.testing import CliRunner
 
-        from gossamer.frontend.cli import app
+        from gossamer.frontend.cli.main import app
 
         monkeypatch.chdir(tmp_path)
         done = CliRunner().invoke(app, words[1:])

@@ -494,7 +494,7 @@ def test_flex_attention(name, score_mods):
 def test_bench_prints_the_table():
     from typer.testing import CliRunner
 
-    from gossamer.frontend.cli import app
+    from gossamer.frontend.cli.main import app
 
     options = ["--q-len", "512", "--heads", "2", "--no-flex", "--device", "cuda"]
     text = CliRunner().invoke(app, ["bench", "causal", *options], catch_exceptions=False).output

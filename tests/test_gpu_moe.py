@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import gossamer  # noqa: E402
-from gossamer.frontend.activation import clamped_swiglu  # noqa: E402
+from gossamer.frontend.moe.activation import clamped_swiglu  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

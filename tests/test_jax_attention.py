@@ -23,7 +23,7 @@ import gossamer  # noqa: E402
 import gossamer.jax  # noqa: E402
 from gossamer import masks  # noqa: E402
 from gossamer.frontend.checking import judged, see_results  # noqa: E402
-from gossamer.frontend.jax_call import Call  # noqa: E402
+from gossamer.frontend.jax.call import Call  # noqa: E402
 from gossamer.ir.errors import InputError, TraceError, UnsupportedError  # noqa: E402
 from gossamer.runtime.driver import compilations  # noqa: E402
 

@@ -15,13 +15,17 @@ import jax.numpy as jnp  # noqa: E402
 
 import gossamer.jax  # noqa: E402
 from gossamer import feature_maps, masks  # noqa: E402
-from gossamer.frontend import jax_cpu, jax_gpu, jax_kernels, jax_layer, jax_linear  # noqa: E402
-from gossamer.frontend.activation import activation_term  # noqa: E402
-from gossamer.frontend.jax_attention import call_of  # noqa: E402
-from gossamer.frontend.jax_call import GradientCall  # noqa: E402
-from gossamer.frontend.jax_gradient import _shapes  # noqa: E402
-from gossamer.frontend.jax_primitive import shapes_of  # noqa: E402
+from gossamer.frontend.jax import cpu as jax_cpu  # noqa: E402
+from gossamer.frontend.jax import gpu as jax_gpu  # noqa: E402
+from gossamer.frontend.jax import kernels as jax_kernels  # noqa: E402
+from gossamer.frontend.jax import layer as jax_layer  # noqa: E402
+from gossamer.frontend.jax import linear as jax_linear  # noqa: E402
+from gossamer.frontend.jax.attention import call_of  # noqa: E402
+from gossamer.frontend.jax.call import GradientCall  # noqa: E402
+from gossamer.frontend.jax.gradient import _shapes  # noqa: E402
+from gossamer.frontend.jax.primitive import shapes_of  # noqa: E402
 from gossamer.frontend.mask import Mask  # noqa: E402
+from gossamer.frontend.moe.activation import activation_term  # noqa: E402
 from gossamer.frontend.score import ScoreMod  # noqa: E402
 from gossamer.ir.errors import InputError, UnsupportedError  # noqa: E402
 from gossamer.runtime import xla_gpu  # noqa: E402

@@ -15,9 +15,9 @@ import jax.numpy as jnp  # noqa: E402
 
 import gossamer  # noqa: E402
 import gossamer.jax  # noqa: E402
-from gossamer.frontend.jax_call import Call  # noqa: E402
-from gossamer.frontend.jax_program import flatten  # noqa: E402
-from gossamer.frontend.jax_terms import Reader, reshaped  # noqa: E402
+from gossamer.frontend.jax.call import Call  # noqa: E402
+from gossamer.frontend.jax.program import flatten  # noqa: E402
+from gossamer.frontend.jax.terms import Reader, reshaped  # noqa: E402
 from gossamer.ir.errors import InputError  # noqa: E402
 from gossamer.runtime.driver import compilations  # noqa: E402
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import gossamer
-from gossamer.frontend import graph_site
+from gossamer.frontend.capture import site as graph_site
 from gossamer.runtime.driver import compilations
 
 _SPEC = importlib.util.spec_from_file_location(

@@ -8,7 +8,8 @@ import torch
 import torch._dynamo
 
 import gossamer
-from gossamer.frontend import adapt_experts, adapters
+from gossamer.frontend.capture import adapters
+from gossamer.frontend.capture import transformers_experts as adapt_experts
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

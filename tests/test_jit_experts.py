@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gossamer
-from gossamer.frontend.graph_compile import compile_graph
+from gossamer.frontend.capture.compile import compile_graph
 
 T, H, INNER, EXPERTS, TOP = 13, 16, 24, 4, 2
 
@@ -322,7 +322,7 @@ def test_torch_compile_captures_loops_too():
         return compiled, parts
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gossamer.frontend.jit.compile_graph", spied)
+        patch.setattr("gossamer.frontend.capture.jit.compile_graph", spied)
         found = torch.compile(block, backend="gossamer", fullgraph=True)(x)
         torch.testing.assert_close(found, block(x))
     assert [type(part).__name__ for part in seen] == ["Compiled"]

@@ -8,7 +8,7 @@ from torch.library import opcheck  # noqa: E402
 
 import gossamer  # noqa: E402
 from gossamer import feature_maps  # noqa: E402
-from gossamer.frontend import linear_operator  # noqa: E402
+from gossamer.frontend.linear import operator as linear_operator  # noqa: E402
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -141,7 +141,7 @@ def test_vmap():
 @pytest.mark.parametrize("length", [9, 0])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_operators_keep_torchs_rules(monkeypatch, normalize, length):
-    monkeypatch.setattr("gossamer.frontend.linear.watched", lambda tensors: True)
+    monkeypatch.setattr("gossamer.frontend.linear.attention.watched", lambda tensors: True)
     found = []
     operator = torch.ops.gossamer.linear_attention
 

@@ -14,10 +14,10 @@ from gossamer.ir.graph import Graph, Op, Value
 from gossamer.ir.kernel_text import parse_program
 from gossamer.ir.kernel_text import to_text as kernel_text
 from gossamer.ir.linear import FeatureMap
-from gossamer.passes.linear_build import build_linear, build_linear_gradients
-from gossamer.passes.linear_fuse import fuse_linear
-from gossamer.passes.linear_pipeline import compile_linear, lower_linear, run_linear
-from gossamer.passes.linear_spec import LinearSpec
+from gossamer.passes.linear.build import build_linear, build_linear_gradients
+from gossamer.passes.linear.fuse import fuse_linear
+from gossamer.passes.linear.pipeline import compile_linear, lower_linear, run_linear
+from gossamer.passes.linear.spec import LinearSpec
 
 X = real("x0")
 ELU = FeatureMap((where(X > 0, X + 1, sympy.exp(X)),))
@@ -207,7 +207,7 @@ def test_specs_reject():
 
 
 def test_what_has_no_rule_says_so(monkeypatch):
-    from gossamer.passes import linear_build
+    from gossamer.passes.linear import build as linear_build
 
     monkeypatch.delitem(linear_build.RULES, "normalise")
     with pytest.raises(UnsupportedError, match="normalise has no gradient rule"):

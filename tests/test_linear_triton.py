@@ -13,9 +13,9 @@ from gossamer.ir.evaluate import evaluate  # noqa: E402
 from gossamer.ir.expr import integer, real, where  # noqa: E402
 from gossamer.ir.graph_interpret import interpret  # noqa: E402
 from gossamer.ir.linear import FeatureMap  # noqa: E402
-from gossamer.passes.linear_build import build_linear, build_linear_gradients  # noqa: E402
-from gossamer.passes.linear_pipeline import compile_linear, compile_linear_gradients  # noqa: E402
-from gossamer.passes.linear_spec import LinearSpec  # noqa: E402
+from gossamer.passes.linear.build import build_linear, build_linear_gradients  # noqa: E402
+from gossamer.passes.linear.pipeline import compile_linear, compile_linear_gradients  # noqa: E402
+from gossamer.passes.linear.spec import LinearSpec  # noqa: E402
 from gossamer.runtime.gpu import compile_ahead  # noqa: E402
 from gossamer.runtime.triton_interpreter import run_interpreted  # noqa: E402
 

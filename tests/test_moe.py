@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("tvm_ffi_orcjit")
 import gossamer  # noqa: E402
-from gossamer.frontend.activation import clamped_swiglu  # noqa: E402
+from gossamer.frontend.moe.activation import clamped_swiglu  # noqa: E402
 from gossamer.runtime.driver import compilations  # noqa: E402
 
 _SPEC = importlib.util.spec_from_file_location(

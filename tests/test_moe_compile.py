@@ -7,7 +7,7 @@ pytest.importorskip("tvm_ffi_orcjit")
 from torch.library import opcheck  # noqa: E402
 
 import gossamer  # noqa: E402
-from gossamer.frontend import moe_operator  # noqa: E402
+from gossamer.frontend.moe import operator as moe_operator  # noqa: E402
 from gossamer.ir.errors import InputError  # noqa: E402
 
 E, K, H, I = 6, 2, 8, 5  # noqa: E741
@@ -177,9 +177,9 @@ def calls(monkeypatch, function):
         found.append((list(tensors), list(integers), list(numbers), form.text))
         return torch.ops.gossamer.moe(*found[-1])
 
-    for module in ("moe", "routers"):
-        monkeypatch.setattr(f"gossamer.frontend.{module}.call", spy)
-    monkeypatch.setattr("gossamer.frontend.moe.is_traced", lambda tensors: True)
+    for module in ("experts", "routers"):
+        monkeypatch.setattr(f"gossamer.frontend.moe.{module}.call", spy)
+    monkeypatch.setattr("gossamer.frontend.moe.experts.is_traced", lambda tensors: True)
     function()
     return found
 

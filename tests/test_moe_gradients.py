@@ -11,13 +11,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tvm_ffi_orcjit")
 import gossamer  # noqa: E402
 from gossamer import testing  # noqa: E402
-from gossamer.frontend.activation import clamped_swiglu  # noqa: E402
+from gossamer.frontend.moe.activation import clamped_swiglu  # noqa: E402
 from gossamer.ir import graph_interpret, kernel_interpret  # noqa: E402
 from gossamer.ir.errors import InputError  # noqa: E402
 from gossamer.ir.expr import real, sigmoid  # noqa: E402
-from gossamer.passes.moe_gradient import WANTED, build_gradients  # noqa: E402
-from gossamer.passes.moe_pipeline import compile_gradients  # noqa: E402
-from gossamer.passes.moe_spec import ExpertsSpec  # noqa: E402
+from gossamer.passes.moe.gradient import WANTED, build_gradients  # noqa: E402
+from gossamer.passes.moe.pipeline import compile_gradients  # noqa: E402
+from gossamer.passes.moe.spec import ExpertsSpec  # noqa: E402
 
 _SPEC = importlib.util.spec_from_file_location(
     "gossamer_tests_moe_cases", Path(__file__).with_name("moe_cases.py")

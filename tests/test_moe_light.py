@@ -7,7 +7,7 @@ pytest.importorskip("tvm_ffi_orcjit")
 import gossamer  # noqa: E402
 from gossamer.frontend import testing  # noqa: E402
 from gossamer.ir.errors import InputError, UnsupportedError  # noqa: E402
-from gossamer.passes.moe_light import LightSpec, compile_light, compile_light_gradient  # noqa: E402
+from gossamer.passes.moe.light import LightSpec, compile_light, compile_light_gradient  # noqa: E402
 
 E, H, I, K = 3, 10, 4, 3  # noqa: E741
 

@@ -14,10 +14,10 @@ from gossamer.frontend import testing  # noqa: E402
 from gossamer.ir import graph_interpret, kernel_interpret  # noqa: E402
 from gossamer.ir.errors import InputError  # noqa: E402
 from gossamer.ir.expr import real, sigmoid  # noqa: E402
-from gossamer.passes.moe_build import build_experts  # noqa: E402
-from gossamer.passes.moe_gradient import LORA, build_gradients  # noqa: E402
-from gossamer.passes.moe_pipeline import compile_experts  # noqa: E402
-from gossamer.passes.moe_spec import ExpertsSpec  # noqa: E402
+from gossamer.passes.moe.build import build_experts  # noqa: E402
+from gossamer.passes.moe.gradient import LORA, build_gradients  # noqa: E402
+from gossamer.passes.moe.pipeline import compile_experts  # noqa: E402
+from gossamer.passes.moe.spec import ExpertsSpec  # noqa: E402
 
 _SPEC = importlib.util.spec_from_file_location(
     "gossamer_tests_moe_cases", Path(__file__).with_name("moe_cases.py")

@@ -11,10 +11,10 @@ import pytest
 from gossamer import testing
 from gossamer.ir import graph_interpret, kernel_interpret
 from gossamer.ir.ragged import Tiling
-from gossamer.passes.moe_build import build_experts
-from gossamer.passes.moe_gradient import build_gradients
-from gossamer.passes.moe_once import decodes_once
-from gossamer.passes.moe_pipeline import compile_experts, lower_experts, run_experts
+from gossamer.passes.moe.build import build_experts
+from gossamer.passes.moe.gradient import build_gradients
+from gossamer.passes.moe.once import decodes_once
+from gossamer.passes.moe.pipeline import compile_experts, lower_experts, run_experts
 
 _SPEC = importlib.util.spec_from_file_location(
     "gossamer_tests_quantized_cases", Path(__file__).with_name("quantized_cases.py")

@@ -13,13 +13,13 @@ from gossamer.ir.graph import Op, Value
 from gossamer.ir.graph_text import op_text
 from gossamer.ir.kernel_text import parse_program
 from gossamer.ir.kernel_text import to_text as kernel_text
-from gossamer.passes.moe_build import build_experts
-from gossamer.passes.moe_direct import direct
-from gossamer.passes.moe_fuse import fuse_experts
-from gossamer.passes.moe_pipeline import compile_experts, lower_experts, run_experts
-from gossamer.passes.moe_router import compile_router
-from gossamer.passes.moe_router_spec import RouterSpec
-from gossamer.passes.moe_spec import ExpertsSpec
+from gossamer.passes.moe.build import build_experts
+from gossamer.passes.moe.direct import direct
+from gossamer.passes.moe.fuse import fuse_experts
+from gossamer.passes.moe.pipeline import compile_experts, lower_experts, run_experts
+from gossamer.passes.moe.router import compile_router
+from gossamer.passes.moe.router_spec import RouterSpec
+from gossamer.passes.moe.spec import ExpertsSpec
 
 SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")
 

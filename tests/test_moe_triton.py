@@ -15,14 +15,14 @@ from gossamer.ir.evaluate import evaluate  # noqa: E402
 from gossamer.ir.expr import integer, real, sigmoid  # noqa: E402
 from gossamer.ir.graph_interpret import interpret  # noqa: E402
 from gossamer.ir.ragged import Tiling  # noqa: E402
-from gossamer.passes.moe_build import build_experts, lora_values  # noqa: E402
-from gossamer.passes.moe_expert_choice import compile_expert_choice  # noqa: E402
-from gossamer.passes.moe_gradient import build_gradients  # noqa: E402
-from gossamer.passes.moe_pipeline import compile_experts, compile_gradients  # noqa: E402
-from gossamer.passes.moe_router import compile_router  # noqa: E402
-from gossamer.passes.moe_router_gradient import compile_router_gradient  # noqa: E402
-from gossamer.passes.moe_router_spec import RouterSpec  # noqa: E402
-from gossamer.passes.moe_spec import LOADS, ExpertsSpec  # noqa: E402
+from gossamer.passes.moe.build import build_experts, lora_values  # noqa: E402
+from gossamer.passes.moe.expert_choice import compile_expert_choice  # noqa: E402
+from gossamer.passes.moe.gradient import build_gradients  # noqa: E402
+from gossamer.passes.moe.pipeline import compile_experts, compile_gradients  # noqa: E402
+from gossamer.passes.moe.router import compile_router  # noqa: E402
+from gossamer.passes.moe.router_gradient import compile_router_gradient  # noqa: E402
+from gossamer.passes.moe.router_spec import RouterSpec  # noqa: E402
+from gossamer.passes.moe.spec import LOADS, ExpertsSpec  # noqa: E402
 from gossamer.runtime.gpu import compile_ahead  # noqa: E402
 from gossamer.runtime.gpu import load as load_text  # noqa: E402
 from gossamer.runtime.triton_interpreter import run_interpreted  # noqa: E402

@@ -5,7 +5,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 import gossamer  # noqa: E402
-from gossamer.frontend import layer_kernels, plan  # noqa: E402
+from gossamer.frontend import plan  # noqa: E402
+from gossamer.frontend.moe import layer_kernels  # noqa: E402
 
 E, K, H, I = 8, 2, 64, 32  # noqa: E741
 

@@ -22,11 +22,11 @@ from gossamer.ir.kernel_text import parse_program
 from gossamer.ir.kernel_text import to_text as kernel_text
 from gossamer.ir.quantized import Quantized, dequantize, e4m3
 from gossamer.ir.ragged import Tiling
-from gossamer.passes.moe_build import build_experts
-from gossamer.passes.moe_fuse import fuse_experts
-from gossamer.passes.moe_gradient import build_gradients
-from gossamer.passes.moe_pipeline import compile_experts, compile_gradients, lower_experts, run_experts
-from gossamer.passes.moe_spec import ExpertsSpec
+from gossamer.passes.moe.build import build_experts
+from gossamer.passes.moe.fuse import fuse_experts
+from gossamer.passes.moe.gradient import build_gradients
+from gossamer.passes.moe.pipeline import compile_experts, compile_gradients, lower_experts, run_experts
+from gossamer.passes.moe.spec import ExpertsSpec
 
 _SPEC = importlib.util.spec_from_file_location(
     "gossamer_tests_quantized_cases", Path(__file__).with_name("quantized_cases.py")

@@ -95,7 +95,7 @@ def test_extents_of_a_batch_are_the_same_or_one():
 torch = pytest.importorskip("torch")
 import gossamer  # noqa: E402
 from gossamer import feature_maps  # noqa: E402
-from gossamer.frontend import low_rank  # noqa: E402
+from gossamer.frontend.linear import low_rank  # noqa: E402
 
 
 def dense(x, wq, wk, wv, e, f, heads, phi, eps=1e-6):

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import gossamer
 from gossamer import masks
 from gossamer.flex import AuxRequest, create_block_mask, flex_attention
-from gossamer.frontend import operator_rules
 from gossamer.frontend.form import Call, Form, Options, take_apart
+from gossamer.frontend.operators import rules as operator_rules
 from gossamer.ir.errors import InputError, UnsupportedError
 from gossamer.ir.plan import Schedule
 

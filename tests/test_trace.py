@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import and_masks, noop_mask, or_masks
 
 from gossamer import masks
-from gossamer.frontend import trace as tracing
 from gossamer.frontend.mask import Mask
 from gossamer.frontend.score import ScoreMod
+from gossamer.frontend.trace import function as tracing
 from gossamer.ir.errors import InputError, ParseError, TraceError, VerifyError
 from gossamer.ir.expr import real
 from gossamer.ir.mask import Capture
@@ -575,7 +575,7 @@ def test_keys_agree_between_processes(tmp_path):
     code = """
 import sys, types
 torch_like = types.SimpleNamespace(shape=(5,), dtype="int32", __getitem__=None)
-from gossamer.frontend.trace import trace_mask
+from gossamer.frontend.trace.function import trace_mask
 width, size = 5, 4
 def near(q, k): return abs(q - k) <= width
 traced = trace_mask(lambda b, h, q, k: near(q, k) & (q // size == k // size))

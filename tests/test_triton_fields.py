@@ -13,7 +13,7 @@ from gossamer.codegen.triton_scope import Name, Scope
 from gossamer.ir.expr import bitand, cast, integer, shr
 from gossamer.ir.kernel import Compute
 from gossamer.ir.quantized import e2m1
-from gossamer.passes.moe_codes import F32, _e2m1
+from gossamer.passes.moe.codes import F32, _e2m1
 
 WORD = 0xFFFFFFFF
 

@@ -1,0 +1,1 @@
+"""The command line ``gossamer``, a file a command."""

@@ -1,0 +1,1 @@
+"""gossamer in JAX programs: operations with gradients, and what is found in captured programs."""

@@ -1,0 +1,1 @@
+"""Mixtures of experts on torch tensors: routers, layers of experts, quantised matrices."""

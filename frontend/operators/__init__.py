@@ -1,0 +1,1 @@
+"""Operators of torch: what its tracers and transforms see of calls."""

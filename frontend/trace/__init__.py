@@ -1,0 +1,1 @@
+"""Capture of mask_mod, score_mod and prob_mod: Python functions that run once, on stand-ins."""

@@ -1,0 +1,1 @@
+"""Passes of linear attention; `pipeline` has their order."""

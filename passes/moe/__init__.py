@@ -1,0 +1,1 @@
+"""Passes of mixtures of experts; `pipeline` has their order."""
