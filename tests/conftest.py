@@ -46,6 +46,13 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
     _seed(collector)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Names of tests are the same in every process: workers have to agree on them."""
+    for item in items:
+        if " at 0x" in item.name:
+            raise pytest.UsageError(f"{item.nodeid}: expected ids without addresses (tests/ids.py)")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Every test draws from seeds of its own, whatever ran before it."""
     _seed(item)

@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tvm_ffi_orcjit")
 import gossamer  # noqa: E402
 from gossamer.ir.errors import InputError  # noqa: E402
+from gossamer.tests import ids as names  # noqa: E402
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -263,7 +264,7 @@ def test_bad_input(options, message):
         {"router": "softmax_of_topk"},
         {"router": torch.tanh},
     ],
-    ids=str,
+    ids=names.text,
 )
 def test_what_is_not_a_number_stays_in_its_token_and_shows(options):
     logits = random(40, 12)
