@@ -199,7 +199,8 @@ def test_a_module_keeps_moves_saves_and_loads_codes():
     holder = torch.nn.Module()
     holder.down_proj = gossamer.quantize(torch.randn(2, 4, 32), "fp8")
     state = holder.state_dict()
-    assert {k.removeprefix("down_proj.") for k in state} == {"codes0", "scales"}
+    assert {k.removeprefix("down_proj.") for k in state} == {"codes0", "scales", "_extra_state"}
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
     before = holder.down_proj.dequantize()
     holder.to(torch.bfloat16)
     assert torch.equal(holder.down_proj.dequantize(), before)
@@ -208,6 +209,14 @@ def test_a_module_keeps_moves_saves_and_loads_codes():
     other.load_state_dict(state)
     assert torch.equal(other.down_proj.dequantize(), before)
     assert repr(other.down_proj) == "QuantizedWeight(fp8, (2, 4, 32), group_size=32, bits=8)"
+
+
+def test_codes_of_another_format_are_not_loaded():
+    matrix = torch.randn(2, 4, 32)
+    state = gossamer.quantize(matrix, "fp8").state_dict()
+    expected = r"load_state_dict: expected int codes of 8 bits, .*; got '?e4m3 codes of 8 bits"
+    with pytest.raises(InputError, match=expected):
+        gossamer.quantize(matrix, "int8").load_state_dict(state)
 
 
 def test_a_checkpoint():

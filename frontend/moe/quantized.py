@@ -201,6 +201,21 @@ class QuantizedWeight(torch.nn.Module):
 
         return super()._apply(moved, recurse)
 
+    def get_extra_state(self) -> torch.Tensor:
+        """What the codes mean, for checkpoints: a tensor of bytes, which any file of tensors takes."""
+        return torch.tensor([*self._meaning().encode()], dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Raises InputError for codes of another meaning, though shapes are the same."""
+        given = bytes(state.tolist()).decode(errors="replace")
+        if given != self._meaning():
+            raise InputError("QuantizedWeight.load_state_dict", self._meaning(), given)
+
+    def _meaning(self) -> str:
+        q = self._q
+        planes = "-".join(map(str, q.planes))
+        return f"{q.element} codes of {planes} bits, {q.columns} columns, {q.scale} scales of {q.group}"
+
     # what makes it ----------------------------------------------------------------------------------
 
     @staticmethod
