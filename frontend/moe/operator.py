@@ -22,8 +22,8 @@ define(
         "groups": "moe.group_step",
         "experts": "moe.experts_step",
         "light": "moe.light_step",
-        "product": "product_step",
-        "outer": "outer_step",
+        "product": "moe.product_step",
+        "outer": "moe.outer_step",
     },
 )
 
