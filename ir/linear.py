@@ -31,14 +31,14 @@ the heads h * (Hf / Hx) and following. H is the smaller of the two.
     x, y, f, g, r, c    as above
     state, sums         what is read, or what sums over j begin with: [B, H, M, E] and [B, H, M]
 
-and, once `linear_fuse` has run (with attributes x_map, f_map: features of x and f are computed from rows):
+and, once linear/fuse has run (with attributes x_map, f_map: features of x and f are computed from rows):
 
     over                [B, H, N]: g or y is divided by over + eps, `divides` says which
     of                  [B, Hx, L, D]: the result is a gradient of these rows' features by `out_map`, and the
                         gradient of the rows is what the operation gives
 
 linear_values and read_values with `eps` give out / (den + eps). `keeps`: den is a result; `final`: state
-(and, with `sums`, sums) are, of `heads` heads. `linear_join` makes one operation of those that read the same
+(and, with `sums`, sums) are, of `heads` heads. linear/join makes one operation of those that read the same
 rows:
 
     read_gradients   x, y, state (, sums) (, begin, begin_sums) -> the gradients of rows x, of state and of

@@ -39,7 +39,7 @@ What fuse makes of gather, grouped_matmul, split and map:
 Where grouped_gemm and those below have `quantized`, a Quantized, w is the first plane of its codes, and what
 else belongs to the matrices (planes, scales, widths) follows all other operands.
 
-What moe_direct makes of all of it, where entries are few; rows are entries, in the order of ids:
+What passes/moe/direct.py makes of all of it, where entries are few; rows are entries, in the order of ids:
 
     entry_gemm      a [T, K], w, ids [T, k] (, bias) -> [rows, N], as grouped_gemm
     entry_combine   h [rows, K], w, ids [T, k], weights [T, k] (, bias) -> [T, N]: grouped_gemm, combine
