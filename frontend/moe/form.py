@@ -17,7 +17,7 @@ VERSION = 1  # of the text of forms, which exported programs hold
 
 
 class MoeForm(NamedTuple):
-    """kind: which step, see `operators.step.STEPS`. tensors, integers, numbers: the names of arguments. facts:
+    """kind: which step, see `operators.step`. tensors, integers, numbers: the names of arguments. facts:
     pairs of names and text, numbers, truth values, None or terms. learns: whether a gradient may be asked
     for."""
 
