@@ -274,7 +274,27 @@ def half_the_columns(block, x, ids, weights):
     return torch.einsum("eth,te->th", h @ block.down.mT, gates)
 
 
+def rows_by_booleans(block, x, ids, weights):
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(block.experts):
+        chosen = (ids == e).any(-1)
+        weight = torch.where(ids == e, weights, 0).sum(-1, keepdim=True)
+        out = torch.where(chosen[:, None], out + expert(x) * weight, out)
+    return out
+
+
+def scattered_rows(block, x, ids, weights):
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(block.experts):
+        tokens, places = torch.where(ids == e)
+        rows = expert(x[tokens]) * weights[tokens, places, None]
+        out.scatter_add_(0, tokens[:, None].expand(-1, H), rows)
+    return out
+
+
 LEFT = {
+    rows_by_booleans: "no mixture of experts that is known",
+    scattered_rows: "no mixture of experts that is known",
     detached: "stands detach",
     exchanged: "not of the tokens",
     of_other_tokens: "not of the tokens",
@@ -297,6 +317,20 @@ def test_left_alone(how):
     report = f.report()
     assert not report.compiled and len(report.left) == 1, report
     assert report.left[0].kind == "experts" and LEFT[how] in report.left[0].why, report
+
+
+def test_choices_that_are_no_routers_are_not_reported():
+    matrix = torch.randn(H, 9, dtype=torch.float64)
+
+    def keys(x):  # attention to the nearest keys, and numbers that are sampled at the end
+        best = (x @ x.mT).topk(3).indices
+        near = torch.zeros(x.shape[0], x.shape[0], dtype=x.dtype).scatter(1, best, 1.0)
+        values, ids = ((near @ x) @ matrix).topk(2)
+        return values.softmax(-1), ids
+
+    f, x = gossamer.jit(keys), torch.randn(T, H, dtype=torch.float64)
+    torch.testing.assert_close(f(x)[0], keys(x)[0])
+    assert "experts" not in str(f.report())
 
 
 def test_a_changed_activation_or_order_is_computed_as_it_is_written():

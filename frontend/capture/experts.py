@@ -25,6 +25,7 @@ from .expert import Experts, name_of
 from .expert_gates import dense, weighs_experts
 from .expert_loop import ends_loop, loop
 from .grouped import MM, grouped, sums_groups
+from .routers import unknown_routers
 from .tensor import LeftAlone, Opaque, Reader
 
 WAYS = ((sums_groups, grouped), (ends_loop, loop), (weighs_experts, dense), (combines, dispatched))
@@ -32,13 +33,15 @@ WAYS = ((sums_groups, grouped), (ends_loop, loop), (weighs_experts, dense), (com
 
 def find_experts(reader: Reader, graph: fx.Graph) -> Iterator[tuple[fx.Node, Experts | str]]:
     """Every mixture of experts of a graph, or why it is left alone, with the node that stands for it."""
-    nodes = list(graph.nodes)
+    nodes, found = list(graph.nodes), []
     ways = WAYS if any(name_of(node) in MM for node in nodes) else WAYS[1:]
     for node in nodes:
         for is_one_of, match in ways:
             if is_one_of(reader, node):
+                found.append(node)
                 try:
                     yield node, match(reader, node)
                 except (LeftAlone, Opaque, ValueError) as reason:
                     yield node, str(reason)
                 break
+    yield from unknown_routers(graph, found)
