@@ -9,16 +9,17 @@ from __future__ import annotations
 import itertools
 import os
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch._dynamo import symbolic_convert, trace_rules
+from torch._dynamo import symbolic_convert
+from torch._dynamo.exc import unimplemented
 from torch._dynamo.variables import ConstantVariable, TensorVariable, higher_order_ops
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ...ir.errors import UnsupportedError
 from .report import innermost
@@ -72,17 +73,25 @@ def tracing() -> Any:
     return getattr(backend, "compiler_fn", backend)
 
 
-@contextmanager
-def ending_graphs(function: Any) -> Iterator[None]:
-    """While programs are captured, a function of torch ends a graph, as with `disallow_in_graph` for good."""
-    added = not trace_rules.is_callable_disallowed(function)
-    if added:
-        trace_rules._disallowed_callable_ids.add(id(function))
-    try:
-        yield
-    finally:
-        if added:
-            trace_rules._disallowed_callable_ids.remove(id(function))
+def end_graphs_at_lists() -> None:
+    """While gossamer traces, a list whose length depends on data, as of `bincount(..).tolist()`, ends
+    the graph, where dynamo would fail."""
+    read = TensorVariable.method_tolist
+
+    def method_tolist(self: Any, tx: Any) -> Any:
+        try:
+            return read(self, tx)
+        except GuardOnDataDependentSymNode:
+            if not hasattr(tracing(), "findings"):
+                raise
+            unimplemented(
+                gb_type="Tensor.tolist() of unknown length",
+                context=f"call_method {self} tolist",
+                explanation="how many numbers there are depends on data",
+                hints=[],
+            )
+
+    TensorVariable.method_tolist = method_tolist
 
 
 def pass_on_settings() -> None:

@@ -99,16 +99,14 @@ def backend_of(findings: Findings, rest: str | None = None) -> Callable[..., Any
 
 class _Settings:
     """How torch captures programs for us: operations whose sizes depend on data, such as `torch.where` of one
-    argument in loops over experts, end no graph. But counts do, which programs read as lists of numbers."""
+    argument in loops over experts, end no graph."""
 
     change = staticmethod(torch._dynamo.config._make_closure_patcher(capture_dynamic_output_shape_ops=True))
 
     def __enter__(self) -> None:
-        self.back, self.ending = self.change(), dynamo.ending_graphs(torch.bincount)
-        self.ending.__enter__()
+        self.back = self.change()
 
     def __exit__(self, *_: Any) -> None:
-        self.ending.__exit__(None, None, None)
         self.back()
 
 
@@ -130,6 +128,7 @@ def _piece(graph: torch.fx.GraphModule) -> Any:
 
 backend.backend_ctx_ctor = _Settings  # type: ignore[attr-defined]
 dynamo.pass_on_settings()
+dynamo.end_graphs_at_lists()
 if "gossamer" not in torch._dynamo.list_backends(exclude_tags=()):
     torch._dynamo.register_backend(compiler_fn=backend, name="gossamer")
 
