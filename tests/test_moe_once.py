@@ -3,6 +3,7 @@ interpreter, through tensor descriptors; where that is chosen, and how long the 
 
 import importlib.util
 import weakref
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -102,15 +103,17 @@ def test_where_it_pays():
 
 @pytest.fixture
 def cuda(fake, monkeypatch):
-    kernels, plan = (pytest.importorskip(f"gossamer.frontend.{name}") for name in ("layer_kernels", "plan"))
-    pytest.importorskip("triton")
-    for module in (kernels, plan):
+    for name in ("torch", "triton"):
+        pytest.importorskip(name)
+    for module in map(import_module, ("gossamer.frontend.moe.layer_kernels", "gossamer.frontend.plan")):
         monkeypatch.setattr(module, "target_of", lambda device: "cuda:sm_90")
     return fake
 
 
 def layer(tokens):
-    torch, gossamer = pytest.importorskip("torch"), pytest.importorskip("gossamer")
+    import gossamer
+
+    torch = pytest.importorskip("torch")
     x = torch.randn(tokens, 64, dtype=torch.bfloat16)
     ids, weights = torch.randint(0, 2, (tokens, 2)), torch.rand(tokens, 2)
     up, down = (gossamer.quantize(torch.randn(2, n, k), "int4") for n, k in ((64, 64), (64, 32)))
