@@ -150,7 +150,7 @@ def test_lower_refuses_what_is_not_scheduled():
     spec = spec_of()
     with pytest.raises(InputError, match="fused and scheduled"):
         lower_experts(build_experts(spec), spec)
-    with pytest.raises(InputError, match="moe_schedule"):
+    with pytest.raises(InputError, match=r"passes\.moe\.schedule"):
         lower_experts(fuse_experts(build_experts(spec)), spec)
 
 

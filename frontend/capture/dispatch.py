@@ -56,8 +56,8 @@ def _sides(reader: Reader, node: fx.Node) -> _Sides | None:
         found = _rows(reader, rows, labels, column, node)
         if found is not None:
             second, at = found
-            of = {token: TOKEN} | at
-            return _Sides((combine, node, [of[x] for x in its]), second)  # type: ignore[index]
+            of: dict[Any, Any] = {token: TOKEN} | at
+            return _Sides((combine, node, [of[x] for x in its]), second)
     return None
 
 

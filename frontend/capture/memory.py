@@ -70,7 +70,8 @@ class Memory:
             return node, True
         last = between[-1]
         chain = {group, *self.writes[group]}
-        whole = node in chain and all(w.args[0] in chain and operation(w).name != "setitem" for w in between)  # type: ignore[union-attr]
+        names = {did.name for w in between if (did := operation(w)) is not None}
+        whole = node in chain and "setitem" not in names and all(w.args[0] in chain for w in between)
         return (last, True) if whole and group.op != "placeholder" else (node, False)
 
 

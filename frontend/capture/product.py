@@ -41,9 +41,9 @@ def linear_product(node: fx.Node) -> Product | None:
         source, matrix, bias = arguments(node, "input", "weight", "bias")
         return Product(node, source, matrix, (0, 1), value.shape[1], bias)
     if did.name in ("matmul", "mm"):
-        source, matrix = node.args[:2]
-        if value_of(source).dim() == value_of(matrix).dim() == 2:  # type: ignore[arg-type]
-            return Product(node, source, matrix, (1, 0), value.shape[1])  # type: ignore[arg-type]
+        source, matrix = arguments(node, "input", "other" if did.name == "matmul" else "mat2")
+        if value_of(source).dim() == value_of(matrix).dim() == 2:
+            return Product(node, source, matrix, (1, 0), value.shape[1])
     return None
 
 

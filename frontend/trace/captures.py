@@ -147,7 +147,8 @@ class Trace:
                 self.memo = False  # a method: what it reads of its object is out of sight
             return self._plain(value, path)
         if isinstance(value, functools._lru_cache_wrapper) or type(value).__name__ == "PjitFunction":
-            return self.lift(value.__wrapped__, (*path, ("attr", "__wrapped__")))  # type: ignore[union-attr]
+            wrapping: Any = value
+            return self.lift(wrapping.__wrapped__, (*path, ("attr", "__wrapped__")))
         if isinstance(value, ModuleType) and value.__name__.partition(".")[0] in LIBRARIES:
             same = self._same_object(value, path)
             return adapted(same) if value.__name__.startswith("jax") else same

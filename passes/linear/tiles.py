@@ -102,7 +102,7 @@ class Tiles:
     def __init__(self, graph: Graph, op: Op, spec: LinearSpec, source: Source | None = None) -> None:
         chunks = op.attr("chunks")
         if not isinstance(chunks, Chunks):
-            raise InputError("linear_tiles", "an operation that has passed linear_schedule", op.kind)
+            raise InputError("passes.linear.tiles", "what has passed passes.linear.schedule", op.kind)
         self.graph, self.op, self.spec, self.chunks = graph, op, spec, chunks
         self.at = dict(zip(op.attr("operands"), op.inputs, strict=True))
         self.source = source or Source.of(graph, op, self.at)

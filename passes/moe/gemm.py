@@ -58,7 +58,7 @@ def slots(rows: Expr, tile: int, experts: int | Expr) -> Expr:
 def gemm_kernel(graph: Graph, op: Op, spec: ExpertsSpec, blocked: frozenset[str]) -> Kernel:
     """The kernel of one grouped_gemm. blocked: intermediates that are stored by row tiles."""
     if not isinstance(op.attr("tiling"), Tiling):
-        raise InputError("moe_gemm", "a grouped_gemm that has passed moe_schedule", op.kind)
+        raise InputError("passes.moe.gemm", "a grouped_gemm that has passed passes.moe.schedule", op.kind)
     return _Builder(graph, op, spec, blocked).kernel()
 
 
