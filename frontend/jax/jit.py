@@ -20,6 +20,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from ...ir.errors import GossamerError, InputError
 from ..report import Compiled, Left, Report
 from . import match_experts as jax_match_experts
+from .differentiated import changing
 from .expert_site import ExpertSite
 from .match import find, where_of
 from .program import BODIES, MAPPED, Op, Program, Replacement, Value, apply, at_line, flatten, needed, run
@@ -39,8 +40,9 @@ def jit(
     one_hot and by GShard's slots, in the bodies of scans, loops, branches and `shard_map` too. A mask that is
     computed from indices becomes one in closed form; arrays that masks and biases read stay operands.
     Where a mask of large negative numbers leaves a row without pairs, the row is what the original gives.
-    Gradients come from kernels too; forward-mode ones are refused. On platforms without kernels nothing is
-    replaced.
+    Gradients come from kernels too, those that the function takes inside as well (`jax.grad`, `jax.vjp`);
+    forward-mode ones are refused, and inside they are the original's, as gradients of gradients are. On
+    platforms without kernels nothing is replaced.
 
     The result has `report()`: what was compiled and what was left, and why, in the program traced last.
     Raises InputError for what is no function."""
@@ -93,6 +95,30 @@ class Jitted:
         return Report(compiled, tuple(part for part in self._parts if isinstance(part, Left)))
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        parts: list[Compiled | Left] = []
+        inner: list[Compiled | Left] = []  # of what it differentiates
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            with changing(partial(replaced, note=inner.append)):
+                return self._function(*args, **kwargs)
+
+        found = replaced(function, parts.append)(*args, **kwargs)
+        # What was left in a function is still there, with its gradient.
+        told = {(part.kind, part.where) for part in inner if isinstance(part, Left)}
+        parts = [part for part in parts if isinstance(part, Compiled) or (part.kind, part.where) not in told]
+        self._parts = [*inner, *parts]
+        return found
+
+
+Note = Callable[[Compiled | Left], None]
+
+
+def replaced(function: Callable[..., Any], note: Note) -> Callable[..., Any]:
+    """The function with its attention replaced, for arguments that are traced. note: takes every part of the
+    report."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
         result: list[Any] = []
@@ -102,17 +128,18 @@ class Jitted:
             for i, array in zip(traced, arrays, strict=True):
                 given[i] = array
             given_args, given_kwargs = jax.tree.unflatten(tree, given)
-            out, structure = jax.tree.flatten(self._function(*given_args, **given_kwargs))
-            result[:] = [structure]
-            return out
+            out, structure = jax.tree.flatten(function(*given_args, **given_kwargs))
+            computed = [i for i, leaf in enumerate(out) if isinstance(leaf, jax.core.Tracer)]
+            result[:] = [structure, dict(enumerate(out)), computed]
+            return [out[i] for i in computed]
 
         arrays = [leaves[i] for i in traced]
         closed = jax.make_jaxpr(flat)(*arrays)
-        self._parts = []
-        return jax.tree.unflatten(result[0], compiled(closed, self._parts.append)(*arrays))
+        structure, out, computed = result
+        out |= zip(computed, compiled(closed, note)(*arrays), strict=True)
+        return jax.tree.unflatten(structure, out.values())
 
-
-Note = Callable[[Compiled | Left], None]
+    return run
 
 
 def compiled(closed: ClosedJaxpr, note: Note) -> Callable[..., list[Any]]:
@@ -125,13 +152,13 @@ def compiled(closed: ClosedJaxpr, note: Note) -> Callable[..., list[Any]]:
             bodies[op] = partial(_apply, op, op.params | changed)
         elif op.name == MAPPED:
             bodies[op] = partial(_mapped, op, note)
-    replaced: dict[Value, tuple[Sequence[Value], Replacement]] = {
+    kernels: dict[Value, tuple[Sequence[Value], Replacement]] = {
         value: (site.inputs, site) for value, site in sites.items()
     }
 
     def call(*arrays: Any) -> list[Any]:
-        known = dict(zip(program.inputs, arrays, strict=True))
-        return run(program.ops, known, program.outputs, replaced, bodies)
+        known = program.held | dict(zip(program.inputs, arrays, strict=True))
+        return run(program.ops, known, program.outputs, kernels, bodies)
 
     return call
 

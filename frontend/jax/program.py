@@ -10,9 +10,11 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
@@ -68,11 +70,13 @@ class Op:
 
 @dataclass(eq=False)
 class Program:
-    """ops: in order, those inside opaque calls too. inputs, outputs: of the whole."""
+    """ops: in order, those inside opaque calls too. inputs, outputs: of the whole. held: arrays that it reads
+    from programs around it, which are traced."""
 
     inputs: list[Value]
     outputs: list[Value]
     ops: list[Op]
+    held: dict[Value, Any]
 
     @property
     def makers(self) -> list[Op]:
@@ -83,18 +87,30 @@ class Program:
 def flatten(closed: ClosedJaxpr) -> Program:
     """The program of a jaxpr."""
     ops: list[Op] = []
+    traced = [(var, x) for var, x in zip(closed.jaxpr.constvars, closed.consts, strict=True) if is_traced(x)]
+    held = {var: Value(var.aval) for var, _ in traced}
     inputs = [Value(var.aval) for var in closed.jaxpr.invars]
-    outputs = _inline(closed, inputs, ops, {})
-    return Program(inputs, outputs, ops)
+    outputs = _inline(closed, inputs, ops, {}, held)
+    return Program(inputs, outputs, ops, {held[var]: x for var, x in traced})
+
+
+def is_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
 
 
 def _inline(
-    closed: ClosedJaxpr, inputs: Sequence[Value], ops: list[Op], known: dict[Any, list[Value]]
+    closed: ClosedJaxpr,
+    inputs: Sequence[Value],
+    ops: list[Op],
+    known: dict[Any, list[Value]],
+    held: Mapping[Any, Value] = MappingProxyType({}),
 ) -> list[Value]:
-    """known: results by operation and operands, so that what is computed twice is one value."""
+    """known: results by operation and operands, so that what is computed twice is one value. held: the values
+    of constants that are none."""
     jaxpr = closed.jaxpr
     values = dict(zip(jaxpr.invars, inputs, strict=True))
     values |= {var: Value(var.aval, const=c) for var, c in zip(jaxpr.constvars, closed.consts, strict=True)}
+    values |= held
 
     def of(atom: Any) -> Value:
         return Value(atom.aval, const=atom.val) if isinstance(atom, Literal) else values[atom]
