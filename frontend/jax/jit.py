@@ -20,8 +20,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from ...ir.errors import GossamerError, InputError
 from ..report import Compiled, Left, Report
 from . import match_experts as jax_match_experts
+from . import match_linear as jax_match_linear
 from .differentiated import changing
 from .expert_site import ExpertSite
+from .linear_site import LinearSite
 from .match import find, where_of
 from .program import BODIES, MAPPED, Op, Program, Replacement, Value, apply, at_line, flatten, needed, run
 from .site import Site
@@ -36,9 +38,10 @@ def jit(
 
     function: any that `jax.jit` takes; without it, the result is a decorator. options: those of `jax.jit`, as
     static_argnames, donate_argnums, in_shardings. Found are `jax.nn.dot_product_attention` and the softmax
-    between two products that programs write themselves, and layers of experts by `jax.lax.ragged_dot`, by
-    one_hot and by GShard's slots, in the bodies of scans, loops, branches and `shard_map` too. A mask that is
-    computed from indices becomes one in closed form; arrays that masks and biases read stay operands.
+    between two products that programs write themselves, linear attention, and layers of experts by
+    `jax.lax.ragged_dot`, by one_hot and by GShard's slots, in the bodies of scans, loops, branches and
+    `shard_map` too. A mask that is computed from indices becomes one in closed form; arrays that masks and
+    biases read stay operands.
     Where a mask of large negative numbers leaves a row without pairs, the row is what the original gives.
     Gradients come from kernels too, those that the function takes inside as well (`jax.grad`, `jax.vjp`);
     forward-mode ones are refused, and inside they are the original's, as gradients of gradients are. On
@@ -227,6 +230,14 @@ def _sites(program: Program, note: Note) -> dict[Value, Any]:
             reason = _add(site, sites)
         if reason is not None:
             left.append((site.kind if site.found == "ragged_dot" else "experts", dot.op, reason))
+    for op, found in jax_match_linear.find(reader, program):
+        site = found if isinstance(found, str) else LinearSite(found)
+        reason = site if isinstance(site, str) else _add(site, sites)
+        if reason is not None:
+            left.append((LinearSite.kind, op, reason))
+        elif not isinstance(site, str):  # softmaxes may be features
+            parts = [op, *(value.op for value in site.hidden)]
+            left = [part for part in left if part[0] != "attention" or part[1] not in parts]
     left += _without_shared(program, sites)
     for value, site in sites.items():
         assert value.op is not None
@@ -257,7 +268,7 @@ def _without_shared(program: Program, sites: dict[Value, Any]) -> list[tuple[str
         acting = [value for op in program.ops if op.eqn.effects for value in op.inputs]
         live = needed([*program.outputs, *acting], sources)
         for value, site in sites.items():
-            shared = next((what for what, inner in site.hidden.items() if inner in live), None)
+            shared = next((what for inner, what in site.hidden.items() if inner in live), None)
             if shared is not None:
                 left.append((site.kind, site.op, f"its {shared} are used elsewhere too"))
                 del sites[value]

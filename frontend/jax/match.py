@@ -18,6 +18,7 @@ from jax.extend import source_info_util
 from ..capture.terms import divided, names_in, reads_in, replaced, tidy
 from ..term import COMPARISONS, Term, constant, rename
 from .program import Op, Program, Value
+from .roles import Operand
 from .terms import Array, LeftAlone, Reader
 
 
@@ -44,18 +45,6 @@ class Product:
     def size(self, label: str) -> int:
         value, labels = next(p for p in zip(self.operands, self.labels, strict=True) if label in p[1])
         return value.shape[labels.index(label)]
-
-
-@dataclass(frozen=True)
-class Operand:
-    """An array, and the role of each dimension: a batch axis, "q", "k", "d" or one of "e0", "e1", ...; "" for
-    one of size 1.
-
-    shared: how many places of the last batch axis share one of the array's."""
-
-    value: Value
-    roles: tuple[str, ...]
-    shared: int = 1
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from ..term import Term, rewrite
 from ..trace.tensor import dtype_name
 from .attention import call_of
 from .gradient import attend
-from .match import Attention, Operand
+from .match import Attention
 from .program import Op, Program, Value, needed, run
+from .roles import back
 from .terms import LeftAlone, Reader
 
 
@@ -42,9 +43,9 @@ class Site:
         return self.found.op
 
     @property
-    def hidden(self) -> dict[str, Value]:
+    def hidden(self) -> dict[Value, str]:
         """What must not be used elsewhere."""
-        return {"probabilities": self.found.softmax, "scores": self.found.scores}
+        return {self.found.softmax: "probabilities", self.found.scores: "scores"}
 
     @cached_property
     def bound(self) -> Bound:
@@ -139,65 +140,25 @@ class Site:
         """The result by a kernel, and the log of its sums of exponentials, (B, q_len, heads), where that is
         looked at."""
         found, bound = self.found, self.bound
+        outer, sizes = found.outer or ("",), {**found.sizes, "": 1}  # without a batch of keys, B is 1
+        axes = (*outer, *found.inner)
         query, key, value = (
-            self._arranged(operand, known, axes, row, own)
+            operand.arranged(known[operand.value], axes, row, own, sizes)
             for operand, axes, row, own in (
-                (found.query, (*found.outer, *found.inner), "q", ("d",)),
-                (found.key, found.outer, "k", ("d",)),
-                (found.value, found.outer, "k", found.own),
+                (found.query, axes, "q", ("d",)),
+                (found.key, outer, "k", ("d",)),
+                (found.value, outer, "k", found.own),
             )
         )
         empty = bound.empty in ("nan", "mean")
         settings: dict[str, Any] = {"scale": bound.scale, "return_lse": empty or not found.shifted}
         call, operands = call_of((query, key, value), *self._faces(known), **settings)
-        out, *lse = attend(call.text, operands)
-        lse = jnp.swapaxes(lse[0], 1, 2) if lse else None
+        results: Any = attend(call.text, operands)
+        out, lse = results[0], jnp.swapaxes(results[1], 1, 2) if len(results) > 1 else None
         if empty:
             out = _with_empty_rows(out, lse, value, bound.empty)
-        return self._back(out), lse
-
-    def _arranged(
-        self,
-        operand: Operand,
-        known: Mapping[Value, Any],
-        axes: tuple[str, ...],
-        row: str,
-        own: tuple[str, ...],
-    ) -> Any:
-        """An operand as (B, length, heads, size)."""
-        sizes, roles = dict(self.found.sizes), operand.roles
-        if operand.shared > 1:
-            sizes[axes[-1]] //= operand.shared
-        array = jnp.squeeze(known[operand.value], tuple(d for d, role in enumerate(roles) if not role))
-        roles = tuple(role for role in roles if role)
-        batch = axes[: bool(self.found.outer)]
-        order = (*batch, row, *axes[len(batch) :], *own)
-        array = jnp.transpose(array, [roles.index(role) for role in order if role in roles])
-        for d, role in enumerate(order):
-            if role not in roles:
-                array = jnp.expand_dims(array, d)
-        array = jnp.broadcast_to(array, [sizes[role] for role in order])
-        return array.reshape(
-            math.prod(sizes[r] for r in batch),
-            sizes[row],
-            math.prod(sizes[r] for r in axes[len(batch) :]),
-            math.prod(sizes[r] for r in own),
-        )
-
-    def _back(self, out: Any) -> Any:
-        """(B, q_len, heads, size) in the roles of the original result."""
-        found, sizes = self.found, self.found.sizes
-        axes = (*found.outer, *found.inner)
-        batch = axes[: bool(found.outer)]
-        order = (*batch, "q", *axes[len(batch) :], *found.own)
-        out = out.reshape([sizes[role] for role in order])
-        given = [role for role in found.out if role]
-        dropped = tuple(d for d, role in enumerate(order) if role not in given)
-        out = jnp.squeeze(out, dropped)
-        left = [role for role in order if role in given]
-        out = jnp.transpose(out, [left.index(role) for role in given])
         result = found.op.outputs[0]
-        return out.reshape(result.shape).astype(result.dtype)
+        return back(out, found.out, axes, found.own, sizes, result), lse
 
 
 def _is_exact(lse: Any, dtype: Any) -> Any:
