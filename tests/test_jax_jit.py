@@ -423,6 +423,18 @@ def test_derivatives_of_a_user_s_own_stay():
     np.testing.assert_allclose(jax.grad(gossamer.jax.jit(run))(Q), jax.grad(run)(Q), rtol=1e-4, atol=1e-3)
 
 
+def test_derivatives_of_a_user_s_own_stay_between_products():
+    @jax.custom_vjp
+    def hastened(x):
+        return x * 2
+
+    hastened.defvjp(lambda x: (x * 2, None), lambda _, slope: (100 * slope,))
+    run = lambda q: (weigh(jax.nn.softmax(hastened(scores(q, K))), V) ** 2).sum()  # noqa: E731
+    ours = gossamer.jax.jit(jax.grad(run))
+    np.testing.assert_allclose(ours(Q), jax.jit(jax.grad(run))(Q), rtol=1e-4, atol=1e-3)
+    assert [part.why for part in ours.report().left] == ["no product of queries and keys"]
+
+
 def test_effects_stay():
     seen = []
 

@@ -1,12 +1,14 @@
 """JAX programs as flat lists of operations on values, and how they run.
 
-`flatten` spells calls out: what a `jit` inside a program computes, and what a function with a derivative of
-its own computes, is read operation by operation. The latter still run as they are, so that derivatives stay.
+`flatten` spells calls out: what a `jit` inside a program computes, and what a function of JAX's with a
+derivative of its own computes, is read operation by operation. The latter still run as they are, so that
+derivatives stay; other such functions, whose derivatives may be any, are not looked into.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +23,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 CALLS = ("jit", "pjit", "closed_call", "core_call")  # that are spelled out, and run so
-OPAQUE_CALLS = ("custom_jvp_call", "custom_vjp_call")  # that are read, and run as they are
+OPAQUE_CALLS = ("custom_jvp_call", "custom_vjp_call")  # that run as they are; JAX's own are read
 BODIES = ("scan", "while", "cond", "remat2", "checkpoint")  # whose bodies are programs of their own
 MAPPED = "shard_map"  # so is that of each device
 
@@ -128,7 +130,7 @@ def _inline(
             continue
         op = Op(eqn, given, meaning=meaning)
         op.outputs = [Value(var.aval, op, op) for var in eqn.outvars]
-        if name in OPAQUE_CALLS and inner is not None:
+        if name in OPAQUE_CALLS and inner is not None and _is_of_jax(inner):
             told: list[Op] = []
             for value, means in zip(op.outputs, _inline(inner, given, told, {}), strict=True):
                 if means.op in told:
@@ -170,6 +172,15 @@ def _body(eqn: JaxprEqn) -> ClosedJaxpr | None:
         if isinstance(inner, ClosedJaxpr):
             return inner
     return None
+
+
+_JAX = os.path.join(os.path.dirname(jax.__file__), "")
+
+
+def _is_of_jax(inner: ClosedJaxpr) -> bool:
+    """Whether JAX defines a function with a derivative of its own, which is then that of its operations."""
+    info = inner.jaxpr.debug_info
+    return f" at {_JAX}" in (info.func_src_info or "")
 
 
 # Functions of jax.numpy that are many operations, and one on indices.
