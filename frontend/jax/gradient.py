@@ -18,6 +18,7 @@ from ...ir.errors import UnsupportedError
 from ..executables import SLOTS
 from . import cpu as jax_cpu
 from .call import Call, GradientCall
+from .partition import Division, division_of
 from .primitive import attention_p, define, fold, leading, one_by_one
 
 gradient_p = Primitive("gossamer_attention_gradient")
@@ -37,7 +38,14 @@ def _shapes(text: str, operands: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(*(shapes.get(name) or sizes[name])) for name in asked.wanted]
 
 
-define(gradient_p, _shapes, jax_cpu.GRADIENT)
+def _division(text: str, operands: Sequence[Any], results: Sequence[Any]) -> Division | None:
+    asked = GradientCall.parse(text)
+    given = dict(zip(asked.operands, operands, strict=True))
+    made = {f"d{name}": x for name, x in zip(asked.wanted, results, strict=True)}
+    return division_of(asked.call, given, made)
+
+
+define(gradient_p, _shapes, jax_cpu.GRADIENT, _division)
 
 
 def _batched(args: Sequence[Any], dims: Sequence[int | None], *, call: str) -> Any:

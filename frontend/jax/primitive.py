@@ -20,6 +20,7 @@ from . import cpu as jax_cpu
 from . import gpu as jax_gpu
 from .call import Call
 from .cpu import Target
+from .partition import Division, are_several, divided, division_of, knows_devices
 
 Shapes = Callable[[Sequence[Any]], list[Any]]
 
@@ -55,11 +56,16 @@ def types_like(avals: Sequence[Any], shapes: Shapes) -> Sequence[Any]:
 # lowering -------------------------------------------------------------------------------------------
 
 
-def define(primitive: Primitive, shapes: Callable[[str, Sequence[Any]], list[Any]], target: Target) -> None:
+def define(
+    primitive: Primitive,
+    shapes: Callable[[str, Sequence[Any]], list[Any]],
+    target: Target,
+    division: Callable[[str, Sequence[Any], Sequence[Any]], Division | None] = lambda *_: None,
+) -> None:
     """Types, eager calls and lowerings of a primitive whose parameter `call` is a text.
 
     shapes: of the results, from the text and the operands. target: what finds its kernels, and runs them on a
-    CPU."""
+    CPU. division: how XLA divides a call among devices, from the text, operands and results."""
 
     @partial(jax.jit, static_argnames="call")
     def compiled(*operands: Any, call: str) -> Any:
@@ -69,10 +75,26 @@ def define(primitive: Primitive, shapes: Callable[[str, Sequence[Any]], list[Any
         with jax.disable_jit(False):  # kernels are operations of XLA's programs alone
             return compiled(*operands, call=call)
 
+    def handled(call: str) -> Callable[..., Any]:
+        def run(text: Any, *operands: Any) -> Any:
+            results = shapes(call, operands)
+            target.compile_early(call, operands, results)
+            return jax.ffi.ffi_call(target.register(), results)(text, *operands)
+
+        return run
+
     def on_cpu(*operands: Any, call: str) -> Any:
-        results = shapes(call, operands)
-        target.compile_early(call, operands, results)
-        return jax.ffi.ffi_call(target.register(), results)(jax_cpu.encoded(call), *operands)
+        return handled(call)(jax_cpu.encoded(call), *operands)
+
+    def on_cpus(*operands: Any, call: str) -> Any:
+        found, run = division(call, operands, shapes(call, operands)), handled(call)
+        run = run if found is None else divided(run, found)
+        return run(jax_cpu.encoded(call), *operands)
+
+    def cpu_rule(ctx: Any, *operands: Any, call: str) -> Any:
+        several = are_several(ctx.module_context.axis_context)
+        run = mlir.lower_fun(on_cpus if several else on_cpu, multiple_results=True)
+        return run(ctx, *operands, call=call)
 
     def on_gpu(*operands: Any, call: str) -> Any:
         return jax_gpu.run(target.prepare, call, operands, shapes(call, operands))
@@ -83,10 +105,11 @@ def define(primitive: Primitive, shapes: Callable[[str, Sequence[Any]], list[Any
             "Pass the arrays through jax.lax.stop_gradient"
         )
 
+    knows_devices(primitive)
     primitive.multiple_results = True
     primitive.def_impl(eagerly)
     primitive.def_abstract_eval(lambda *avals, call: types_like(avals, partial(shapes, call)))
-    mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=True), platform="cpu")
+    mlir.register_lowering(primitive, cpu_rule, platform="cpu")
     mlir.register_lowering(primitive, mlir.lower_fun(on_gpu, multiple_results=True), platform="cuda")
     mlir.register_lowering(primitive, _elsewhere)
     ad.primitive_jvps[primitive] = refused
@@ -99,7 +122,18 @@ def _elsewhere(ctx: Any, *operands: Any, call: str) -> Any:
     )
 
 
-define(attention_p, lambda call, operands: shapes_of(Call.parse(call), operands), jax_cpu.ATTENTION)
+def _division(text: str, operands: Sequence[Any], results: Sequence[Any]) -> Division | None:
+    call = Call.parse(text)
+    named = zip(("o", "lse"), results, strict=False)
+    return division_of(call, dict(zip(call.operands, operands, strict=True)), dict(named))
+
+
+define(
+    attention_p,
+    lambda call, operands: shapes_of(Call.parse(call), operands),
+    jax_cpu.ATTENTION,
+    _division,
+)
 
 
 # batching -------------------------------------------------------------------------------------------
