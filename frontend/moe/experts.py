@@ -23,7 +23,7 @@ from .arguments import by_token, pair_of, shared_by_token
 from .form import MoeForm
 from .layer import Layer
 from .layer_kernels import dtype_of, layer_executable
-from .layers import LORA, check_routing, layer_by_name
+from .layers import LORA, check_adapter_ids, check_routing, layer_by_name
 from .light_step import Light, with_light
 from .operator import call, learns
 from .quantized import QuantizedWeight
@@ -51,6 +51,7 @@ def experts(
     gate_up_lora: tuple[torch.Tensor, torch.Tensor] | None = None,
     down_lora: tuple[torch.Tensor, torch.Tensor] | None = None,
     lora_scale: float = 1.0,
+    adapter_ids: torch.Tensor | None = None,
     zero_experts: int = 0,
     copy_experts: int = 0,
     constant_experts: torch.Tensor | None = None,
@@ -83,6 +84,9 @@ def experts(
         gate_up_bias, down_bias: (E, 2 I) and (E, H).
         gate_up_lora, down_lora, lora_scale: low-rank adapters, a (E, r, H) and b (E, 2 I, r), a (E, r, I) and
             b (E, H, r), in either layout: lora_scale * b @ a is added to each expert's matrix.
+        adapter_ids: (T,) int32 or int64, which of several adapters a token takes, -1 for none: the matrices
+            of adapters are then stacks, (A, E, r, H), (A, E, 2 I, r) and so on. Ids outside of 0 .. A - 1
+            mean none too. Neither they nor A are compiled in.
         zero_experts, copy_experts, constant_experts, constant_gates: experts that multiply nothing (MoE++),
             whose ids follow those of the matrices, in this order: so many give zeros; so many give x; the
             others a vector v of (C, H), or, with gates (C, 2, H), a x + (1 - a) v, a the first of
@@ -96,7 +100,7 @@ def experts(
         trainable: (E,) bool, which experts learn (Lifelong-MoE): gradients of the others' matrices, biases
             and adapters are zeros, for which no products are computed.
         recompute: compute the first product anew for gradients, instead of keeping it: 2 I numbers a row.
-        validate: also check ids, which waits for a GPU: -1 to E.
+        validate: also check ids, which waits for a GPU: -1 to E, and -1 to A - 1 of adapters.
         backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (float64, slow).
 
     Returns:
@@ -139,6 +143,8 @@ def experts(
     if trainable is not None:
         tensors["trains"] = trainable
     tensors |= {name: matrix for name, matrix in zip(LORA, lora, strict=True) if matrix is not None}
+    if adapter_ids is not None:
+        tensors["adapter_ids"] = adapter_ids
     found = run(tensors, topk_ids, topk_weights, lora_scale, *settings)
     if light.count:
         assert isinstance(topk_ids, torch.Tensor) and topk_weights is not None
@@ -179,6 +185,8 @@ def run(
             if tensor.device != x.device:
                 raise InputError(name, f"a tensor on {x.device}, as x is", tensor.device)
         given = {"ids": ids, "weights": weights}
+    if validate:
+        check_adapter_ids(layer)
     term = activation_term(activation, gated=layer.gated)
     if backend == "reference":
         from .reference import reference_experts
@@ -249,6 +257,7 @@ def forward(x: Any, given: dict[str, Any], layer: Layer, term: Any, *, keeps: bo
     top_k = given["weights"].shape[1] if "starts" not in given else 0
     flat = {name: tensor.detach().reshape(-1).contiguous() for name, tensor in given.items()}
     values = {"x": x.detach(), **flat, **{name: tensor.detach() for name, tensor in layer.tensors.items()}}
+    values |= layer.choices
     outputs = (("o", tuple(x.shape), x.dtype),)
     if keeps:
         rows = flat.get("tokens", flat["weights"]).shape[0]

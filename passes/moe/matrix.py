@@ -7,25 +7,29 @@ from dataclasses import dataclass
 from ...ir.expr import Expr, all_of, real
 from ...ir.graph import Value
 from ...ir.kernel import Load, Stmt, Tensor
+from .choice import ADAPTER
 from .codes import EXPERT, Codes, is_uniform
 from .tiles import COL, ZERO, D, Part, Tiles
 
 
 @dataclass(frozen=True)
 class DenseMatrix:
-    """Matrices [E, out, in] or [E, in, out] in a float dtype. operand: the dtype of tiles."""
+    """Matrices [E, out, in] or [E, in, out] in a float dtype, or, `stacked`, [A, E, ..] of them, of which
+    `adapter` says one. operand: the dtype of tiles."""
 
     tiles: Tiles
     w: Value
     unit: int | None
     operand: str
     align: int
+    stacked: bool = False
     scaled = ""  # by nothing
     scaled_by_step = False
     hints = ()
 
     def arguments(self) -> list[Tensor]:
-        return [Tensor(self.w.name, self.w.dtype, tuple(self.w.shape), unit=self.unit, align=self.align)]
+        unit = None if self.unit is None else self.unit + self.stacked
+        return [Tensor(self.w.name, self.w.dtype, tuple(self.w.shape), unit=unit, align=self.align)]
 
     def widths(self) -> list[Stmt]:
         return []
@@ -43,7 +47,8 @@ class DenseMatrix:
         loaded."""
         t, feature = self.tiles, at + D
         index = (EXPERT, part.column, feature) if t.by_rows else (EXPERT, feature, part.column)
-        there = t.loaded(part, int(self.w.shape[1])) if t.by_rows else t.valid(part)
+        index = (ADAPTER, *index) if self.stacked else index
+        there = t.loaded(part, int(self.w.shape[-2])) if t.by_rows else t.valid(part)
         guard = all_of([t.within(at), there])
         # Memory runs along the tile's last axis, so that a CPU copies vectors.
         axes = ("n", "d") if t.by_rows == (self.unit == 2) else ("d", "n")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sympy
 
 from ...ir.derivative import derivative
-from ...ir.expr import Expr, all_of, ceildiv, integer, maximum, minimum, read, real
+from ...ir.expr import Expr, all_of, boolean, ceildiv, integer, maximum, minimum, read, real
 from ...ir.graph import Graph, Op
 from ...ir.kernel import (
     Axis,
@@ -33,6 +33,7 @@ from ...ir.kernel import (
     Tensor,
 )
 from ..devices import device_of
+from .choice import ADAPTER, MINE, choice_of
 from .spec import BYTES, ExpertsSpec
 
 ZERO, NONE = sympy.Integer(0), sympy.Float(0.0)
@@ -47,7 +48,8 @@ def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
     """The kernel of one grouped_outer."""
     a, b, bounds = (graph.values[name] for name in op.inputs[:3])
     gathers, out = op.attr("gathers"), op.output
-    experts, rows, cols = map(int, out.shape)
+    experts, rows, cols = map(int, out.shape[-3:])
+    choice = choice_of(graph, op)
     cpu, acc = spec.is_cpu, spec.accumulator
     tile_m, tile_n, step, warps, stages = _sizes(spec)
     axes = [_axis("m", min(tile_m, rows), cpu), _axis("n", min(tile_n, cols), cpu), _axis("r", step, cpu)]
@@ -66,47 +68,58 @@ def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
             [Load("next", "i32", ("r",), "tokens", (next_row,))],
             [Compute("token", "i32", ("r",), integer("next"), declares=False)],
         )
-        if gathers
+        if gathers or choice
         else ([], [], [])
     )
 
     def place(which: str) -> Expr:
         return integer("token") if gathers == which else ROW
 
+    if choice:
+        here = all_of([here, MINE])
+    work: tuple[Stmt, ...] = (
+        Load("A", operand, ("r", "m"), a.name, (place("a"), row_at), all_of([here, in_m]), NONE),
+        Load("B", operand, ("r", "n"), b.name, (place("b"), col_at), all_of([here, in_n]), NONE),
+        Dot("acc", acc, ("m", "n"), "A", "B", "r", True, False, spec.precision),
+    )
+    if choice:  # only the blocks of rows that chose this result
+        some = Reduce("some", "bool", (), "any", here, ("r",))
+        work = (*choice.of(integer("token"), ("r",)), some, If(boolean("some"), work))
     step_body: tuple[Stmt, ...] = (
         Compute("at", "i32", ("r",), FIRST + U * step + R),
         Compute("row", "i32", ("r",), minimum(integer("at"), LAST - 1)),
         *ahead,
-        Load("A", operand, ("r", "m"), a.name, (place("a"), row_at), all_of([here, in_m]), NONE),
-        Load("B", operand, ("r", "n"), b.name, (place("b"), col_at), all_of([here, in_n]), NONE),
-        Dot("acc", acc, ("m", "n"), "A", "B", "r", True, False, spec.precision),
+        *work,
         *moved,
     )
     end = _bounded(bounds.name, integer("e") + 1)
     if op.attr("masked"):  # no rows where nothing is learnt
         end = integer("first") + (end - integer("first")) * read(integer("trains"), integer("e"))
+    made = (ADAPTER, integer("e")) if choice else (integer("e"),)
     body: tuple[Stmt, ...] = (
         Let("first", _bounded(bounds.name, integer("e"))),
         Let("last", end),
         Compute("acc", acc, ("m", "n"), NONE),
         *token,
         For("u", (Span(ZERO, ceildiv(LAST - FIRST, step)),), step_body),
-        Store(out.name, (integer("e"), row_at, col_at), real("acc"), ("m", "n"), all_of([in_m, in_n])),
+        Store(out.name, (*made, row_at, col_at), real("acc"), ("m", "n"), all_of([in_m, in_n])),
     )
     lengths = {"a": "T" if gathers == "a" else "entries", "b": "T" if gathers == "b" else "entries"}
-    tokens = [Tensor("tokens", "i32", ("entries",), unit=0)] if gathers else []
+    tokens = [Tensor("tokens", "i32", ("entries",), unit=0)] if gathers or choice else []
+    tokens += [choice.tensor()] if choice else []
     tensors = [
         Tensor(a.name, a.dtype, (lengths["a"], int(a.shape[1])), unit=1, align=_align(a.shape[1], spec)),
         Tensor(b.name, b.dtype, (lengths["b"], int(b.shape[1])), unit=1, align=_align(b.shape[1], spec)),
         Tensor(bounds.name, "i32", (experts + 1,), unit=0),
         *tokens,
         *([Tensor("trains", "i32", (experts,), unit=0)] if op.attr("masked") else []),
-        Tensor(out.name, out.dtype, (experts, rows, cols), "out", unit=2, align=_align(cols, spec)),
+        Tensor(out.name, out.dtype, out.shape, "out", unit=len(out.shape) - 1, align=_align(cols, spec)),
     ]
     grid = (
         GridDim("n0", sympy.Integer(-(-cols // tile_n))),
         GridDim("m0", sympy.Integer(-(-rows // tile_m))),
         GridDim("e", sympy.Integer(experts)),
+        *([GridDim("adapter", integer("adapters"))] if choice else []),
     )
     meta = () if cpu else (("stages", stages), ("warps", warps))
     return Kernel(

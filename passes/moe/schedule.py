@@ -102,8 +102,8 @@ def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
     wide = min(8, tiles) if spec.load == "many" else tiles
     if tiles > wide:  # none hangs over where a number near 8 divides them
         wide = next((n for n in (8, 7, 6, 5) if tiles % n == 0), wide)
-    meta = _hints(spec, warps, stages, boxes=spec.load == "many")
-    return Tiling(rows, cols, step, wide=wide, meta=meta)
+    boxes = spec.load == "many" and op.attr("chooses") != "w"
+    return Tiling(rows, cols, step, wide=wide, meta=_hints(spec, warps, stages, boxes=boxes))
 
 
 def _hints(spec: ExpertsSpec, warps: int, stages: int, *, boxes: bool) -> tuple[tuple[str, int], ...]:
