@@ -200,8 +200,14 @@ def test_products_compile_for_an_h100_without_spills(load):
 
 
 def test_entries_compile_for_an_h100_without_spills():
-    for experts, hidden, inner in ((8, 4096, 14336), (32, 2880, 2880)):
-        spec = ExpertsSpec(experts, 2, hidden, inner, SWIGLU, dtype="bf16", load="one", target="cuda:sm_90")
+    adapted = {"ranks": (32, 16), "adapters": "i64"}
+    for experts, hidden, inner, more in (
+        (8, 4096, 14336, {}),
+        (32, 2880, 2880, {}),
+        (64, 2048, 1024, adapted),
+    ):
+        facts = {"dtype": "bf16", "load": "one", "target": "cuda:sm_90", **more}
+        spec = ExpertsSpec(experts, 2, hidden, inner, SWIGLU, **facts)
         for kernel in compile_experts(spec).kernels:
             binary = compile_ahead(emit(kernel), "cuda:sm_90")
             assert not binary.spills and "ld.global.v4" in binary.assembly
