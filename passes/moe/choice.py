@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 import sympy
 
-from ...ir.expr import Expr, all_of, cast, integer, minimum, real, where
+from ...ir.expr import Expr, all_of, cast, integer, maximum, minimum, real, where
 from ...ir.graph import Graph, Op
-from ...ir.kernel import Compute, For, Let, Load, Reduce, Span, Stmt, Tensor
+from ...ir.kernel import Compute, For, If, Let, Load, Reduce, Span, Stmt, Tensor
 from .tiles import Part
 
 ZERO, NOBODY, BEHIND = sympy.Integer(0), sympy.Integer(-1), sympy.Integer(2**31 - 1)
@@ -47,23 +47,17 @@ class Choice:
         ]
 
     def of_rows(self, *, known: bool) -> list[Stmt]:
-        """`chosen` [i] of the rows of a tile, and `choices`, how many different ones there are. known: the
-        tokens of these rows are."""
+        """`chosen` [i] of the rows of a tile, and `turns`, no fewer than there are different ones: one more
+        than it changes from a row to the next. known: the tokens of these rows are."""
         out: list[Stmt] = [] if known else [Load("token", "i32", ("i",), "tokens", (integer("row"),))]
         out += self.of(integer("token"), ("i",))
-        for axis in "sp":  # once more: rows lie in the lanes of a CPU, where nothing is summed
-            row = minimum(ROW0 + integer(axis), LAST - 1)
-            out.append(Load(f"token_{axis}", "i32", (axis,), "tokens", (row,)))
-            out += self.of(integer(f"token_{axis}"), (axis,), f"_{axis}")
-        one, other = integer("chosen_s"), integer("chosen_p")
-        again = all_of([sympy.Eq(one, other), integer("p") < integer("s")])
-        first = all_of([sympy.Eq(integer("before"), 0), one >= 0])
-        return [
-            *out,
-            Reduce("before", "i32", ("s",), "sum", where(again, 1, 0), ("p",)),
-            Reduce("different", "i32", (), "sum", where(first, 1, 0), ("s",)),
-            Let("choices", integer("different")),
-        ]
+        for mark, behind in (("s", 0), ("b", 1)):  # another axis: along rows, a CPU sums nothing
+            row = minimum(ROW0 + maximum(integer("s") - behind, ZERO), LAST - 1)
+            out.append(Load(f"token_{mark}", "i32", ("s",), "tokens", (row,)))
+            out += self.of(integer(f"token_{mark}"), ("s",), f"_{mark}")
+        changes = where(sympy.Ne(integer("chosen_s"), integer("chosen_b")), 1, 0)
+        counted = Reduce("changes", "i32", (), "sum", changes, ("s",))
+        return [*out, counted, Let("turns", integer("changes") + 1)]
 
     def sum(self, parts: list[Part], acc: str, products: Callable[[list[Part]], list[Stmt]]) -> list[Stmt]:
         """The sums of parts, which are there, where every row takes those by the matrix of its choice."""
@@ -82,9 +76,9 @@ class Choice:
             Reduce("following", "i32", (), "min", later, ("s",)),
             Let("adapter", integer("following")),
             Compute("upto", "i32", (), integer("following"), declares=False),
-            *work,
+            If(ADAPTER < BEHIND, tuple(work)),
         )
-        return [Compute("upto", "i32", (), NOBODY), For("v", (Span(ZERO, integer("choices")),), body)]
+        return [Compute("upto", "i32", (), NOBODY), For("v", (Span(ZERO, integer("turns")),), body)]
 
 
 def choice_of(graph: Graph, op: Op) -> Choice | None:

@@ -136,7 +136,7 @@ class _Builder:
         if not rest:
             return [If(ROW0 < LAST, work)]
         few = all_of([ROW0 < LAST, ROW0 + rest >= LAST])
-        return [If(ROW0 + rest < LAST, work), If(few, apart(work, {"i": "r"}, "_rest"))]
+        return [If(ROW0 + rest < LAST, work), If(few, apart(work, {"i": "r", "s": "rs"}, "_rest"))]
 
     def _name(self) -> str:
         return f"experts_{self.out.name}"
@@ -149,7 +149,8 @@ class _Builder:
         rest = [self._axis("r", t.rest)] if t.rest else []
         tile = (columns, rows, *rest) if t.turned else (rows, *rest, columns)
         low = [self._axis("l", int(self.added[0].shape[1]))] if self.added else []
-        low += [self._axis(name, t.rows) for name in "sp"] if self.choice else []
+        if self.choice:
+            low += [self._axis("s", t.rows), *([self._axis("rs", t.rest)] if t.rest else [])]
         return (*tile, self._axis("d", self.tiles.step), self._axis("z", self.experts), *low)
 
     def _axis(self, name: str, extent: int) -> Axis:
