@@ -13,9 +13,9 @@ The operations of the graph IR over them; none holds anything of size T x E.
                     `chooses`, 'w' or 'b': there are several of these matrices for each group, [A, E, ..], and
                     last come tokens [rows] and choice [T]: row i takes matrix choice[tokens[i]] of its group,
                     and nothing where that is not in 0 .. A - 1
-    dequantize      planes of codes, scales (, widths [E]) -> [E, N, K]: the matrices they stand for, by the
-                    Quantized `format` (ir/quantized.py). `used`: bounds follow, and only the matrices of
-                    groups that have rows are made; others hold anything
+    dequantize      planes of codes, scales (, zero points) (, widths [E]) -> [E, N, K]: the matrices they
+                    stand for, by the Quantized `format` (ir/quantized.py). `used`: bounds follow, and only
+                    the matrices of groups that have rows are made; others hold anything
     split           [.., 2 N] -> two [.., N]: its halves, or, if `interleaved`, even and odd columns
     combine         y [rows, H], place [T, K], weights [T, K] -> [T, H]: for each token the weighted sum of
     its

@@ -9,7 +9,7 @@ import sympy
 
 from . import expr as E
 from .graph import Extent, Value
-from .quantized import ELEMENTS, NESTED, PER_EXPERT, SCALES, Quantized
+from .quantized import ELEMENTS, NESTED, PER_EXPERT, SCALES, ZEROS, Quantized
 from .ragged import ADDS, CHOOSES, HALVES
 
 if TYPE_CHECKING:
@@ -44,17 +44,20 @@ def _gather(c: Checker) -> tuple[Shape, ...]:
 
 
 def _matrices(c: Checker, q: Quantized, operands: tuple[Value, ...]) -> tuple[Extent, ...]:
-    """The shape [E, N, K] of what planes, scales and widths stand for."""
+    """The shape [E, N, K] of what planes, scales, zero points and widths stand for."""
     if q.element not in ELEMENTS or q.scale not in SCALES:
         c.fail("attrs", f"expected an element of {ELEMENTS} and scales of {SCALES}; got {q}")
     if q.planes not in (*NESTED, (8,), (4,), (2,)) or q.bits not in (PER_EXPERT, *q.planes):
         c.fail("attrs", f"expected planes of 8, 4 or 2 bits, or {NESTED}, and bits among them; got {q}")
     if q.columns < 1 or q.group < 1:
         c.fail("attrs", f"expected at least one column, and one a group; got {q}")
+    if q.zero is not None and (q.zero not in ZEROS or q.element != "int" or len(q.planes) > 1):
+        c.fail("attrs", f"expected zero points of {ZEROS}, of integers that are not nested; got {q}")
     if len(operands) != q.operands:
         c.fail("operands", f"expected {q.operands} of quantised matrices; got {len(operands)}")
     first = operands[0].shape
-    rows = [(*first[:2], q.row_bytes(n)) for n in range(len(q.read))] + [(*first[:2], q.groups)]
+    rows = [(*first[:2], q.row_bytes(n)) for n in range(len(q.read))]
+    rows += [(*first[:2], q.groups)] * (1 + (q.zero is not None))
     for value, shape in zip(operands, [*rows, (first[0],)], strict=False):
         c.same(f"shape of %{value.name}", value.shape, shape)
     return (*first[:2], q.columns)

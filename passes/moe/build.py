@@ -91,6 +91,8 @@ def stored_as(matrix: Value, q: Quantized | None) -> tuple[list[Value], list[Op]
     ]
     scale = "u8" if q.scale == "e8m0" else q.scale
     found = [*planes, Value(f"{matrix.name}_scales", scale, (e, n, q.groups))]
+    if q.zero is not None:
+        found.append(Value(f"{matrix.name}_zeros", q.zero, (e, n, q.groups)))
     if q.bits == PER_EXPERT:
         found.append(Value(f"{matrix.name}_bits", "i32", (e,)))
     operands = tuple(v.name for v in found)
@@ -98,9 +100,10 @@ def stored_as(matrix: Value, q: Quantized | None) -> tuple[list[Value], list[Op]
 
 
 def codes_names(name: str, q: Quantized) -> list[str]:
-    """What planes of codes, scales and widths of matrices are called."""
+    """What planes of codes, scales, zero points and widths of matrices are called."""
     planes = [f"{name}_codes{number or ''}" for number in range(len(q.read))]
-    return [*planes, f"{name}_scales", *([f"{name}_bits"] if q.bits == PER_EXPERT else [])]
+    more = [f"{name}_zeros"] if q.zero is not None else []
+    return [*planes, f"{name}_scales", *more, *([f"{name}_bits"] if q.bits == PER_EXPERT else [])]
 
 
 def lora_values(spec: ExpertsSpec) -> list[Value]:

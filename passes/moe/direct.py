@@ -308,7 +308,8 @@ class _Builder:
                     turn += codes.scale(
                         scale, self.acc, ("n",) if even else axes, (self.places[k], column), known
                     )
-                    more = real(f"P{k}") + real(name) * real(f"A{n}{s}") * real(scale)
+                    number = codes.scaled(real(name), real(scale), codes.zero(scale))
+                    more = real(f"P{k}") + number * real(f"A{n}{s}")
                     turn.append(Compute(f"P{k}", self.acc, axes, more, declares=False))
         whole = [Compute(f"P{k}", self.acc, axes, NONE) for k in parts]
         turns = -(-self.stretch // (self.step * self.unroll))
@@ -325,7 +326,7 @@ class _Builder:
         float (1), multiplied (1) and, with what the lane's other numbers share (loads, x, scales), are 3.5 to
         4.5. All loads of codes come before their use, so that as many are under way as registers hold."""
         parts, numbers = range(len(self.places)), range(self.slices)
-        scaled, axes = codes.q.groups > 1, ("n", "c", "d")
+        scaled, axes = codes.q.groups > 1 or codes.q.zero is not None, ("n", "c", "d")
         loads: list[Stmt] = []
         work: list[Stmt] = []
         for n in range(t.unroll):
@@ -345,12 +346,16 @@ class _Builder:
                 loads.append(
                     Load(f"A{n}{s}", self.acc, ("c", "d"), self.a.name, (row, feature), within, NONE)
                 )
+                if codes.q.zero:
+                    work.append(Reduce(f"R{n}{s}", self.acc, ("c",), "sum", real(f"A{n}{s}"), ("d",)))
                 for k in parts:
                     name, dot = f"W{n}{k}{s}", f"T{n}{k}{s}"
                     work += codes.decode(f"W{n}{k}", s, self.acc, axes)
                     term = real(name) * real(f"A{n}{s}")
                     work.append(Reduce(dot, self.acc, ("n", "c"), "sum", term, ("d",)))
-                    more = real(dot) * (real(f"S{n}{k}{s}") if scaled else 1)
+                    more, scale = real(dot), f"S{n}{k}{s}"
+                    if scaled:
+                        more = codes.scaled(more, real(scale), codes.zero(scale), real(f"R{n}{s}"))
                     work.append(Compute(f"P{k}", self.acc, ("n", "c"), real(f"P{k}") + more, declares=False))
         whole = [Compute(f"P{k}", self.acc, ("n", "c"), NONE) for k in parts]
         turns = -(-self.stretch // (t.inner * t.unroll))

@@ -264,6 +264,7 @@ class _Builder:
             turn += self._load_rows(f"A{tag}", at)
             for part in parts:
                 turn += self.matrix.load(part, part.matrix + tag, at, first, scales=not ahead)
+            turn += self._row_sums(f"A{tag}")
             for part in parts:
                 turn += self._dots(part, f"A{tag}", part.matrix + tag, at, scales=not ahead)
         if ahead:
@@ -290,9 +291,17 @@ class _Builder:
             name = f"{part.matrix}{tag}"
             first += self.matrix.scale(part, name, number, at)
             later += self.matrix.scale(part, f"next{name}", number, after, ahead=True)
-            kept, new = f"S{name}_{number}", f"Snext{name}_{number}"
-            moves.append(Compute(kept, self.acc, ("n",), real(new), declares=False))
+            for what in self.matrix.scale_tiles:
+                kept, new = f"S{name}_{number}{what}", f"Snext{name}_{number}{what}"
+                moves.append(Compute(kept, self.acc, ("n",), real(new), declares=False))
         return first, later, moves
+
+    def _row_sums(self, rows: str) -> list[Stmt]:
+        """What products of codes take their zero points times of, for each slice of a step."""
+        if self.matrix.scaled != "products" or "_zero" not in self.matrix.scale_tiles:
+            return []
+        tiles = [self.matrix.rows(rows, number) for number in range(self.tiles.slices)]
+        return [Reduce(f"R{a}", self.acc, ("i",), "sum", real(a), ("d",)) for a in tiles]
 
     def _dots(self, part: Part, rows: str, name: str, at: Expr, *, scales: bool) -> list[Stmt]:
         """The products of a step, added to those before it. scales: theirs are to be loaded."""
@@ -303,7 +312,7 @@ class _Builder:
                 found.append(self._dot(part, a, b, accumulate=True))
                 continue
             product = f"P{name}_{number}"
-            more = real(part.acc) + real(product) * real(f"S{name}_{number}")
+            more = real(part.acc) + self.matrix.scaled_product(real(product), name, number, real(f"R{a}"))
             found += [
                 *(self.matrix.scale(part, name, number, at) if scales else ()),
                 self._dot(replace(part, acc=product), a, b, accumulate=False),

@@ -25,6 +25,7 @@ class DenseMatrix:
     stacked: bool = False
     scaled = ""  # by nothing
     scaled_by_step = False
+    scale_tiles = ()
     hints = ()
 
     def arguments(self) -> list[Tensor]:
@@ -56,6 +57,9 @@ class DenseMatrix:
 
     def scale(self, part: Part, name: str, number: int, at: Expr, *, ahead: bool = False) -> list[Stmt]:
         return []
+
+    def scaled_product(self, value: Expr, name: str, number: int, rows: Expr) -> Expr:
+        return value
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class CodedMatrix:
         t = self.tiles
         if not t.by_rows or not is_uniform(self.codes.q, t.step):
             return "codes"
-        one = self.codes.q.groups == 1
+        one = self.codes.q.groups == 1 and not self.codes.q.zero
         return t.tiling.scales if one or t.tiling.scales != "sums" else "products"
 
     @property
@@ -119,8 +123,19 @@ class CodedMatrix:
             if not even or self.scaled == "codes":
                 found += self._scale(part, name, number, at, None if even else guard, first) if scales else []
                 scale = real(f"S{name}_{number}")
-            found += codes.decode(f"{name}_", number, self.operand, axes, scale)
+            zero = codes.zero(f"S{name}_{number}") if scale is not None else None
+            found += codes.decode(f"{name}_", number, self.operand, axes, scale, zero)
         return found
+
+    def scaled_product(self, value: Expr, name: str, number: int, rows: Expr) -> Expr:
+        """A product of codes with their scales. rows: the sums of what codes were multiplied by."""
+        scale = f"S{name}_{number}"
+        return self.codes.scaled(value, real(scale), self.codes.zero(scale), rows)
+
+    @property
+    def scale_tiles(self) -> tuple[str, ...]:
+        """The tiles that `scale` makes, by what follows their name."""
+        return ("", "_zero") if self.codes.q.zero else ("",)
 
     def scale(self, part: Part, name: str, number: int, at: Expr, *, ahead: bool = False) -> list[Stmt]:
         """The tile S{name}_{number}: scales of products of a step, all of one group, or of sums. ahead: the

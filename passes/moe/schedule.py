@@ -151,7 +151,7 @@ def _of_codes(op: Op, q: Quantized, spec: ExpertsSpec, inner: int, columns: int)
     tiles = -(-(columns if by_rows else q.stretch) // cols)
     wide = min(8, tiles) if spec.load == "many" else tiles
     # To scale products takes as many registers again as sums: few where rows are few.
-    scales = "sums" if q.groups == 1 else "products" if rows <= 16 else "codes"
+    scales = "sums" if q.groups == 1 and not q.zero else "products" if rows <= 16 else "codes"
     # Decoding several codes a byte leaves few instructions for addresses.
     meta = _hints(spec, warps, stages, boxes=spec.load == "many" or q.slices > 1)
     # Scales of less than 4 bytes are not copied asynchronously: their step would wait for them.
