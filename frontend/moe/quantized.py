@@ -293,8 +293,8 @@ class QuantizedWeight(torch.nn.Module):
         """What GPTQ's checkpoints hold, stacked by expert.
 
         qweight (E, K / n, N) and qzeros (E, G, N / n): int32 of n = 32 / bits fields, neighbours along K and
-        along N, from the lowest; scales (E, G, N). g_idx (E, K) or (K,): the group of each feature, which must
-        be in order. Matrices of gate and up may be joined along N before. zero_offset: what was taken off
+        along N, from the lowest; scales (E, G, N). g_idx (E, K) or (K,): the group of each feature, to be
+        in order. Matrices of gate and up may be joined along N before. zero_offset: what was taken off
         zero points, 0 in "gptq_v2". Raises InputError, UnsupportedError."""
         from .checkpoints import gptq
 
