@@ -223,6 +223,24 @@ def test_bad_input(changed, message):
         gossamer.experts(case.x(), *case.routing(), **case.layer(), **given, validate=True)
 
 
+def test_ids_are_validated_beside_copies():
+    case = Case(tokens=5)
+    ids, weights = case.routing(0, 0, case.experts + 1)
+    given = adapters(case) | {"adapter_ids": torch.tensor([0, 1, 9, 0, 0])}
+    for backend in ("auto", "reference"):
+        with pytest.raises(InputError, match="expected ids from 0 to 2, or -1 for none; got 9"):
+            gossamer.experts(
+                case.x(),
+                ids,
+                weights,
+                **case.layer(),
+                **given,
+                copy_experts=1,
+                validate=True,
+                backend=backend,
+            )
+
+
 @pytest.mark.parametrize(
     ("attrs", "message"),
     [

@@ -48,7 +48,7 @@ class Experts:
         routing = {name: given[name] for name in ROUTING if name in given}
         if facts["validate"]:
             check_adapter_ids(layer)
-        if facts["validate"] and "ids" in given:
+        if facts["validate"] is True and "ids" in given:
             check_routing(NAMES, given["ids"], given["weights"], x.shape[0], layer.experts, validate=True)
         if not given["weights"].numel() or not x.shape[0]:
             return [x.new_zeros(one.shape, dtype=one.dtype) for one in self.made(call)]
