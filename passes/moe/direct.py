@@ -13,50 +13,83 @@ After, two kernels::
     %h = entry_gemm %x, %gate_up, %ids {halves, expr}        a row for each entry, in the order of ids
     %o = entry_combine %h, %down, %ids, %weights             all rows of a token in one program
 
-Leaves alone: any other graph; one whose rows are used elsewhere or returned.
+Before::  %t = grouped_gemm %x, %a, %bounds, %tokens {expr} ; %h = grouped_gemm %x, %w, .. %t, %b {adds}
+After::   %h = entry_gemm %x, %w, %ids, %a, %b {adds, low}
+
+Every program multiplies the row by an adapter's first matrix for itself, which then comes from a cache: as
+long as ranks are small, launches of their own would take longer.
+
+Leaves alone: any other graph; one whose rows are used elsewhere or returned; adapters of ranks above
+MOST_RANK.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 
 from ...ir.expr import Expr, all_of, cast, floordiv, integer, maximum, minimum, real
-from ...ir.graph import Graph, Op
+from ...ir.graph import Graph, Op, Value
 from ...ir.kernel import Axis, Compute, For, GridDim, If, Kernel, Let, Load, Reduce, Span, Stmt, Store, Tensor
 from ...ir.ragged import Tiling, storage_of
+from .choice import ADAPTER, choice_of
 from .codes import Codes, codes_of, is_uniform, steps_of
 from .spec import BYTES, ExpertsSpec
 
-KINDS = ["group", "grouped_gemm", "grouped_gemm", "combine"]
+MOST_RANK = 32
+META = (("stages", 3), ("warps", 4))
 ZERO, NONE = sympy.Integer(0), sympy.Float(0.0)
 N, C, D, R, T, U, K = map(integer, ("n", "c", "d", "r", "t", "u", "k"))
 ID, EXPERT, COL = map(integer, ("id", "expert", "col"))
 ENTRIES, T_EXTENT = integer("entries"), integer("T")
 CPU_COLS, COLS, STEP = 16, 8, 512  # columns of a program, and how much of the summed axis GPUs take at once
 LANE = 16  # bytes of x, the widest load
+ADAPTED_COLS = 16  # columns of a program that reads an adapter's rows too
+ADAPTED = 16  # numbers of these rows that a lane has at once
 
 
 def direct(graph: Graph) -> Graph:
     """The layer without sorting, where that is all there is to the graph."""
-    if [op.kind for op in graph.ops] != KINDS or len(graph.outputs) != 1:
+    group, *products, combine = graph.ops
+    low = {op.output.name: op for op in products if any(_adds(user, op) for user in products)}
+    main = [op for op in products if op.output.name not in low]
+    kinds = [op.kind for op in (group, *main, combine)]
+    if kinds != ["group", "grouped_gemm", "grouped_gemm", "combine"] or len(graph.outputs) != 1:
         return graph
-    _, up, down, combine = graph.ops
-    place = combine.inputs[1]
-    ids = graph.ops[0].inputs[0]
-    if place != graph.ops[0].outputs[2].name or len(up.outputs) > 1:
+    if any(int(op.output.shape[1]) > MOST_RANK for op in low.values()):
         return graph
-    kept = ("halves", "expr", "transpose_b", "unit", "biased", "quantized")
-    first = {k: up.attr(k) for k in kept if up.attr(k) is not None}
-    last = {k: down.attr(k) for k in kept if down.attr(k) is not None}
-    (plain_up, codes_up), (plain_down, codes_down) = storage_of(up), storage_of(down)
-    biases = [[plain[-1]] if op.attr("biased") else [] for op, plain in ((up, plain_up), (down, plain_down))]
-    operands = (*plain_down[:2], ids, combine.inputs[2], *biases[1], *codes_down[1:])
-    entries = (*plain_up[:2], ids, *biases[0], *codes_up[1:])
+    up, down = main
+    if combine.inputs[1] != group.outputs[2].name or len(up.outputs) > 1:
+        return graph
+    ids, weights = group.inputs[0], combine.inputs[2]
     ops = (
-        Op("entry_gemm", entries, up.outputs, tuple(first.items())),
-        Op("entry_combine", operands, combine.outputs, tuple(last.items())),
+        _of_entries(up, "entry_gemm", (ids,), up.outputs, low),
+        _of_entries(down, "entry_combine", (ids, weights), combine.outputs, low),
     )
     return Graph(graph.name, graph.inputs, ops, graph.outputs)
+
+
+def _adds(op: Op, low: Op) -> bool:
+    """Whether an operation adds what another makes, by one more matrix."""
+    return op.attr("adds") == "rows" and op.inputs[3 + bool(op.attr("gathers"))] == low.output.name
+
+
+def _of_entries(
+    op: Op, kind: str, routing: tuple[str, ...], outputs: tuple[Value, ...], low: dict[str, Op]
+) -> Op:
+    """A product by groups as one of entries."""
+    plain, codes = storage_of(op)
+    kept = ("halves", "expr", "transpose_b", "unit", "biased", "quantized", "adds", "chooses")
+    attrs = {k: op.attr(k) for k in kept if op.attr(k) is not None}
+    _, _, _, *rest = plain
+    choice = [rest.pop(), rest.pop()][:1] if op.attr("chooses") else []
+    bias = [rest.pop()] if op.attr("biased") else []
+    added: list[str] = []
+    if op.attr("adds"):
+        t, b = rest[-2:]
+        added, attrs["low"] = [low[t].inputs[1], b], low[t].attr("expr")
+    return Op(kind, (*plain[:2], *routing, *bias, *added, *choice, *codes[1:]), outputs, tuple(attrs.items()))
 
 
 def entry_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
@@ -71,7 +104,9 @@ class _Builder:
         a, w, ids, *rest = plain
         self.a, self.w, self.ids = graph.values[a], graph.values[w], graph.values[ids]
         self.weights = graph.values[rest.pop(0)] if self.combines else None
-        self.bias = graph.values[rest[0]] if op.attr("biased") else None
+        self.bias = graph.values[rest.pop(0)] if op.attr("biased") else None
+        self.added = [graph.values[rest.pop(0)] for _ in range(2)] if op.attr("adds") else []
+        self.choice = choice_of(graph, replace(op, inputs=plain))
         self.top_k = int(self.ids.shape[1])
         self.by_rows = bool(op.attr("transpose_b"))
         self.codes = codes_of(graph, op, stored, spec)
@@ -86,10 +121,12 @@ class _Builder:
         self.tiling: Tiling | None = op.attr("tiling")
         self.lanes = LANE // BYTES[spec.dtype]
         self.cpu, self.acc = spec.is_cpu, spec.accumulator
-        self.cols = min(self.columns, CPU_COLS if self.cpu else COLS)
+        few, wide = COLS, STEP * 2 // BYTES[spec.dtype]
+        if self.added and not self.combines:
+            few, wide = ADAPTED_COLS, wide * COLS // ADAPTED_COLS
+        self.cols = min(self.columns, CPU_COLS if self.cpu else few)
         if not self.cpu:
             self.cols = 1 << (self.cols - 1).bit_length()
-        wide = STEP * 2 // BYTES[spec.dtype]
         self.step = self.inner if self.cpu else min(wide, max(16, 1 << (self.inner - 1).bit_length()))
         if self.codes is not None:
             self.step, self.unroll = steps_of(self.codes.q, 64 if self.slices > 2 else 128, cpu=self.cpu)
@@ -128,12 +165,15 @@ class _Builder:
         sizes = {"n": self.cols, "d": self.step}
         if t is not None:
             sizes = {"c": t.inner // self.lanes, "n": t.cols, "d": self.lanes}
-        meta = t.meta if t else () if self.cpu else (("stages", 3), ("warps", 4))
+        axes = [Axis(name, size, size) for name, size in sizes.items()]
+        if self.added:
+            axes += self._rank_axes()
+        meta = t.meta if t else () if self.cpu else META
         return Kernel(
             f"experts_{self.op.output.name}",
             self._arguments(),
             (GridDim("n0", tiles), rows),
-            tuple(Axis(name, size, size) for name, size in sizes.items()),
+            tuple(axes),
             "d" if self.cpu else None,
             tuple(body),
             tuple(sorted((*meta, *(self.codes.hints if self.codes else ())))),
@@ -153,6 +193,8 @@ class _Builder:
             *matrix,
             *flat,
             *([Tensor(self.bias.name, self.bias.dtype, tuple(self.bias.shape), unit=1)] if self.bias else []),
+            *(Tensor(v.name, v.dtype, tuple(v.shape), unit=len(v.shape) - 1) for v in self.added),
+            *([self.choice.tensor()] if self.choice else []),
             Tensor(self.op.output.name, self.op.output.dtype, (rows[1], self.columns), "out", unit=1),
         )
 
@@ -192,7 +234,51 @@ class _Builder:
             if self.weights is not None:
                 value = value * real("weight")
             out.append(Compute(f"acc{k}", self.acc, ("n",), real(f"acc{k}") + value, declares=False))
-        return out
+        return [*out, *self._adapted(row)]
+
+    def _rank_axes(self) -> list[Axis]:
+        """Axes of an adapter: its rank and, of the summed axis, what GPUs take at once."""
+        rank = int(self.added[0].shape[-2])
+        if self.cpu:
+            return [Axis("l", rank, rank)]
+        size = 1 << (rank - 1).bit_length()
+        lanes = 32 * dict(self.tiling.meta if self.tiling else META)["warps"]
+        step = max(16, min(ADAPTED * lanes // size, 1 << (self.inner - 1).bit_length()))
+        return [Axis("l", rank, size), Axis("f", step, step)]
+
+    def _adapted(self, row: Expr) -> list[Stmt]:
+        """acc0 (and acc1) += what an adapter adds: an entry's row by both its matrices."""
+        if not self.added:
+            return []
+        (low, b), acc, prefix = self.added, self.acc, (ADAPTER, EXPERT) if self.choice else (EXPERT,)
+        axis, step = ("d", self.step) if self.cpu else ("f", self._rank_axes()[1].extent)
+        feature = integer("v") * step + integer(axis)
+        within = sympy.true if self.inner % step == 0 else feature < self.inner
+        more = real("L_all") + real("L_matrix") * real("L_row")
+        turn: tuple[Stmt, ...] = (
+            Load("L_row", acc, (axis,), self.a.name, (row, feature), within, NONE),
+            Load("L_matrix", acc, ("l", axis), low.name, (*prefix, integer("l"), feature), within, NONE),
+            Compute("L_all", acc, ("l", axis), more, declares=False),
+        )
+        turns = sympy.Integer(-(-self.inner // step))
+        work: list[Stmt] = [
+            Compute("L_all", acc, ("l", axis), NONE),
+            For("v", (Span(ZERO, turns),), turn),
+            Reduce("L_sum", acc, ("l",), "sum", real("L_all"), (axis,)),
+            Compute("L", acc, ("l",), self.op.attr("low").xreplace({real("x0"): real("L_sum")})),
+        ]
+        for k, place in enumerate(self.places):
+            value = real(f"added{k}") * (real("weight") if self.weights is not None else 1)
+            work += [
+                Load(f"B{k}", acc, ("n", "l"), b.name, (*prefix, place, integer("l")), self._valid(), NONE),
+                Reduce(f"added{k}", acc, ("n",), "sum", real(f"B{k}") * real("L"), ("l",)),
+                Compute(f"acc{k}", acc, ("n",), real(f"acc{k}") + value, declares=False),
+            ]
+        if self.choice is None:
+            return work
+        token = T if self.combines else row
+        found = Let("adapter", integer("chosen"))
+        return [*self.choice.of(token, ()), found, If(ADAPTER >= 0, tuple(work))]
 
     def _decoded(self, codes: Codes, row: Expr) -> list[Stmt]:
         """The products of a quantised matrix by tiles: a scale for each of their rows where a step lies in
@@ -222,7 +308,8 @@ class _Builder:
                     turn += codes.scale(
                         scale, self.acc, ("n",) if even else axes, (self.places[k], column), known
                     )
-                    more = real(f"P{k}") + real(name) * real(f"A{n}{s}") * real(scale)
+                    number = codes.scaled(real(name), real(scale), codes.zero(scale))
+                    more = real(f"P{k}") + number * real(f"A{n}{s}")
                     turn.append(Compute(f"P{k}", self.acc, axes, more, declares=False))
         whole = [Compute(f"P{k}", self.acc, axes, NONE) for k in parts]
         turns = -(-self.stretch // (self.step * self.unroll))
@@ -239,7 +326,7 @@ class _Builder:
         float (1), multiplied (1) and, with what the lane's other numbers share (loads, x, scales), are 3.5 to
         4.5. All loads of codes come before their use, so that as many are under way as registers hold."""
         parts, numbers = range(len(self.places)), range(self.slices)
-        scaled, axes = codes.q.groups > 1, ("n", "c", "d")
+        scaled, axes = codes.q.groups > 1 or codes.q.zero is not None, ("n", "c", "d")
         loads: list[Stmt] = []
         work: list[Stmt] = []
         for n in range(t.unroll):
@@ -259,12 +346,16 @@ class _Builder:
                 loads.append(
                     Load(f"A{n}{s}", self.acc, ("c", "d"), self.a.name, (row, feature), within, NONE)
                 )
+                if codes.q.zero:
+                    work.append(Reduce(f"R{n}{s}", self.acc, ("c",), "sum", real(f"A{n}{s}"), ("d",)))
                 for k in parts:
                     name, dot = f"W{n}{k}{s}", f"T{n}{k}{s}"
                     work += codes.decode(f"W{n}{k}", s, self.acc, axes)
                     term = real(name) * real(f"A{n}{s}")
                     work.append(Reduce(dot, self.acc, ("n", "c"), "sum", term, ("d",)))
-                    more = real(dot) * (real(f"S{n}{k}{s}") if scaled else 1)
+                    more, scale = real(dot), f"S{n}{k}{s}"
+                    if scaled:
+                        more = codes.scaled(more, real(scale), codes.zero(scale), real(f"R{n}{s}"))
                     work.append(Compute(f"P{k}", self.acc, ("n", "c"), real(f"P{k}") + more, declares=False))
         whole = [Compute(f"P{k}", self.acc, ("n", "c"), NONE) for k in parts]
         turns = -(-self.stretch // (t.inner * t.unroll))

@@ -130,6 +130,6 @@ def _sized(graph: Graph, tensor: Tensor) -> Tensor:
         return Tensor(tensor.name, tensor.dtype, tensor.shape, unit=tensor.unit)
     op = graph.producer(tensor.name)
     assert op is not None
-    experts = int(graph.values[op.inputs[1]].shape[0])
+    experts = int(graph.values[op.inputs[1]].shape[-3])
     rows = slots(integer("entries"), op.attr("tiling").rows, experts)
     return Tensor(tensor.name, tensor.dtype, (rows, *tensor.shape[1:]), unit=2)
