@@ -200,6 +200,9 @@ class Executable:
                 raise self._incomplete(values)
             value = values[name]
             if argument.kind == "tensor":
+                if len(value.shape) != len(argument.shape):
+                    expected = f"{len(argument.shape)} dimensions ({', '.join(map(str, argument.shape))})"
+                    raise InputError(f"argument {name}", expected, tuple(value.shape))
                 named = zip(argument.shape, value.shape, strict=True)
                 sizes |= {dimension: int(size) for dimension, size in named if isinstance(dimension, str)}
             elif isinstance(value, int):
