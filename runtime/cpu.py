@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import BackendError, MissingDependencyError
+from .cpu_arguments import Arguments
 from .knobs import NUM_THREADS
 from .manifest import Launch
-from .source import Source
-from .tensor_check import check_tensors
 from .workers import POOL
 
 if TYPE_CHECKING:
@@ -108,32 +107,21 @@ class CpuKernel:
 
     def __init__(self, launch: Launch, binary: bytes) -> None:
         self._function, self._workspace = load_object(binary, launch.entry), launch.workspace
-        self._kernel = launch.kernel
-        self._tensors = [a for a in launch.arguments if a.kind == "tensor"]
-        # Addresses come first, in the order of the tensors.
-        self._numbers = [(k, Source.parse(s)) for k, s in launch.details["parameters"] if k != "address"]
+        self._arguments = Arguments(launch)
         self._shares = int(launch.details.get("shares", _SHARES))
 
     def bind(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Runner:
         """What runs the kernel on tensors with the sizes and strides of these, and with these scalars.
 
         Raises InputError for tensors that the kernel was not compiled for."""
-        check_tensors(self._kernel, self._tensors, values)
-        numbers = tuple(_number(kind, source, values[source.name]) for kind, source in self._numbers)
         function, workspace, shares = self._function, self._workspace, self._shares
+        numbers = self._arguments.numbers(values)
 
         def run(tensors: Sequence[Any], threads: int | None) -> None:
             arguments = (*[tensor.data_ptr() for tensor in tensors], *numbers)
             launch(function, arguments, threads or NUM_THREADS.get(), workspace, shares)
 
         return run
-
-
-def _number(kind: str, source: Source, value: Any) -> int | float:
-    """What a kernel takes of a tensor (a size, a stride) or of a scalar."""
-    if source.what:
-        value = value.stride(source.dimension) if source.what == "stride" else value.shape[source.dimension]
-    return int(value) if kind == "i64" else float(value)
 
 
 def launch(

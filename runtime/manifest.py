@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
@@ -39,7 +39,8 @@ _DTYPES = {
 _DTYPES |= {name: name for name in _DTYPES.values()}
 
 
-def dtype_name(dtype: object) -> str | None:
+@cache
+def dtype_name(dtype: Hashable) -> str | None:
     """'i32' for torch.int32, NumPy's int32 and 'i32'; None for a dtype that no kernel reads."""
     return _DTYPES.get(str(dtype).removeprefix("torch."))
 

@@ -492,7 +492,7 @@ def test_text_is_the_same_in_another_process():
         ({"x": torch.zeros(12, 15)}, r"spans: x.shape\[1\]: expected 16; got 15"),
         ({"y": torch.zeros(2, 8)}, r"argument y: expected 1 dimensions \(16\); got \(2, 8\)"),
         ({"x": torch.zeros(16, 12).T}, r"spans: x.stride\(1\): expected 1; got 12. Pass x.contiguous\(\)"),
-        ({"z": torch.zeros(11)}, r"spans: z.shape\[0\]: expected 12, as x.shape\[0\]; got 11"),
+        ({"z": torch.zeros(11)}, r"spans: z.shape\[0\]: expected 12, as n of the tensors before it; got 11"),
         ({"x": torch.view_as_complex(torch.zeros(12, 16, 2)).conj().imag}, "got a lazy negative"),
         ({"y": torch.frombuffer(bytearray(68), dtype=torch.float32, offset=1, count=16)}, "4 bytes divide"),
     ],
