@@ -11,7 +11,7 @@ sequence; differences are those to eager mode. Results are written after each ca
     step                  a decoder of sliding windows at S=2048: time a call, and time until the call returns
     generate              new tokens a second behind a prompt, static and dynamic caches
     longformer_compiled, bigbird_compiled
-                          the same, and torch.compile
+                          the same, gossamer with torch.compile for the rest, and torch.compile
     capture               what a first call on the CPU takes, of a decoder of 12 layers, with no kernel in the
                           cache, and in another process with all of them there
 """
@@ -102,7 +102,12 @@ def one(model: Any, inputs: dict[str, Any], name: str, rounds: int, compile: boo
     """Times of one model, and differences."""
     layers, seq = model.config.num_hidden_layers, inputs["input_ids"].shape[1]
     ours = gossamer.jit(model)
-    calls = {"gossamer": ours, "eager": model} | ({"torch.compile": torch.compile(model)} if compile else {})
+    calls = {"gossamer": ours, "eager": model}
+    if compile:
+        calls |= {
+            "with inductor": gossamer.jit(model, rest="inductor"),
+            "torch.compile": torch.compile(model),
+        }
     contestants = {by: finished(call, inputs) for by, call in calls.items()}
     found: dict[str, Any] = {"name": name, "layers": layers, "seq": seq}
     plain = contestants["eager"]().last_hidden_state
