@@ -120,15 +120,14 @@ def plan_of(executable: Executable, values: dict[str, Any], problem: Problem, ex
 
     Calls whose contents are checked each time have no plan by what was passed; they find it here, by what is
     left of that."""
-    from ..runtime.driver import driver
     from ..runtime.executable import Contiguous
 
     try:
         looks = (_signature(x) if isinstance(x, torch.Tensor) else x for x in values.values())
-        key = (executable, extra, tuple(values), *looks)
+        key = (extra, tuple(values), *looks)
     except (RuntimeError, TypeError):
         key = None
-    plan = None if key is None else driver().plans.get(key)
+    plan = None if key is None else executable.plans.get(key)
     if plan is not None:
         return plan
     heads = (problem.batch, problem.heads)
@@ -143,7 +142,7 @@ def plan_of(executable: Executable, values: dict[str, Any], problem: Problem, ex
     bound = executable.bind(values | waiting, allocate=partial(allocate, device=problem.device))
     plan = Plan(bound, tuple(outputs), problem.device)
     if key is not None:
-        driver().plans.put(key, plan)
+        executable.plans.put(key, plan)
     return plan
 
 

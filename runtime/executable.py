@@ -21,7 +21,10 @@ from .counting import LOADS
 from .formula import Formula, parse_formula
 from .knobs import LOG_TIMINGS, log
 from .manifest import BYTES, Argument
+from .recent import Recent
 from .target import Target
+
+_PLANS = 64
 
 Allocate = Callable[[tuple[int, ...], str], Any]  # (shape, dtype) -> a contiguous tensor of the caller's
 Made = tuple[str, tuple[int, ...], str]  # name, shape, dtype
@@ -92,6 +95,7 @@ class Executable:
         self.artifact = artifact
         manifest = artifact.manifest
         self.inputs = _inputs(artifact)
+        self.plans: Recent[Any] = Recent(_PLANS)  # the frontend's, of this executable alone
         self._loading = threading.Lock()
         self._kernels: tuple[tuple[Loaded, Pick], ...] = ()
         self._shapes: dict[str, tuple[str, tuple[Formula, ...]]] = {
