@@ -15,11 +15,13 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from ...runtime.driver import driver
 from ...runtime.recent import Recent
+from ..device import precision_of
 from ..form import Form, Parts
 from ..gradients import known_rows
 from ..plan import Recalled, place, recall
 from .attention import INPUTS
 from .rules import gradients_of, is_traced, operator_of, with_lse
+from .step_autograd import apply
 
 if TYPE_CHECKING:
     from ..form import Call
@@ -48,7 +50,7 @@ def remember(known: Recalled, parts: Parts) -> None:
 def _left(
     form: Form, parts: Parts, inputs: Sequence[Any], others: Sequence[Any], rows: dict[str, Any], *what: str
 ) -> Recalled:
-    """What the kernels of a call have left: `evaluate`, or `differentiate` of `what`, where rows are given."""
+    """What the kernels of a call have left: those of `evaluate`; of `differentiate`, where rows are given."""
     call = form.join([t.detach() for t in others], parts.integers, parts.floats)
     named = {name: t.detach() for name, t in zip(INPUTS, inputs, strict=True)}
     return recall(driver().plans, {**named, **call.held, **rows}, call, *what)
@@ -69,20 +71,24 @@ class Learned:
 
     def __call__(self, tensors: dict[str, Any]) -> tuple[Tensor, ...]:
         """(out, *extra)"""
-        # Function.apply would look for transforms of torch.func, of which there are none (`is_traced`).
-        return super(torch.autograd.Function, _Learned).apply(self, *[tensors[n] for n in self.names])  # type: ignore[misc]
+        return apply(_Learned, self, *[tensors[name] for name in self.names])
 
     def gradients(
         self, ctx: Any, needs: tuple[bool, ...], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
-        """A gradient, or None, for each tensor. grads: those of the output, the LSE and what else there is."""
+        """A gradient, or None, for each tensor. grads: those of the output, the LSE and further results."""
         out, lse, *tensors = ctx.saved_tensors
         do, dlse, *others = grads
-        plain = do is not None and not any(g is not None for g in others) and not is_traced(grads)
-        if not plain or torch.is_grad_enabled() or is_legacy_batchedtensor(do):
+        odd = do is None or is_legacy_batchedtensor(do) or any(grad is not None for grad in others)
+        if odd or do is None or torch.is_grad_enabled() or is_traced(grads):
             return gradients_of(ctx, needs, grads, operator_of(grads))
         given = (out, lse, do) if dlse is None else (out, lse, do, dlse)
-        key = (needs, do.dtype, dlse is None or dlse.dtype, *map(place, tensors), *map(place, given))
+        kinds = (
+            do.dtype,
+            dlse is None or dlse.dtype,
+            out.dtype is torch.float32 and precision_of(out.device, "f32"),
+        )
+        key = (needs, kinds, *map(place, tensors), *map(place, given))
         known = self._gradients.get(key)
         if known is None:
             found = gradients_of(ctx, needs, grads, operator_of(grads))
@@ -101,7 +107,7 @@ class Learned:
         inputs, others = tensors[: len(INPUTS)], tensors[len(INPUTS) :]
         ran = _left(self.form, self._parts, inputs, others, values, "gradients", *wanted)
         if ran.plan is not None:
-            given = dict(zip(_ROWS, rows, strict=True))
+            given: dict[str, Any] = dict(zip(_ROWS, rows, strict=True))
             plain = all(given[name].data_ptr() == row.data_ptr() for name, row in values.items())
             self._gradients.put(key, (ran.plan, plain))
 

@@ -118,7 +118,7 @@ def operator_of(grads: Sequence[Tensor | None]) -> Callable[..., Sequence[Tensor
     """What computes the gradients of an eager call, given those of its results.
 
     With gradients on, somebody may differentiate what it returns: the operator knows how to refuse; and it
-    knows how to map over gradients that come in batches. Raises UnsupportedError for those of torch.autograd."""
+    knows how to map over gradients that come in batches. Raises UnsupportedError for torch.autograd's own."""
     for grad in grads:
         if grad is not None and is_legacy_batchedtensor(grad):
             raise UnsupportedError(
