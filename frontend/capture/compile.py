@@ -15,7 +15,6 @@ from ..trace.torch_functions import FUNCTIONS, METHODS
 from .adapters import adapted_parts
 from .attention import find_attention
 from .create import CREATIONS
-from .distinct import add_rows
 from .einsum import spell_out
 from .expert_site import replace_experts
 from .experts import find_experts
@@ -47,7 +46,6 @@ def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled
     """The graph with everything that can be proven equal replaced, and what was found."""
     parts: list[Compiled | Left] = [*adapted_parts(module.graph), *_written_out(module.graph)]
     spell_out(module.graph)
-    add_rows(module.graph)
     reader = Reader(module.graph)
     for kind, (find, replace) in KINDS.items():
         for node, match in list(find(reader, module.graph)):
