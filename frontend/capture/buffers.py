@@ -4,7 +4,7 @@ A chain begins with zeros, or memory that holds nothing yet. Each step adds rows
 `index_put` and `out[rows] += ...`), adds whole tensors, or sets rows that no step before has set:
 
     state[b, h]  becomes  state[b, h] + sum over r of (tokens[r] == b) * rows[r, h]
-    state[b, h]  becomes  mask[b] * rows[row of b, h] + state[b, h],  where none of its conditions overlap mask
+    state[b, h]  becomes  state[b, h] + mask[b] * rows[row of b, h],  where state is 0 if mask holds
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 from torch import fx
 
 from ..term import Term, rename
+from .choices import PLACE, choice_of, is_choice
 from .expert import name_of
 from .memory import Memory
 from .ops import arguments, operation, value_of
-from .rows import PLACE, Rows, _choice, is_choice
+from .rows import Rows
 from .sums import RESHAPES, Summand
 from .tensor import LeftAlone, Opaque, Reader, Tensor, is_one, same_size
 from .terms import names_in, number, reads_in, tidy
@@ -70,8 +71,10 @@ class Buffers:
             return [Summand((("readf", STATE, *self._mapped(self.open[key], leaf, indices)),))]
         base, steps = self.steps(leaf, at)
         if not steps or (len(steps) == 1 and name_of(leaf) == "where"):
-            return self._pointwise(leaf, indices) if name_of(leaf) in ("add", "where") and at is None else None
-        shape = self._shape(steps[0].target)
+            return (
+                self._pointwise(leaf, indices) if name_of(leaf) in ("add", "where") and at is None else None
+            )
+        shape = self.shape(steps[0].target)
         own: list[Term] = [0 if is_one(n) else self.rows.fresh(n) for n in shape]
         try:
             parts = self._base(base, steps[0], own)
@@ -98,7 +101,9 @@ class Buffers:
             before = self._before(cur)
             if before is None:
                 return cur, found
-            found.insert(0, _Step(cur, cur, self._key(before, cur) if isinstance(before, fx.Node) else (cur, -1)))
+            found.insert(
+                0, _Step(cur, cur, self._key(before, cur) if isinstance(before, fx.Node) else (cur, -1))
+            )
             cur, at = before, cur
             if not isinstance(cur, fx.Node):
                 return cur, found
@@ -140,14 +145,14 @@ class Buffers:
     def _key(self, node: fx.Node, at: fx.Node | None) -> Key:
         return self.memory.group[node], len(self._writes(node, at))
 
-    def _shape(self, node: fx.Node) -> tuple[Any, ...]:
+    def shape(self, node: fx.Node) -> tuple[Any, ...]:
         while name_of(node) == "setitem":
             node = node.args[0]  # type: ignore[assignment]
         return tuple(value_of(node).shape)
 
     def _mapped(self, shape: tuple[Any, ...], leaf: fx.Node, indices: Sequence[Term]) -> list[Term]:
         """Where an element of a view lies in the tensor of a shape that steps change. Raises Opaque."""
-        own = self._shape(leaf)
+        own = self.shape(leaf)
         if len(own) == len(shape) and all(map(same_size, own, shape)):
             return list(indices)
         base = leaf
@@ -188,12 +193,16 @@ class Buffers:
             return []
         if number(self.rows.plain.of(base).term) in (0, False):
             return []
-        return self.rows.expand(self.rows.element(base, first.node, self._mapped(self._shape(first.target), base, own)))
+        return self.rows.expand(
+            self.rows.element(base, first.node, self._mapped(self.shape(first.target), base, own))
+        )
 
     # ---- steps ----
 
-    def _after(self, step: _Step, parts: list[Summand], own: list[Term], shape: tuple[Any, ...]) -> list[Summand]:
-        target = self._shape(step.target)
+    def _after(
+        self, step: _Step, parts: list[Summand], own: list[Term], shape: tuple[Any, ...]
+    ) -> list[Summand]:
+        target = self.shape(step.target)
         if len(target) != len(shape) or not all(map(same_size, target, shape)):
             raise LeftAlone("its rows are added to a tensor of changing shapes")
         self.open[step.before] = shape
@@ -242,7 +251,7 @@ class Buffers:
         node, name = step.node, name_of(step.node)
         source = "source" if name == "index_add" else "src"
         _, dim, index, rows, alpha = arguments(node, "input", "dim", "index", source, "alpha")
-        shape = self._shape(step.target)
+        shape = self.shape(step.target)
         if dim not in (0, -len(shape)) or alpha not in (None, 1) or not isinstance(rows, fx.Node):
             raise LeftAlone("rows are added along another dimension, or scaled")
         r = self.rows.fresh(value_of(rows).shape[0])
@@ -279,7 +288,9 @@ class Buffers:
         mine = own[: len(tokens)]
         condition = self._whole_condition(tokens, r)
         if condition is not None and not adds:
-            order = [next(i for i, t in enumerate(tokens) if t[1].endswith(f".{d}")) for d in range(len(tokens))]
+            order = [
+                next(i for i, t in enumerate(tokens) if t[1].endswith(f".{d}")) for d in range(len(tokens))
+            ]
             r_here: Term = ("row", condition, *(mine[i] for i in order))
             kept = rows.holds(condition, r_here[2:])
             held = rows.expand(rows.element(value, node, self._rows_of(value, r_here, columns)))
@@ -310,7 +321,7 @@ class Buffers:
         (condition, *others) = kept
         if others or condition.bound or len(condition.factors) != 1 or condition.scale != 1:
             raise LeftAlone("rows of its result are replaced, which may have been there before")
-        choice, value = _choice(condition.factors[0])
+        choice, value = choice_of(condition.factors[0])
         if choice is None:
             raise LeftAlone("rows of its result are replaced, which may have been there before")
         return Summand((("ne", choice, value), *part.factors), part.bound, part.scale)
@@ -338,9 +349,9 @@ class Buffers:
             return False
         number = int(conditions.pop())
         term, shape = self.rows.conditions[number]
-        choice, _ = _choice(term)
+        choice, _ = choice_of(term)
         d = None if choice is None else is_choice(self.reader, choice[1])
-        if d is None or any(isinstance(i, tuple) for i in choice[2:]):
+        if choice is None or d is None or any(isinstance(i, tuple) for i in choice[2:]):
             return False
         left = {f"i{n}" for n in range(len(shape))} - {f"i{n.partition('.')[2]}" for n in names}
         return left <= {choice[2 + d]}
@@ -349,10 +360,10 @@ class Buffers:
 def _apart(condition: Summand, part: Summand) -> bool:
     """Whether a condition holds nowhere where a part is not 0: both say which expert a choice is."""
     for factor in condition.factors:
-        choice, value = _choice(factor)
+        choice, value = choice_of(factor)
         for other in part.factors:
-            same, its = _choice(other)
-            if choice is not None and choice == same and not set(condition.bound) & names_in(choice):
-                if isinstance(value, int) and isinstance(its, int) and value != its:
-                    return True
+            same, its = choice_of(other)
+            alike = choice is not None and choice == same and not set(condition.bound) & names_in(choice)
+            if alike and isinstance(value, int) and isinstance(its, int) and value != its:
+                return True
     return False

@@ -32,7 +32,8 @@ class Experts:
     """The experts of a graph. node: what gives the result. root: the tensor that it is written to, if it is.
 
     networks: one of every expert, or one whose products hold all experts. x: (T, H), T one dimension or
-    several. ids, weights: (T, k), None until `prepare` has made them. scales: the nodes that hold weights where they are used."""
+    several. ids, weights: (T, k), None until `prepare` has made them. scales: the nodes that hold weights
+    where they are used."""
 
     node: fx.Node
     root: fx.Node | None

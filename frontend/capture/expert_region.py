@@ -81,7 +81,12 @@ class Region:
                 between = first < self.memory.place[user] < last
                 if between and user not in self.dead and self.memory.group[user] is not self.match.root:
                     raise LeftAlone("a sum of some of its experts is used elsewhere too")
-                if between and operation(user) is not None and user not in self.dead and name_of(user) == "clone":
+                if (
+                    between
+                    and operation(user) is not None
+                    and user not in self.dead
+                    and name_of(user) == "clone"
+                ):
                     raise LeftAlone("a sum of some of its experts is used elsewhere too")
 
     def _members(self) -> list[fx.Node]:

@@ -12,8 +12,8 @@ from ..moe.experts import experts
 from ..term import Term
 from .constant import identity
 from .expert import Experts, Network
-from .memory import Memory
 from .expert_region import Region, written
+from .memory import Memory
 from .ops import value_of
 from .product import Product
 from .tensor import LeftAlone, Reader, same_size

@@ -18,16 +18,18 @@ from torch import fx
 
 from ..term import TRUE, Term, children, rename
 from .buffers import ADDS, Buffers, ChainReader
+from .choices import PLACE, choice_of
 from .expert import Experts, Network, name_of, network
+from .generalise import EXPERT, generalised
 from .ops import operation, value_of
 from .product import Product, linear_product, stacked_product
-from .rows import PLACE, Rows, _choice
+from .rows import Rows
 from .slots import CHOICE, Choices, Dispatched, token_names
 from .sums import Summand
 from .tensor import AT, LeftAlone, Reader, is_one, same_size, size_term
 from .terms import kind_of, names_in, reads_in, tidy
 
-COLUMN, EXPERT = "h", "e"
+COLUMN = "h"
 SUMS = ("sum", "einsum", "matmul", "bmm", "mm")
 ROUTES = ("topk", "argmax", "max", "sort", "argsort", "one_hot", "nonzero")
 
@@ -49,7 +51,7 @@ class _Part:
 
 
 class Mixtures:
-    """Finds mixtures of experts in a graph. seen: the rows of experts that were met, by node that was tried."""
+    """Finds mixtures of experts in a graph. seen: by node that was tried, rows of experts that it sums."""
 
     def __init__(self, reader: Reader, graph: fx.Graph) -> None:
         self.reader, self.graph = reader, graph
@@ -127,15 +129,19 @@ class Mixtures:
         """Whether ids choose the expert whose row is read."""
         places = getattr(product_of(self.inner.leaves[row[1]]), "places", ())
         ids = row[2 + places[0]] if places else 0
-        return bool(reads_in(ids)) or any(_choice(f)[0] is not None for f in part.factors)
+        return bool(reads_in(ids)) or any(choice_of(f)[0] is not None for f in part.factors)
 
     def _rows_in(self, part: Summand) -> list[Any]:
         """The rows of experts among the factors of a product."""
         return [
             f
             for f in part.factors
-            if isinstance(f, tuple) and f[0] == "readf" and f[-1] == COLUMN and f[1] in self.inner.leaves
-            and AT not in f[1] and self.is_row(self.inner.leaves[f[1]])
+            if isinstance(f, tuple)
+            and f[0] == "readf"
+            and f[-1] == COLUMN
+            and f[1] in self.inner.leaves
+            and AT not in f[1]
+            and self.is_row(self.inner.leaves[f[1]])
         ]
 
     # ---- one expert ----
@@ -149,10 +155,10 @@ class Mixtures:
         expert: int | None = None
         if second.places:
             ids = row[2 + second.places[0]]
-            if not isinstance(ids, (str, tuple)) or names_in(ids) & (set(part.bound) - {*_names(factors, ids)}):
+            if not isinstance(ids, (str, tuple)) or names_in(ids) & (set(part.bound) - {*_names(ids)}):
                 raise LeftAlone("its sum over experts is not by token")
         else:
-            numbers = [(f, *_choice(f)) for f in factors]
+            numbers = [(f, *choice_of(f)) for f in factors]
             chosen = [(f, c, e) for f, c, e in numbers if c is not None and isinstance(e, int)]
             if not chosen:
                 raise LeftAlone("its tokens are not those whose ids are an expert")
@@ -192,7 +198,7 @@ class Mixtures:
         return found, xs[0]
 
     def _tokens(self, first: Product, source: fx.Node, inner: list[Term], places: list[Term]) -> Term:
-        """An element of the tokens that a first product takes, where its row is at `inner`. Raises LeftAlone."""
+        """An element of what a first product takes, where its row is at `inner`. Raises LeftAlone."""
         shape = value_of(source).shape
         if first.places:
             if first.places[-1] != len(first.places) - 1:
@@ -213,9 +219,13 @@ class Mixtures:
 
     # ---- all experts ----
 
-    def _mixture(self, node: fx.Node, parts: list[_Part], places: list[Term], tokens: tuple[str, ...]) -> Experts:
-        out = self._shape_of(node)
-        x = self._tensor(_same([p.x for p in parts], "its experts take different tokens"), [*places, COLUMN], out[:-1])
+    def _mixture(
+        self, node: fx.Node, parts: list[_Part], places: list[Term], tokens: tuple[str, ...]
+    ) -> Experts:
+        out = self.buffers.shape(node)
+        x = self._tensor(
+            _same([p.x for p in parts], "its experts take different tokens"), [*places, COLUMN], out[:-1]
+        )
         if parts[0].expert is None:
             networks = [_same_network([p.network for p in parts])]
             groups = [(p, p.ids, p.kept, p.weights) for p in parts]
@@ -249,9 +259,6 @@ class Mixtures:
         if not nodes:
             raise LeftAlone("its first product is not of the tokens that its rows are added to")
         return nodes[0]
-
-    def _shape_of(self, node: fx.Node) -> tuple[Any, ...]:
-        return self.buffers._shape(node)
 
     def _by_expert(self, parts: list[_Part]) -> tuple[list[Network], list[Any]]:
         """(the networks in the order of their numbers, choices that all experts have in common)."""
@@ -291,7 +298,9 @@ class Mixtures:
             if any(not n.startswith("$") for n in names) or _has_rows(term):
                 raise LeftAlone("its ids or weights are not those of tokens and choices")
 
-    def _held(self, choices: list[Choices], places: list[Term], out: tuple[Any, ...]) -> tuple[fx.Node, fx.Node] | None:
+    def _held(
+        self, choices: list[Choices], places: list[Term], out: tuple[Any, ...]
+    ) -> tuple[fx.Node, fx.Node] | None:
         """The tensors that hold ids and weights as they are, if there are any."""
         (one,) = choices
         if one.kept or one.scale != 1 or len(one.weights) != 1:
@@ -300,17 +309,32 @@ class Mixtures:
         found: list[fx.Node] = []
         for term in (one.ids, one.weights[0]):
             floats = kind_of(term) == "float"
-            nodes = [n for n in self.graph.nodes if self._holds(n, term, [*places, place], (*out[:-1], one.size), floats)]
+            nodes = [
+                n
+                for n in self.graph.nodes
+                if self._holds(n, term, [*places, place], (*out[:-1], one.size), floats)
+            ]
             if not nodes:
                 return None
             found.append(nodes[-1])
         return found[0], found[1]
 
-    def _holds(self, node: fx.Node, term: Term, places: list[Term], shape: tuple[Any, ...], floats: bool) -> bool:
+    def _holds(
+        self, node: fx.Node, term: Term, places: list[Term], shape: tuple[Any, ...], floats: bool
+    ) -> bool:
         value = value_of(node)
-        if not isinstance(value, torch.Tensor) or value.is_floating_point() != floats or len(value.shape) != len(shape):
+        if (
+            not isinstance(value, torch.Tensor)
+            or value.is_floating_point() != floats
+            or len(value.shape) != len(shape)
+        ):
             return False
-        if not all(map(same_size, value.shape, shape)) or value.dtype in (torch.bool, torch.int8, torch.uint8, torch.int16):
+        if not all(map(same_size, value.shape, shape)) or value.dtype in (
+            torch.bool,
+            torch.int8,
+            torch.uint8,
+            torch.int16,
+        ):
             return False
         did, memory = operation(node), self.reader.memory
         if (did is not None and did.writes and value_of(node) is None) or not memory.settled(node, node):
@@ -324,25 +348,6 @@ class Mixtures:
 def product_of(node: fx.Node) -> Product | None:
     """A product with a matrix, or with one matrix an expert."""
     return linear_product(node) or stacked_product(node)
-
-
-def generalised(terms: Sequence[tuple[int, Term]]) -> Term | None:
-    """One term for several, each with a number, in which that number is "e"; None where they differ more.
-
-    >>> generalised([(0, ("read", "%w", "t", 0)), (1, ("read", "%w", "t", 1))])
-    ('read', '%w', 't', 'e')
-    """
-    first = terms[0][1]
-    if all(t == first and type(t) is type(first) for _, t in terms) and len(terms) > 1:
-        return first
-    if all(type(t) is int and t == e for e, t in terms):
-        return first if len(terms) == 1 else EXPERT
-    if len(terms) == 1:
-        return first
-    if not all(isinstance(t, tuple) and isinstance(first, tuple) and len(t) == len(first) for _, t in terms):
-        return None
-    parts = [generalised([(e, t[i]) for e, t in terms]) for i in range(len(first))]
-    return None if None in parts else tuple(parts)
 
 
 def _same(given: Sequence[Any], why: str) -> Any:
@@ -365,8 +370,8 @@ def _same_network(networks: Sequence[Network]) -> Network:
     return first
 
 
-def _names(factors: Sequence[Term], ids: Term) -> set[str]:
-    """The indices of choices that ids are read at."""
+def _names(ids: Term) -> set[str]:
+    """The indices that ids are read at."""
     return {n for r in reads_in(ids) for i in r[2:] for n in names_in(i)}
 
 

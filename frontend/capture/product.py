@@ -45,7 +45,9 @@ def linear_product(node: fx.Node) -> Product | None:
     if did.name in ("matmul", "mm"):
         source, matrix = arguments(node, "input", "other" if did.name == "matmul" else "mat2")
         if isinstance(matrix, fx.Node) and isinstance(source, fx.Node) and value_of(matrix).dim() == 2:
-            return Product(node, source, matrix, (1, 0), value.shape[-1]) if value_of(source).dim() > 1 else None
+            return (
+                Product(node, source, matrix, (1, 0), value.shape[-1]) if value_of(source).dim() > 1 else None
+            )
     return None
 
 

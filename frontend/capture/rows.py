@@ -20,13 +20,13 @@ import torch
 from torch import fx
 
 from ..term import FALSE, Term, children, rename
+from .choices import PLACE, choice_of, count_of, is_choice
 from .expert import first_argument, name_of
-from .ops import Operation, arguments, operation, value_of
-from .sums import Summand, Sums, _as_integer
-from .tensor import AT, LeftAlone, Opaque, Reader, axis, is_one, same_size, size_term
-from .terms import divided, is_minus_infinity, kind_of, linear, names_in, number, reads_in, replaced, tidy
-
-PLACE = "?"  # how the names of places start
+from .ops import arguments, value_of
+from .row_rules import RULES
+from .sums import Summand, Sums
+from .tensor import AT, Reader, axis, is_one, same_size, size_term
+from .terms import kind_of, linear, names_in, number, reads_in, replaced, tidy
 
 
 class Rows(Sums):
@@ -47,9 +47,9 @@ class Rows(Sums):
         """The number of a condition, the same for all nodes that compute the same."""
         tensor = self.reader.operand(node, at)
         term = tensor.term if tensor.kind == "bool" else tidy(("ne", tensor.term, 0))
-        for number, (known, shape) in enumerate(self.conditions):
+        for index, (known, shape) in enumerate(self.conditions):
             if known == term and len(shape) == len(tensor.shape) and all(map(same_size, shape, tensor.shape)):
-                return number
+                return index
         self.conditions.append((term, tensor.shape))
         return len(self.conditions) - 1
 
@@ -85,15 +85,21 @@ class Rows(Sums):
         op, *parts = term
         if op == "ne" and number(parts[1]) == 0:
             inner = self.expand(parts[0])
-            if len(inner) == 1 and self._is_exclusive(inner[0]):
+            if len(inner) == 1 and self.is_exclusive(inner[0]):
                 return inner
         if op == "div" and kind_of(term) == "float":
             above = self.expand(parts[0])
             if above != [Summand((parts[0],))]:
-                below = ("div", ("f", 1.0.hex()), parts[1])
+                below = ("div", ("f", (1.0).hex()), parts[1])
                 return [p.times(Summand((below,))) for p in above]
-        if op == "where" and (at := _added_to(parts[1], parts[2])) is not None:
-            return self.expand(parts[2]) + self.expand(("where", parts[0], at, ("f", 0.0.hex())))
+        if op == "where":
+            at = _added_to(parts[1], parts[2])
+            if at is not None:
+                return self.expand(parts[2]) + self.expand(("where", parts[0], at, ("f", (0.0).hex())))
+            sides = zip((parts[0], tidy(("not", parts[0]))), parts[1:], strict=True)
+            return [
+                a.times(b) for c, x in sides if (held := self.expand(x)) for a in self.expand(c) for b in held
+            ]
         return super()._expand(term)
 
     def _read(self, read: Any) -> list[Summand]:
@@ -117,7 +123,7 @@ class Rows(Sums):
             found = self.chain(leaf, at, indices)
             if found is not None:
                 return found
-        rule = _RULES.get(name_of(leaf) or "")
+        rule = RULES.get(name_of(leaf) or "")
         return None if rule is None or AT in read[1] else rule(self, leaf, list(indices))
 
     def _cuts(self, leaf: fx.Node, found: list[Summand]) -> bool:
@@ -270,7 +276,7 @@ class Rows(Sums):
         """A product of conditions on the same choices as one: no token chooses an expert twice."""
         while True:
             equal = [f for f in part.factors if isinstance(f, tuple) and f[0] == "eq"]
-            pair = next(
+            pair: tuple[str, Term] | None = next(
                 (p for i, a in enumerate(equal) for b in equal[:i] if (p := self._same_choice(a, b, part))),
                 None,
             )
@@ -287,11 +293,13 @@ class Rows(Sums):
 
     def _same_choice(self, a: Any, b: Any, part: Summand) -> tuple[str, Term] | None:
         """(an index, what it is), where two conditions say that choices of a token are the same expert."""
-        (left, x), (right, y) = _choice(a), _choice(b)
+        (left, x), (right, y) = choice_of(a), choice_of(b)
         if left is None or right is None or left[1] != right[1] or x != y:
             return None
         d = is_choice(self.reader, left[1])
-        if d is None or any(m != n for i, (m, n) in enumerate(zip(left[2:], right[2:], strict=True)) if i != d):
+        if d is None or any(
+            m != n for i, (m, n) in enumerate(zip(left[2:], right[2:], strict=True)) if i != d
+        ):
             return None
         m, n = left[2 + d], right[2 + d]
         if m in part.bound and m not in names_in(n):
@@ -303,33 +311,15 @@ class Rows(Sums):
         return (named and same_size(self.sizes[term], size)) or super()._in_range(term, size)
 
     def is_covered(self, part: Summand) -> bool:
-        """Whether a product is 0, as ids are some number below their count that its conditions all exclude."""
+        """Whether a product is 0: its conditions exclude all numbers that ids may be."""
         excluded: dict[Term, set[int]] = {}
         for factor in part.factors:
             if isinstance(factor, tuple) and factor[0] == "ne" and isinstance(factor[2], int):
                 excluded.setdefault(factor[1], set()).add(factor[2])
-        return any(self._count(ids) in range(1, len(es) + 1) and es >= set(range(self._count(ids))) for ids, es in excluded.items())
+        counts = {ids: count_of(self.reader, ids) for ids in excluded}
+        return any(counts[ids] > 0 and es >= set(range(counts[ids])) for ids, es in excluded.items())
 
-    def _count(self, ids: Term) -> int:
-        """How many numbers ids may be, from 0 on; 0 where that is not known."""
-        leaf = self.reader.leaves.get(ids[1]) if isinstance(ids, tuple) and ids[0] == "read" else None
-        if leaf is None or AT in ids[1]:
-            return 0
-        source: Any = leaf
-        if name_of(leaf) in ("getitem", "indices"):
-            source = first_argument(leaf)
-            if name_of(source) not in ("topk", "max", "sort") or (name_of(leaf) == "getitem" and leaf.args[1] != 1):
-                return 0
-        elif name_of(leaf) != "argmax":
-            return 0
-        given, *rest = arguments(source, "input", *(("k", "dim") if name_of(source) == "topk" else ("dim",)))
-        dim = rest[-1]
-        if dim is None and name_of(source) in ("argmax", "max"):
-            return 0
-        size = value_of(given).shape[-1 if dim is None else dim]
-        return size if isinstance(size, int) else 0
-
-    def _is_exclusive(self, part: Summand) -> bool:
+    def is_exclusive(self, part: Summand) -> bool:
         """Whether a sum of conditions is 0 or 1, as at most one of them holds."""
         if not part.counts or len(part.bound) > 1:
             return False
@@ -337,42 +327,15 @@ class Rows(Sums):
 
     def excludes(self, factor: Term, name: str) -> bool:
         """Whether a condition holds for one value of an index at most: a token's choices differ."""
-        choice, value = _choice(factor)
+        choice, value = choice_of(factor)
         if choice is None or name in names_in(value):
             return False
         d = is_choice(self.reader, choice[1])
-        return d is not None and [i for i, x in enumerate(choice[2:]) if name in names_in(x)] == [d] and (
-            choice[2 + d] == name
+        return (
+            d is not None
+            and [i for i, x in enumerate(choice[2:]) if name in names_in(x)] == [d]
+            and (choice[2 + d] == name)
         )
-
-
-def _choice(factor: Term) -> tuple[Any, Term]:
-    """(the read of ids, what it is equal to) of a condition; (None, None) for another."""
-    if isinstance(factor, tuple) and factor[0] == "eq":
-        for a, b in (factor[1:], factor[:0:-1]):
-            a = _as_integer(a)
-            if isinstance(a, tuple) and a[0] == "read" and a[1][0] != PLACE:
-                return a, _as_integer(b)
-    return None, None
-
-
-def is_choice(reader: Reader, name: str) -> int | None:
-    """The dimension along which the entries of a leaf of ids differ: those of `topk`, a `sort` or `argsort`."""
-    leaf = reader.leaves.get(name)
-    if leaf is None or AT in name:
-        return None
-    source: Any = leaf
-    if name_of(leaf) in ("getitem", "indices"):
-        source = first_argument(leaf)
-        if name_of(leaf) == "getitem" and leaf.args[1] != 1:
-            return None
-        if name_of(source) not in ("topk", "sort"):
-            return None
-    elif name_of(leaf) != "argsort":
-        return None
-    first = ("input", "k", "dim") if name_of(source) == "topk" else ("input", "dim")
-    dim = arguments(source, *first)[-1]
-    return None if not isinstance(dim, (int, type(None))) else (-1 if dim is None else dim) % value_of(leaf).dim()
 
 
 def _added_to(term: Term, base: Term) -> Term | None:
@@ -384,12 +347,7 @@ def _added_to(term: Term, base: Term) -> Term | None:
 
 def _condition_of(factors: Sequence[Term], row: str) -> int | None:
     """The condition whose places are read at an index, if those of one condition only are."""
-    names = {
-        r[1].partition(".")[0]
-        for f in factors
-        for r in reads_in(f)
-        if r[1][0] == PLACE and r[2] == row
-    }
+    names = {r[1].partition(".")[0] for f in factors for r in reads_in(f) if r[1][0] == PLACE and r[2] == row}
     return int(names.pop()[1:]) if len(names) == 1 else None
 
 
@@ -410,120 +368,3 @@ def _width(item: Any) -> int | None:
         value = value_of(item)
         return value.dim() if value.dtype == torch.bool else 1
     return 1 if isinstance(item, (int, slice, fx.Node)) and not isinstance(item, bool) else None
-
-
-# ---- operations whose elements are sums ----
-
-
-def _stacked(rows: Rows, leaf: fx.Node, indices: list[Term]) -> list[Summand] | None:
-    """Tensors behind each other, along a new dimension or one of theirs."""
-    parts, dim = arguments(leaf, "tensors", "dim")
-    if not isinstance(parts, (list, tuple)) or not all(isinstance(p, fx.Node) for p in parts):
-        return None
-    d = (dim or 0) % len(indices)
-    if name_of(leaf) == "stack":
-        which, inner = indices[d], indices[:d] + indices[d + 1 :]
-    else:
-        sizes = [value_of(p).shape[d] for p in parts]
-        if not all(same_size(n, sizes[0]) for n in sizes):
-            return None
-        try:
-            size = size_term(sizes[0])
-        except Opaque:
-            return None
-        which = rows.tidied(("floordiv", indices[d], size))
-        inner = [*indices[:d], rows.tidied(("mod", indices[d], size)), *indices[d + 1 :]]
-    found: list[Summand] = []
-    for n, part in enumerate(parts):
-        condition = tidy(("eq", which, n))
-        if condition == FALSE:
-            continue
-        here = rows.expand(condition)
-        found += [c.times(p) for c in here for p in rows.expand(rows.element(part, leaf, inner))]
-    return found
-
-
-def _any(rows: Rows, leaf: fx.Node, indices: list[Term]) -> list[Summand] | None:
-    """Whether a condition holds anywhere along a dimension, where it does once at most."""
-    source, dim, keeps = arguments(leaf, "input", "dim", "keepdim")
-    if not isinstance(dim, int) or value_of(source).dtype != torch.bool:
-        return None
-    shape = value_of(source).shape
-    d = dim % len(shape)
-    name = rows.fresh(shape[d])
-    rest = indices[:d] + indices[d + 1 if keeps else d :]
-    inner = rows.expand(rows.element(source, leaf, [*rest[:d], name, *rest[d:]]))
-    if len(inner) != 1 or inner[0].bound or not rows._is_exclusive(Summand(inner[0].factors, (name,))):
-        return None
-    return [Summand(inner[0].factors, (name,))]
-
-
-def _scattered(rows: Rows, leaf: fx.Node, indices: list[Term]) -> list[Summand] | None:
-    """What is written to the places of a token's choices in zeros."""
-    base, dim, ids, given = arguments(leaf, "input", "dim", "index", "src")
-    given = leaf.kwargs.get("value", given)
-    if not isinstance(dim, int) or not isinstance(ids, fx.Node) or leaf.kwargs.get("reduce") is not None:
-        return None
-    if operation(leaf) != Operation("scatter"):
-        memory = rows.reader.memory
-        if memory.writes[memory.group[leaf]] != [leaf] or memory.group[leaf] is not base:
-            return None
-    if number(rows.plain.operand(base, leaf).term) not in (0, False):
-        return None
-    spread = _spread(rows, leaf, indices)
-    if spread is None:
-        return None
-    condition, name, places = spread
-    if isinstance(given, fx.Node):
-        value = rows.expand(rows.element(given, leaf, places))
-    elif isinstance(given, (bool, int, float)):
-        value = [Summand(scale=float(given))] if given else []
-    else:
-        return None
-    return [Summand((condition,), (name,)).times(v) for v in value]
-
-
-def _spread(rows: Rows, leaf: fx.Node, indices: list[Term]) -> tuple[Term, str, list[Term]] | None:
-    """(the condition under which a scatter writes an element, the index of choices in it, what is read)."""
-    base, dim, ids = arguments(leaf, "input", "dim", "index")
-    shape = value_of(ids).shape
-    d = dim % len(shape)
-    if len(shape) != len(indices) or not all(
-        same_size(m, n) for i, (m, n) in enumerate(zip(shape, value_of(base).shape, strict=True)) if i != d
-    ):
-        return None
-    name = rows.fresh(shape[d])
-    places = [*indices[:d], 0 if is_one(shape[d]) else name, *indices[d + 1 :]]
-    condition = tidy(("eq", rows.element(ids, leaf, places), indices[d]))
-    if not is_one(shape[d]) and not rows.excludes(condition, name):
-        return None
-    return condition, name, places
-
-
-def _softmax(rows: Rows, leaf: fx.Node, indices: list[Term]) -> list[Summand] | None:
-    """A softmax of -inf everywhere but at the places of a token's choices, where it is not 0."""
-    source, dim = arguments(leaf, "input", "dim")
-    if not isinstance(source, fx.Node) or not isinstance(dim, int):
-        return None
-    source, whole = rows.reader.memory.current(source, leaf)
-    if not whole or name_of(source) != "scatter" or source.kwargs:
-        return None
-    base, along, ids, given = arguments(source, "input", "dim", "index", "src")
-    if not isinstance(along, int) or not isinstance(ids, fx.Node) or not isinstance(given, fx.Node):
-        return None
-    if (along - dim) % len(indices) or not is_minus_infinity(rows.plain.operand(base, source).term):
-        return None
-    spread = _spread(rows, source, indices)
-    if spread is None:
-        return None
-    name = f"%{leaf.name}"
-    return [Summand((spread[0], ("readf", name, *indices)), (spread[1],))]
-
-
-_RULES: dict[str, Callable[[Rows, fx.Node, list[Term]], list[Summand] | None]] = {
-    "stack": _stacked,
-    "cat": _stacked,
-    "any": _any,
-    "scatter": _scattered,
-    "softmax": _softmax,
-}
