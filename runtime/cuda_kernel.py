@@ -49,6 +49,9 @@ class CudaKernel:
         self._threads, self._shared = details["warps"] * _WARP, details["shared"]
         self._grid = [parse_formula(extent) for extent in launch.grid]
         self._tensors = [a for a in launch.arguments if a.kind == "tensor"]
+        places = {a.source: place for place, a in enumerate(self._tensors)}
+        # A tensor can come by its address, by a descriptor that is made of it, or both ways.
+        self._order = [places[name] for kind, name, *_ in parameters if kind in "*M"]
         self._functions: dict[int, Function] = {}
         self._loading = threading.Lock()
 
@@ -73,7 +76,9 @@ class CudaKernel:
             for name, box in self._boxes
         ]
         numbered = list(zip(self._layout.maps, maps, strict=True))
-        return _runner(self._function(device), device, grid, self._scratch, numbered, constants)
+        return _runner(
+            self._function(device), device, grid, self._order, self._scratch, numbered, constants
+        )
 
     def describe(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Description:
         """The launch that `bind` would make, for who launches it himself. Raises InputError."""
@@ -147,18 +152,21 @@ def _runner(
     function: Function,
     device: int,
     grid: int,
+    order: Sequence[int],
     scratch: int,
     maps: Sequence[tuple[int, TensorMap]],
     constants: bytes,
 ) -> Runner:
-    """What launches on torch's current stream of the device; an empty grid launches nothing."""
+    """What launches on torch's current stream of the device; an empty grid launches nothing.
+
+    order: which of the tensors each parameter is the address of, or is made of."""
     import torch
 
     stream = torch._C._cuda_getCurrentRawStream
     current = torch._C._cuda_getDevice
 
     def run(tensors: Sequence[Any], threads: int | None) -> None:
-        addresses = [t.data_ptr() for t in tensors]
+        addresses = [tensors[place].data_ptr() for place in order]
         if scratch:
             memory = torch.empty(grid * scratch, dtype=torch.uint8, device=f"cuda:{device}")
             addresses.append(memory.data_ptr())

@@ -57,15 +57,18 @@ def test_hedgehog():
     weight = feature_maps.orthogonal_projection(32, 32)
     case = CASES.Case(200, size=32, v_size=32)
     q, k, v = case.tensors(0).values()
-    expected = gossamer.linear_attention(q, k, v, feature_maps.hedgehog(weight), causal=True)
-    on_gpu = feature_maps.hedgehog(weight.cuda())
-    found = gossamer.linear_attention(q.cuda(), k.cuda(), v.cuda(), on_gpu, causal=True)
+    maps = feature_maps.hedgehog(weight), feature_maps.hedgehog(weight.cuda())
+    expected = gossamer.linear_attention(q, k, v, maps[0], causal=True, backend="reference")
+    found = gossamer.linear_attention(q.cuda(), k.cuda(), v.cuda(), maps[1], causal=True)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_flurka():
     x, e = torch.randn(2, 512, 128), torch.randn(64, 512) / 512**0.5
     weights = [torch.randn(128, 128) / 128**0.5 for _ in range(3)]
-    expected = gossamer.flurka(x, *weights, e, heads=4)
+    q, k, v = ((x @ w).unflatten(2, (4, -1)).transpose(1, 2) for w in weights)
+    scores = CASES.phi("relu", q) @ CASES.phi("relu", e @ k).mT
+    expected = (scores @ (e @ v) / (scores.sum(-1, keepdim=True) + 1e-6)).transpose(1, 2).flatten(2)
     given = (t.cuda() for t in (x, *weights, e))
-    torch.testing.assert_close(gossamer.flurka(*given, heads=4).cpu(), expected, rtol=1e-3, atol=1e-3)
+    found = gossamer.flurka(*given, heads=4, feature_map="relu").cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo
 
 import gossamer
-from gossamer.frontend.capture import adapters
+from gossamer.frontend.capture import adapters, longformer
 from gossamer.frontend.capture import transformers_experts as adapt_experts
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -110,6 +110,22 @@ def test_longformer_with_other_masks(given):
     with torch.no_grad():
         ours, plain = (m(IDS, **given).last_hidden_state[kept] for m in (gossamer.jit(model), model))
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_a_longformer_share_what_they_ask_of_its_tokens(monkeypatch):
+    """To ask waits for the device: once a pass, and again where masks have changed."""
+    asked = []
+    tokens = longformer._tokens
+    monkeypatch.setattr(longformer, "_tokens", lambda *given: asked.append(1) or tokens(*given))
+    model, *_ = build("longformer")
+    f, whole = gossamer.jit(model), torch.ones_like(IDS)
+    given = dict(attention_mask=whole, global_attention_mask=EVERYWHERE.clone())
+    with torch.no_grad():
+        for passes in (1, 2, 3):
+            ours, plain = f(IDS, **given).last_hidden_state, model(IDS, **given).last_hidden_state
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+            assert len(asked) == passes
+            given["global_attention_mask"][:, 5 * passes] = 1
 
 
 def test_bigbird_in_training_draws_the_same_blocks():

@@ -1,5 +1,8 @@
 """Launches of layers of experts on a GPU whose driver runs nothing: how many, of what, with which grids."""
 
+import struct
+from functools import partial
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -8,6 +11,12 @@ import gossamer  # noqa: E402
 from gossamer.frontend import plan  # noqa: E402
 from gossamer.frontend.moe import autograd as moe_autograd  # noqa: E402
 from gossamer.frontend.moe import layer_kernels, router_form  # noqa: E402
+from gossamer.frontend.prepare import allocate  # noqa: E402
+from gossamer.ir.expr import real, sigmoid  # noqa: E402
+from gossamer.ir.ragged import Tiling  # noqa: E402
+from gossamer.passes.moe.pipeline import compile_experts  # noqa: E402
+from gossamer.passes.moe.spec import ExpertsSpec  # noqa: E402
+from gossamer.runtime.driver import driver  # noqa: E402
 
 E, K, H, I = 8, 2, 64, 32  # noqa: E741
 
@@ -47,6 +56,23 @@ def test_launches(cuda, tokens, names):
         assert grids["experts_y"] == tokens * K // 128 + E
     x = given[0]
     assert any(x.data_ptr() in one.arguments for one in cuda.launched)
+
+
+def test_rows_by_descriptor_and_by_address(cuda):
+    """The last rows of an expert are a smaller tile, which is loaded by address: a kernel takes both."""
+    more = {"rows": 128, "inner": 64, "rest": 32, "wide": 8, "meta": (("descriptors", 1),)}
+    spec = ExpertsSpec(
+        E, K, H, I, real("x0") * sigmoid(real("x0")) * real("x1"), dtype="bf16", target="cuda:sm_90",
+        tiling=(Tiling(cols=16, **more), Tiling(cols=32, **more)),
+    )  # fmt: skip
+    x, ids, weights, up, down = layer(600)
+    values = {"x": x, "ids": ids.reshape(-1), "weights": weights.reshape(-1), "gate_up": up, "down": down}
+    values["o"] = torch.empty_like(x)
+    executable = driver().compile(compile_experts(spec), spec.target)
+    executable.bind(values, allocate=partial(allocate, device=x.device))(values)
+    (launched,) = (one for one in cuda.launched if one.name == "experts_y")
+    boxed = [struct.unpack_from("<Q", a, 8)[0] for a in launched.arguments if isinstance(a, bytes)]
+    assert len(boxed) == 2 and boxed[0] in launched.arguments and boxed[1] == down.data_ptr()
 
 
 def test_gradients_launch(cuda, monkeypatch):

@@ -34,6 +34,7 @@ GPU = {
     "some": (64, 64, 64, 4, 4),
     "many": (128, 128, 64, 8, 4),
 }
+REST = 32  # rows of the last tile of an expert where no more are left: a quarter of a tile of many
 CPU_STEPS = 16  # of a slice, each of which is spelled out
 # Of quantised matrices: (rows, columns of each half, columns of a product without halves, bytes of a slice of
 # each row a turn, warps, stages) by load, of a code a byte and of several.
@@ -103,7 +104,8 @@ def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
     if tiles > wide:  # none hangs over where a number near 8 divides them
         wide = next((n for n in (8, 7, 6, 5) if tiles % n == 0), wide)
     meta = _hints(spec, warps, stages, boxes=spec.load == "many")
-    return Tiling(rows, cols, step, wide=wide, meta=meta)
+    rest = REST if spec.load == "many" and BYTES[spec.dtype] == 2 else 0
+    return Tiling(rows, cols, step, wide=wide, meta=meta, rest=rest)
 
 
 def _hints(spec: ExpertsSpec, warps: int, stages: int, *, boxes: bool) -> tuple[tuple[str, int], ...]:
