@@ -76,9 +76,7 @@ class CudaKernel:
             for name, box in self._boxes
         ]
         numbered = list(zip(self._layout.maps, maps, strict=True))
-        return _runner(
-            self._function(device), device, grid, self._order, self._scratch, numbered, constants
-        )
+        return _runner(self._function(device), device, grid, self._order, self._scratch, numbered, constants)
 
     def describe(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Description:
         """The launch that `bind` would make, for who launches it himself. Raises InputError."""

@@ -68,6 +68,11 @@ class Mixtures:
         if any(name_of(n) in ROUTES for n in nodes) and any(map(self.is_row, nodes)):
             yield from (n for n in reversed(nodes) if name_of(n) in SUMS or self._ends_chain(n))
 
+    def chain(self, node: fx.Node) -> fx.Node:
+        """The first step of the chain that a node ends; the node, where it ends none."""
+        _, steps = self.buffers.steps(node, None)
+        return steps[0].node if steps else node
+
     def _ends_chain(self, node: fx.Node) -> bool:
         name, did = name_of(node), operation(node)
         if did is None or name not in ADDS:
