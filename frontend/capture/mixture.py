@@ -60,6 +60,7 @@ class Mixtures:
         self.rows = Rows(self.inner, reader, self.is_row)
         self.buffers = Buffers(self.rows)
         self.products: dict[fx.Node, bool] = {}
+        self.last = 0  # where the node stands that is tried
         self.seen: dict[fx.Node, set[fx.Node]] = {}
 
     def candidates(self) -> Iterator[fx.Node]:
@@ -106,6 +107,7 @@ class Mixtures:
         """The experts whose rows a node adds up; None where it adds up none. Raises LeftAlone."""
         did = operation(node)
         assert did is not None
+        self.last = self.reader.memory.place[node]
         target: Any = node.args[0] if did.writes else node
         held = value_of(target)
         if not isinstance(held, torch.Tensor) or held.dim() < 2 or not held.is_floating_point():
@@ -342,6 +344,8 @@ class Mixtures:
         ):
             return False
         did, memory = operation(node), self.reader.memory
+        if memory.place.get(node, self.last) >= self.last:
+            return False
         if (did is not None and did.writes and value_of(node) is None) or not memory.settled(node, node):
             return False
         try:
