@@ -424,3 +424,15 @@ def test_gradients_that_stop_inside(stops):
         return out
 
     report_of(loop, FLAT)
+
+
+def test_ids_and_weights_that_are_computed_again_behind_the_experts():
+    def loop(b, x):
+        w, ids = route(b, x)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, p = torch.where(ids == e)
+            out.index_add_(0, t, b.ex[e](x[t]) * w[t, p, None])
+        return out + w.to(x.dtype, copy=True).sum() * ids.clone()[:, :1]
+
+    assert report_of(loop, FLAT).compiled

@@ -14,6 +14,7 @@ between products makes no difference.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import fx
@@ -25,6 +26,7 @@ from .mixture import Mixtures
 from .routers import unknown_routers
 from .tensor import LeftAlone, Opaque, Reader
 
+MOST = 4  # ends of one chain of sums that are looked at: what follows experts is added in few steps
 WAYS = ((sums_groups, grouped), (combines, dispatched))
 
 
@@ -54,7 +56,12 @@ def _mixtures(
 
     others: nodes that something else was found to stand for, whose experts are not looked at again."""
     mixtures, known, failed = Mixtures(reader, graph), set(), []
+    tried: Counter[fx.Node] = Counter()
     for node in (*others, *mixtures.candidates()):
+        chain = mixtures.chain(node)
+        if tried[chain] >= MOST:
+            continue
+        tried[chain] += 1
         try:
             match = mixtures.match(node)
         except (LeftAlone, Opaque, ValueError, RecursionError) as reason:
@@ -64,6 +71,7 @@ def _mixtures(
             known |= mixtures.seen.get(node, set())
         elif match is not None and not mixtures.seen[node] & known:
             known |= mixtures.seen[node]
+            tried[chain] = MOST
             yield node, match
     for node, why in reversed(failed):
         rows = mixtures.seen.get(node, set())

@@ -60,6 +60,7 @@ class Mixtures:
         self.rows = Rows(self.inner, reader, self.is_row)
         self.buffers = Buffers(self.rows)
         self.products: dict[fx.Node, bool] = {}
+        self.last = 0  # where the node stands that is tried
         self.seen: dict[fx.Node, set[fx.Node]] = {}
 
     def candidates(self) -> Iterator[fx.Node]:
@@ -67,6 +68,11 @@ class Mixtures:
         nodes = list(self.graph.nodes)
         if any(name_of(n) in ROUTES for n in nodes) and any(map(self.is_row, nodes)):
             yield from (n for n in reversed(nodes) if name_of(n) in SUMS or self._ends_chain(n))
+
+    def chain(self, node: fx.Node) -> fx.Node:
+        """The first step of the chain that a node ends; the node, where it ends none."""
+        _, steps = self.buffers.steps(node, None)
+        return steps[0].node if steps else node
 
     def _ends_chain(self, node: fx.Node) -> bool:
         name, did = name_of(node), operation(node)
@@ -101,6 +107,7 @@ class Mixtures:
         """The experts whose rows a node adds up; None where it adds up none. Raises LeftAlone."""
         did = operation(node)
         assert did is not None
+        self.last = self.reader.memory.place[node]
         target: Any = node.args[0] if did.writes else node
         held = value_of(target)
         if not isinstance(held, torch.Tensor) or held.dim() < 2 or not held.is_floating_point():
@@ -337,6 +344,8 @@ class Mixtures:
         ):
             return False
         did, memory = operation(node), self.reader.memory
+        if memory.place.get(node, self.last) >= self.last:
+            return False
         if (did is not None and did.writes and value_of(node) is None) or not memory.settled(node, node):
             return False
         try:

@@ -37,14 +37,15 @@ from ...ir.kernel import (
 )
 from ...ir.ragged import Tiling, storage_of
 from ...ir.rename import apart
-from .choice import ADAPTER, MINE, Choice, choice_of
+from .added import Added
+from .choice import Choice, choice_of
 from .codes import Codes, codes_of
 from .matrix import CodedMatrix, DenseMatrix, Matrix
 from .spec import BYTES, ExpertsSpec
 from .tiles import COL, D, Part, Tiles
 
 ZERO = sympy.Integer(0)
-ROW_AT, N, Z, LOW = map(integer, ("i", "n", "z", "l"))
+ROW_AT, N, Z = map(integer, ("i", "n", "z"))
 ENTRIES = integer("entries")
 FEW = 32  # rows of the tiles on a GPU of which most may be missing
 SLOT, EXPERT, ROW, ROW0, LAST, START = map(integer, ("slot", "expert", "row", "row0", "last", "start"))
@@ -73,13 +74,17 @@ class _Builder:
         self.chooses = op.attr("chooses")
         self.a, self.w, self.out = graph.values[a], graph.values[w], op.output
         self.tokens = rest.pop(0) if op.attr("gathers") else None
-        self.added = [graph.values[rest.pop(0)] for _ in range(2)] if op.attr("adds") else []
+        added = [graph.values[rest.pop(0)] for _ in range(2)] if op.attr("adds") else []
         self.bias = rest.pop(0) if op.attr("biased") else None
         self.acc = spec.accumulator
         self.operand = self.acc if spec.is_cpu else spec.dtype
         self.matrix = self._matrix(codes_of(graph, op, stored, spec))
         self.tiles = self.matrix.tiles
         self.experts, self.parts = int(self.w.shape[-3]), self.tiles.parts
+        self.added: Added | None = None
+        if added:
+            how = op.attr("adds") == "rows", self.choice, self.tiles
+            self.added = Added(added[0], added[1], *how, self.operand, self.acc, spec.precision)
         # Through a descriptor come neighbouring rows: those of the next group too, which nothing stores.
         self.boxed = bool(dict(self.tiling.meta).get("descriptors")) and not self.tokens
 
@@ -148,7 +153,7 @@ class _Builder:
             rows = replace(rows, live="here")
         rest = [self._axis("r", t.rest)] if t.rest else []
         tile = (columns, rows, *rest) if t.turned else (rows, *rest, columns)
-        low = [self._axis("l", int(self.added[0].shape[1]))] if self.added else []
+        low = [self._axis("l", self.added.rank)] if self.added else []
         if self.choice:
             low += [self._axis("s", t.rows), *([self._axis("rs", t.rest)] if t.rest else [])]
         return (*tile, self._axis("d", self.tiles.step), self._axis("z", self.experts), *low)
@@ -169,8 +174,10 @@ class _Builder:
         bias = [Tensor(self.bias, self.spec.dtype, (e, self._bias_columns()), unit=1)] if self.bias else []
         bounds = Tensor(self.bounds, "i32", (e + 1,), unit=0)
         kept = [self._stored(v.name, v.dtype, int(v.shape[1]), "out", "entries") for v in self.op.outputs[1:]]
-        added = [self._stored(v.name, v.dtype, int(v.shape[1]), "in", "entries") for v in self.added[:1]]
-        added += [Tensor(v.name, v.dtype, tuple(v.shape), unit=len(v.shape) - 1) for v in self.added[1:]]
+        added: list[Tensor] = []
+        if self.added:
+            t = self.added.t
+            added = [self._stored(t.name, t.dtype, self.added.rank, "in", "entries"), self.added.matrix()]
         return (self._a(), *self.matrix.arguments(), bounds, *tokens, *added, *bias, self._result(), *kept)
 
     def _bias_columns(self) -> int:
@@ -333,28 +340,6 @@ class _Builder:
         more = {"accumulate": accumulate, "declares": not accumulate, "precision": self.spec.precision}
         return Dot(part.acc, self.acc, ("i", "n"), rows, matrix, "d", **more)
 
-    def _adds(self) -> list[Stmt]:
-        """What `adds` has added to the sums of all parts."""
-        t, b = self.added
-        rows: list[Stmt] = [Load("T_added", self.operand, ("i", "l"), t.name, (ROW, LOW))]
-        parts = list(enumerate(self.parts))
-        if self.choice is None:
-            return [*rows, *(s for k, part in parts for s in self._add(k, part, b.name, "T_added"))]
-        mine = Compute("T_mine", self.operand, ("i", "l"), where(MINE, real("T_added"), sympy.Float(0.0)))
-        work = [s for k, part in parts for s in self._add(k, part, b.name, "T_mine")]
-        return [*rows, *self.choice.each([mine, *work])]
-
-    def _add(self, k: int, part: Part, matrix: str, rows: str) -> list[Stmt]:
-        by_rows = self.op.attr("adds") == "rows"
-        index = (EXPERT, part.column, LOW) if by_rows else (EXPERT, LOW, part.column)
-        index = (ADAPTER, *index) if self.choice else index
-        axes = ("n", "l") if by_rows else ("l", "n")
-        more = {"accumulate": True, "declares": False, "precision": self.spec.precision}
-        return [
-            Load(f"B{k}", self.operand, axes, matrix, index, self.tiles.valid(part), ZERO),
-            Dot(part.acc, self.acc, ("i", "n"), rows, f"B{k}", "l", **more),
-        ]
-
     def _end(self) -> list[Stmt]:
         out: list[Stmt] = []
         values: dict[Expr, Expr] = {}
@@ -368,7 +353,7 @@ class _Builder:
                 if value != real(part.acc):
                     out.append(Compute(part.acc, self.acc, ("i", "n"), value, declares=False))
                 values[x] = real(part.acc)
-            out += self._adds()
+            out += self.added.sums()
         if self.bias:
             for k, part in enumerate(self.parts):
                 at, valid = (EXPERT, part.column), self.tiles.valid(part)

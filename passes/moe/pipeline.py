@@ -12,7 +12,8 @@ from ...ir.graph_text import to_text
 from ...ir.kernel import Kernel, Program, Tensor
 from .build import build_experts, build_groups
 from .combine import combine_kernel
-from .direct import direct, entry_kernel
+from .direct import direct
+from .entries import entry_kernel
 from .fuse import fuse_experts
 from .gemm import gemm_kernel, slots
 from .gradient import build_gradients

@@ -17,7 +17,7 @@ from ...ir.quantized import Quantized
 from ...ir.ragged import Tiling
 from ..devices import device_of, has_copy_engine
 from .codes import is_uniform, steps_of
-from .direct import LANE
+from .entries import LANE
 from .spec import BYTES, ExpertsSpec
 
 CPU_ROWS = 32, 112  # at least and at most; 112: consecutive features lie in different sets of the cache
