@@ -41,7 +41,7 @@ def box_of(load: Load, axes: tuple[str, ...], speller: Speller, scope: Scope) ->
     tensor = scope.tensors[load.tensor]
     last = len(tensor.shape) - 1
     described = tensor.unit == last and tensor.align >= ALIGN and last < MAX_RANK
-    if not described or tensor.dtype != load.dtype or load.other != 0:
+    if not described or tensor.dtype != load.dtype or not load.other.is_zero:
         return None
     starts, extents, found = [], [], []
     for entry in load.index:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sympy
 
 from ...ir.derivative import derivative
-from ...ir.expr import Expr, all_of, ceildiv, integer, maximum, minimum, read, real
+from ...ir.expr import Expr, all_of, boolean, ceildiv, floordiv, integer, maximum, minimum, read, real
 from ...ir.graph import Graph, Op
 from ...ir.kernel import (
     Axis,
@@ -32,83 +32,98 @@ from ...ir.kernel import (
     Store,
     Tensor,
 )
-from ..devices import device_of
+from ...ir.rename import apart
+from ..devices import device_of, has_copy_engine
+from .choice import ADAPTER, MINE, choice_of
 from .spec import BYTES, ExpertsSpec
 
 ZERO, NONE = sympy.Integer(0), sympy.Float(0.0)
 M, N, R, I = map(integer, ("m", "n", "r", "i"))  # noqa: E741
-ENTRIES, ROW, FIRST, LAST, U = map(integer, ("entries", "row", "first", "last", "u"))
-# (rows of the matrix, its columns, rows of a group at once, warps, stages)
+ENTRIES, ROW, FIRST, LAST, FULL, U = map(integer, ("entries", "row", "first", "last", "full", "u"))
+# (rows of the matrix, its columns, rows of a group at once, warps, stages). Rows that are gathered have the
+# shorter side: their addresses take instructions, boxes of the others none.
 CPU, GPU, GPU_WIDE = (32, 64, 32, 1, 1), (128, 128, 32, 8, 3), (64, 64, 16, 4, 2)
-GPU_GROUPS = (128, 256, 64, 8, 4)  # products of warp groups
+GPU_GROUPS = (128, 256, 64, 8, 3)  # products of warp groups
 
 
 def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
     """The kernel of one grouped_outer."""
     a, b, bounds = (graph.values[name] for name in op.inputs[:3])
     gathers, out = op.attr("gathers"), op.output
-    experts, rows, cols = map(int, out.shape)
+    experts, rows, cols = map(int, out.shape[-3:])
+    choice = choice_of(graph, op)
     cpu, acc = spec.is_cpu, spec.accumulator
     tile_m, tile_n, step, warps, stages = _sizes(spec)
+    if gathers == "b" and not cpu:
+        tile_m, tile_n = tile_n, tile_m
     axes = [_axis("m", min(tile_m, rows), cpu), _axis("n", min(tile_n, cols), cpu), _axis("r", step, cpu)]
     tile_m, tile_n = axes[0].extent, axes[1].extent
     row_at, col_at = integer("m0") * tile_m + M, integer("n0") * tile_n + N
     operand = acc if cpu else spec.dtype
     in_m = sympy.true if rows % tile_m == 0 else row_at < rows
     in_n = sympy.true if cols % tile_n == 0 else col_at < cols
-    here = integer("at") < LAST
+    count = LAST - FIRST
     # Tokens of the next rows are loaded a step before: copies of rows that wait for them would come late.
-    first_row = maximum(minimum(FIRST + R, LAST - 1), ZERO)
-    next_row = minimum(integer("at") + step, LAST - 1)
-    token, ahead, moved = (
-        (
-            [Load("token", "i32", ("r",), "tokens", (first_row,))],
-            [Load("next", "i32", ("r",), "tokens", (next_row,))],
-            [Compute("token", "i32", ("r",), integer("next"), declares=False)],
-        )
-        if gathers
-        else ([], [], [])
-    )
+    follows = bool(gathers or choice)
+    ahead = [_tokens("next", FIRST + (U + 1) * step + R)] if follows else []
+    moved = [Compute("token", "i32", ("r",), integer("next"), declares=False)] if follows else []
 
-    def place(which: str) -> Expr:
-        return integer("token") if gathers == which else ROW
+    def product(row: Expr, here: Expr) -> list[Stmt]:
+        """A tile of each operand, whose rows are where `row` says, added up."""
+        row_of = {which: integer("token") if gathers == which else row for which in "ab"}
+        if choice:
+            here = all_of([here, MINE])
+        work: list[Stmt] = [
+            Load("A", operand, ("r", "m"), a.name, (row_of["a"], row_at), all_of([here, in_m]), NONE),
+            Load("B", operand, ("r", "n"), b.name, (row_of["b"], col_at), all_of([here, in_n]), NONE),
+            Dot("acc", acc, ("m", "n"), "A", "B", "r", True, False, spec.precision),
+        ]
+        if not choice:
+            return work
+        # Only the blocks of rows that chose this result.
+        some = Reduce("some", "bool", (), "any", here, ("r",))
+        return [*choice.of(integer("token"), ("r",)), some, If(boolean("some"), tuple(work))]
 
-    step_body: tuple[Stmt, ...] = (
-        Compute("at", "i32", ("r",), FIRST + U * step + R),
+    last_rows: list[Stmt] = [
+        Compute("at", "i32", ("r",), FIRST + FULL * step + R),
         Compute("row", "i32", ("r",), minimum(integer("at"), LAST - 1)),
-        *ahead,
-        Load("A", operand, ("r", "m"), a.name, (place("a"), row_at), all_of([here, in_m]), NONE),
-        Load("B", operand, ("r", "n"), b.name, (place("b"), col_at), all_of([here, in_n]), NONE),
-        Dot("acc", acc, ("m", "n"), "A", "B", "r", True, False, spec.precision),
-        *moved,
-    )
+        *product(ROW, integer("at") < LAST),
+    ]
     end = _bounded(bounds.name, integer("e") + 1)
     if op.attr("masked"):  # no rows where nothing is learnt
-        end = integer("first") + (end - integer("first")) * read(integer("trains"), integer("e"))
+        end = FIRST + (end - FIRST) * read(integer("trains"), integer("e"))
+    made = (ADAPTER, integer("e")) if choice else (integer("e"),)
     body: tuple[Stmt, ...] = (
         Let("first", _bounded(bounds.name, integer("e"))),
-        Let("last", end),
+        Let("last", maximum(end, FIRST)),
+        Let("full", floordiv(count, step)),
         Compute("acc", acc, ("m", "n"), NONE),
-        *token,
-        For("u", (Span(ZERO, ceildiv(LAST - FIRST, step)),), step_body),
-        Store(out.name, (integer("e"), row_at, col_at), real("acc"), ("m", "n"), all_of([in_m, in_n])),
+        *([_tokens("token", FIRST + R)] if follows else []),
+        For("u", (Span(ZERO, FULL),), (*ahead, *product(FIRST + U * step + R, sympy.true), *moved)),
+        If(FULL * step < count, apart(tuple(last_rows), {}, "_rest")),
+        Store(out.name, (*made, row_at, col_at), real("acc"), ("m", "n"), all_of([in_m, in_n])),
     )
     lengths = {"a": "T" if gathers == "a" else "entries", "b": "T" if gathers == "b" else "entries"}
-    tokens = [Tensor("tokens", "i32", ("entries",), unit=0)] if gathers else []
+    tokens = [Tensor("tokens", "i32", ("entries",), unit=0)] if gathers or choice else []
+    tokens += [choice.tensor()] if choice else []
     tensors = [
         Tensor(a.name, a.dtype, (lengths["a"], int(a.shape[1])), unit=1, align=_align(a.shape[1], spec)),
         Tensor(b.name, b.dtype, (lengths["b"], int(b.shape[1])), unit=1, align=_align(b.shape[1], spec)),
         Tensor(bounds.name, "i32", (experts + 1,), unit=0),
         *tokens,
         *([Tensor("trains", "i32", (experts,), unit=0)] if op.attr("masked") else []),
-        Tensor(out.name, out.dtype, (experts, rows, cols), "out", unit=2, align=_align(cols, spec)),
+        Tensor(out.name, out.dtype, out.shape, "out", unit=len(out.shape) - 1, align=_align(cols, spec)),
     ]
     grid = (
         GridDim("n0", sympy.Integer(-(-cols // tile_n))),
         GridDim("m0", sympy.Integer(-(-rows // tile_m))),
         GridDim("e", sympy.Integer(experts)),
+        *([GridDim("adapter", integer("adapters"))] if choice else []),
     )
-    meta = () if cpu else (("stages", stages), ("warps", warps))
+    # Boxes leave more instructions to those that compute.
+    described = spec.descriptors and spec.aligned and BYTES[spec.dtype] == 2 and has_copy_engine(spec.target)
+    boxes = (("descriptors", 1),) if described else ()
+    meta = () if cpu else (*boxes, ("stages", stages), ("warps", warps))
     return Kernel(
         f"experts_{out.name}",
         tuple(tensors),
@@ -171,13 +186,14 @@ def map_grad_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
         ),
     )
     wide = int(g.shape[1])
+    aligned = _align(wide, spec), _align(columns, spec)
     tensors = (
-        Tensor(g.name, g.dtype, ("entries", wide), unit=1),
-        Tensor(du.name, du.dtype, ("entries", columns), unit=1),
+        Tensor(g.name, g.dtype, ("entries", wide), unit=1, align=aligned[0]),
+        Tensor(du.name, du.dtype, ("entries", columns), unit=1, align=aligned[1]),
         Tensor(weights.name, weights.dtype, ("entries",), unit=0),
         Tensor(bounds.name, "i32", (spec.experts + 1,), unit=0),
-        Tensor(dg.name, dg.dtype, ("entries", wide), "out", unit=1),
-        Tensor(hw.name, hw.dtype, ("entries", columns), "out", unit=1),
+        Tensor(dg.name, dg.dtype, ("entries", wide), "out", unit=1, align=aligned[0]),
+        Tensor(hw.name, hw.dtype, ("entries", columns), "out", unit=1, align=aligned[1]),
         Tensor(dw.name, dw.dtype, ("entries",), "out", unit=0),
     )
     meta = () if cpu else (("stages", 2), ("warps", 4))
@@ -192,6 +208,11 @@ def _sizes(spec: ExpertsSpec) -> tuple[int, int, int, int, int]:
         return CPU if spec.is_cpu else GPU_WIDE
     chip = getattr(device_of(spec.target), "chip", None)
     return GPU_GROUPS if chip and chip.warp_groups else GPU
+
+
+def _tokens(name: str, row: Expr) -> Stmt:
+    """The tokens of rows, those beyond a group's like its last."""
+    return Load(name, "i32", ("r",), "tokens", (maximum(minimum(row, LAST - 1), ZERO),))
 
 
 def _axis(name: str, extent: int, exact: bool) -> Axis:
