@@ -34,7 +34,7 @@ class Division:
     sizes: Mapping[str, int]
 
     @property
-    def rule(self) -> tuple[str, dict[str, int]]:
+    def rule(self) -> tuple[str, dict[str, Any]]:
         """For Shardy, with the sizes of its factors."""
         heads, keys = self.sizes.get("h", 1), self.sizes.get("k", 1)
         grouped = 1 < keys < heads
