@@ -121,6 +121,32 @@ def all_tokens_combined(block, x, ids, weights):
     return torch.einsum("te,eth->th", gates, torch.matmul(h, block.down.transpose(1, 2)))
 
 
+def squared_weights(block, x, ids, weights):
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(block.experts):
+        tokens, places = torch.where(ids == e)
+        out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, places, None] ** 2)
+    return out
+
+
+def rows_by_booleans(block, x, ids, weights):
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(block.experts):
+        chosen = (ids == e).any(-1)
+        weight = torch.where(ids == e, weights, 0).sum(-1, keepdim=True)
+        out = torch.where(chosen[:, None], out + expert(x) * weight, out)
+    return out
+
+
+def scattered_rows(block, x, ids, weights):
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(block.experts):
+        tokens, places = torch.where(ids == e)
+        rows = expert(x[tokens]) * weights[tokens, places, None]
+        out.scatter_add_(0, tokens[:, None].expand(-1, H), rows)
+    return out
+
+
 SPELLINGS = [
     loop_of_modules,
     loop_of_stacks,
@@ -130,6 +156,9 @@ SPELLINGS = [
     all_tokens_one_hot,
     all_tokens_scattered,
     all_tokens_combined,
+    squared_weights,
+    rows_by_booleans,
+    scattered_rows,
 ]
 
 
@@ -260,51 +289,22 @@ def overwritten_rows(block, x, ids, weights):
     return out
 
 
-def squared_weights(block, x, ids, weights):
-    out = torch.zeros_like(x)
-    for e, expert in enumerate(block.experts):
-        tokens, places = torch.where(ids == e)
-        out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, places, None] ** 2)
-    return out
-
-
 def half_the_columns(block, x, ids, weights):
     gates = torch.zeros(x.shape[0], EXPERTS, dtype=x.dtype).scatter(1, ids, weights)
     h = torch.relu(torch.einsum("th,eoh->eto", x, block.gate_up)[..., :INNER])
     return torch.einsum("eth,te->th", h @ block.down.mT, gates)
 
 
-def rows_by_booleans(block, x, ids, weights):
-    out = torch.zeros_like(x)
-    for e, expert in enumerate(block.experts):
-        chosen = (ids == e).any(-1)
-        weight = torch.where(ids == e, weights, 0).sum(-1, keepdim=True)
-        out = torch.where(chosen[:, None], out + expert(x) * weight, out)
-    return out
-
-
-def scattered_rows(block, x, ids, weights):
-    out = torch.zeros_like(x)
-    for e, expert in enumerate(block.experts):
-        tokens, places = torch.where(ids == e)
-        rows = expert(x[tokens]) * weights[tokens, places, None]
-        out.scatter_add_(0, tokens[:, None].expand(-1, H), rows)
-    return out
-
-
 LEFT = {
-    rows_by_booleans: "no mixture of experts that is known",
-    scattered_rows: "no mixture of experts that is known",
     detached: "stands detach",
     exchanged: "not of the tokens",
     of_other_tokens: "not of the tokens",
     onto_something: "not zeros",
     seen_before_its_end: "used elsewhere",
     an_expert_twice: "comes twice",
-    larger_ids: "whose ids are an expert",
+    larger_ids: "no mixture of experts that is known",
     normalised_rows: "between its products",
     overwritten_rows: "written in place",
-    squared_weights: "no product of an expert's rows and weights",
     half_the_columns: "in part",
 }
 

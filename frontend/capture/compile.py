@@ -10,12 +10,11 @@ from torch import fx
 
 from ...ir.errors import GossamerError
 from ..report import Compiled, Left
-from ..term import TRUE, constant
+from ..term import TRUE, Term, constant
 from ..trace.torch_functions import FUNCTIONS, METHODS
 from .adapters import adapted_parts
 from .attention import find_attention
 from .create import CREATIONS
-from .distinct import add_rows
 from .einsum import spell_out
 from .expert_site import replace_experts
 from .experts import find_experts
@@ -25,7 +24,7 @@ from .linear_site import replace_linear
 from .match import Attention
 from .memory import Memory
 from .operand import memory_order
-from .ops import operation, value_of
+from .ops import Operation, arguments, operation, value_of
 from .report import place
 from .score import LOW, bind, split
 from .site import Site, numbers_in, tensors_in
@@ -33,6 +32,7 @@ from .slots import symbols
 from .tensor import LeftAlone, Opaque, Reader, size_term
 from .terms import kind_of, reads_in, tidy
 from .views import VIEWS
+from .written import is_added
 
 Find = Callable[[Reader, fx.Graph], Iterator[tuple[fx.Node, Any]]]
 Replace = Callable[[fx.Graph, Reader, Any], None]
@@ -47,7 +47,6 @@ def compile_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[Compiled
     """The graph with everything that can be proven equal replaced, and what was found."""
     parts: list[Compiled | Left] = [*adapted_parts(module.graph), *_written_out(module.graph)]
     spell_out(module.graph)
-    add_rows(module.graph)
     reader = Reader(module.graph)
     for kind, (find, replace) in KINDS.items():
         for node, match in list(find(reader, module.graph)):
@@ -116,7 +115,7 @@ def replace_attention(graph: fx.Graph, reader: Reader, match: Attention) -> None
     if missing:
         raise LeftAlone(f"a size ({missing[0]}) that is no input of the graph")
     value = value_of(match.node)
-    _check_prob(match)
+    _check_prob(match, reader)
     low = max(LOW, torch.finfo(value.dtype).min / 2)
     constants = frozenset(name for name, node in zip(tensors, held, strict=True) if _is_constant(node))
     order = memory_order(value)
@@ -159,12 +158,40 @@ def _check_reads(match: Attention, reader: Reader) -> None:
             raise LeftAlone("its mask depends on its scores")
 
 
-def _check_prob(match: Attention) -> None:
+def _where_row_has_keys(prob: Term, reader: Reader) -> Term | None:
+    """The mask of which `where(mask.any(-1, keepdim=True), prob, 0)` asks whether its row has a key."""
+    wanted = {("prob", ZERO): "ne", (ZERO, "prob"): "eq"}
+    if not isinstance(prob, tuple) or prob[0] != "where" or not isinstance(prob[1], tuple):
+        return None
+    op, *asked = prob[1]
+    read = asked[0] if op == wanted.get(prob[2:]) and asked[1] == 0 else None
+    leaf = reader.leaves.get(read[1]) if isinstance(read, tuple) and read[0] == "read" else None
+    if leaf is None or operation(leaf) != Operation("any"):
+        return None
+    source, dim, keeps = arguments(leaf, "input", "dim", "keepdim")
+    rank = value_of(source).dim()
+    if not isinstance(dim, int) or value_of(source).dtype != torch.bool or dim % rank != rank - 1:
+        return None
+    rows = list(read[2 : 1 + rank]) if keeps else list(read[2:])
+    return tidy(reader.operand(source, leaf).at([*rows, "k"]))
+
+
+def _adds(match: Attention) -> bool:
+    """Whether gradients of rows without keys are NaN, as something is added to scores."""
+    return value_of(match.node).requires_grad and is_added(match.score)
+
+
+def _check_prob(match: Attention, reader: Reader) -> None:
     """Refuse probabilities that are changed where NaN, of rows without keys, might become something else."""
     if match.prob == "prob" or match.empty != "nan":
         return
     found = split(match.score, LOW)
     if found.mask == TRUE:
+        return
+    by_row = _where_row_has_keys(match.prob, reader)
+    if by_row is not None and by_row == found.mask and not _adds(match):
+        finite = any(fill.value >= match.least for fill in found.fills)
+        match.prob, match.empty = ("where", found.mask, "prob", ZERO) if finite else "prob", "zero"
         return
     if match.prob in (
         ("where", found.mask, "prob", ZERO),
@@ -208,7 +235,7 @@ def sweep(graph: fx.Graph, memory: Memory) -> None:
             del memory.group[node]
 
 
-_PURE = frozenset((*CREATIONS, *VIEWS, *FUNCTIONS, *METHODS, *_PRODUCTS, *_SOFTMAX))
+_PURE = frozenset(("any", "nan_to_num", *CREATIONS, *VIEWS, *FUNCTIONS, *METHODS, *_PRODUCTS, *_SOFTMAX))
 
 # Kind -> (what finds it: nodes that stand for it, with a match or why it is left alone; what replaces it).
 KINDS: dict[str, tuple[Find, Replace]] = {

@@ -31,8 +31,9 @@ class Network:
 class Experts:
     """The experts of a graph. node: what gives the result. root: the tensor that it is written to, if it is.
 
-    networks: one of every expert, or one whose products hold all experts. x: (T, H). ids, weights: (T, k),
-    None until `prepare` has made them. scales: the nodes that hold weights where they are used."""
+    networks: one of every expert, or one whose products hold all experts. x: (T, H), T one dimension or
+    several. ids, weights: (T, k), None until `prepare` has made them. scales: the nodes that hold weights
+    where they are used."""
 
     node: fx.Node
     root: fx.Node | None
@@ -64,8 +65,8 @@ def network(
     used: dict[Term, tuple[str, str]] = {}
     for read in reads_in(tensor.term):
         leaf = reader.made(read[1])
-        product = product_of(leaf)
-        if read[0] != "readf" or product is None or tuple(read[2:-1]) != rows:
+        product = product_of(leaf) if read[0] == "readf" else None
+        if product is None or tuple(read[2:-1]) != rows:
             raise LeftAlone(f"between its products stands {leaf.name}, which is no product of its tokens")
         part = _part(read[-1], place, inner)
         if part is None:

@@ -12,13 +12,12 @@ from ..moe.experts import experts
 from ..term import Term
 from .constant import identity
 from .expert import Experts, Network
-from .grouped import ADDS
+from .expert_region import Region, written
 from .memory import Memory
-from .ops import Operation, operation, value_of
+from .ops import value_of
 from .product import Product
 from .tensor import LeftAlone, Reader, same_size
 
-RANDOM = ("dropout", "bernoulli", "multinomial", "rand", "randn", "rand_like", "randn_like", "randint")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -45,7 +44,11 @@ class ExpertSite:
         gate_up, down, *offsets = self.kept[1]
         named = dict(zip(("gate_up_bias", "down_bias"), offsets, strict=False))
         options = {"transposed": False, "interleaved": self.halves == "interleaved", **named}
-        return experts(x, ids, weights, gate_up, down, activation=self, **options)
+        lead = x.shape[:-1]
+        if len(lead) > 1:
+            x, ids, weights = (t.reshape(-1, t.shape[-1]) for t in (x, ids, weights))
+        out = experts(x, ids, weights, gate_up, down, activation=self, **options)
+        return out if len(lead) == 1 else out.view(*lead, -1)
 
     def layer(self, matrices: Any, biases: Any) -> tuple[torch.Tensor, ...]:
         """(gate_up, down) and the biases, if there are any."""
@@ -76,7 +79,7 @@ def replace_experts(graph: fx.Graph, reader: Reader, match: Experts) -> None:
 
 def _replace(graph: fx.Graph, reader: Reader, match: Experts) -> None:
     _check(match, reader.memory)
-    first, root = match.networks[0], match.root
+    first = match.networks[0]
     products = [[*n.firsts, n.second] for n in match.networks]
     matrices: list[Any] = []
     orders: list[Sequence[int]] = []
@@ -89,29 +92,25 @@ def _replace(graph: fx.Graph, reader: Reader, match: Experts) -> None:
         raise LeftAlone("some of its products have a bias, and some have none")
     site = ExpertSite(first.activation, first.halves, orders)
     given = (match.x, match.ids, match.weights, matrices, biases if biases[0][0] is not None else [])
+    region = Region(match, reader.memory)
+    region.check()
     with graph.inserting_after(match.node):
         call = graph.call_function(site, given)
     call.meta = dict(match.node.meta)
-    if root is not None:
-        memory = reader.memory
-        seen = [u for u in root.users if memory.place.get(u, 0) > memory.place[match.node]]
-        for user in seen:
-            user.replace_input_with(root, call)
-    match.node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-    _erase(graph, reader, match)
+    region.replace(call)
 
 
 def _check(match: Experts, memory: Memory) -> None:
     """Raise LeftAlone for types that kernels do not take, for gradients that stop inside, and for inputs that
     are written to between the node that made them and the result."""
-    x, ids, weights, out = map(value_of, (match.x, match.ids, match.weights, match.node))
+    x, ids, weights, out = map(value_of, (match.x, match.ids, match.weights, written(match.node)))
     products = [p for n in match.networks for p in (*n.firsts, n.second)]
     dtypes = {value_of(node).dtype for p in products for node in (p.node, p.matrix)}
     if dtypes != {x.dtype} or x.dtype not in FLOATS or out.dtype != x.dtype:
         raise LeftAlone("its tokens, products and matrices have different dtypes, or no floats")
-    if ids.dtype not in (torch.int32, torch.int64) or ids.dim() != 2:
+    if ids.dtype not in (torch.int32, torch.int64) or ids.dim() != x.dim():
         raise LeftAlone("its ids are no integers (T, k)")
-    if weights.dim() != 2 or not all(map(same_size, weights.shape, ids.shape)):
+    if weights.dim() != ids.dim() or not all(map(same_size, weights.shape, ids.shape)):
         raise LeftAlone("its weights have another shape than its ids")
     inputs = {match.x, match.ids, match.weights, *(p.matrix for p in products)}
     for node in inputs | {p.bias for p in products if p.bias is not None}:
@@ -161,52 +160,3 @@ def _stack(reader: Reader, product: Product, at: fx.Node) -> tuple[fx.Node, Sequ
     if isinstance(read, tuple) and read[0] == "readf" and sorted(map(str, read[2:])) == ["i0", "i1", "i2"]:
         return reader.tensor_of(read[1]), [read[2:].index(f"i{d}") for d in product.order]
     return product.matrix, product.order
-
-
-def _erase(graph: fx.Graph, reader: Reader, match: Experts) -> None:
-    """Remove what only the replaced experts needed: operations before them, and checks of numbers of rows."""
-    above: set[fx.Node] = set()
-    stack = [match.node, *([] if match.root is None else reader.memory.writes[match.root])]
-    while stack:
-        node = stack.pop()
-        if node not in above:
-            above.add(node)
-            stack += node.all_input_nodes
-    doomed = {node for node in above if _is_removable(node)} | _checks(above)
-    for node in reversed(list(graph.nodes)):
-        if node in doomed and not node.users:
-            graph.erase_node(node)
-            reader.memory.group.pop(node, None)
-
-
-def _is_removable(node: fx.Node) -> bool:
-    did = operation(node)
-    if did is None or did.name in RANDOM:
-        return False
-    return did.name in ADDS or not did.writes
-
-
-def _checks(above: set[fx.Node]) -> set[fx.Node]:
-    """What the capture asserts of the numbers of rows that conditions hold for, where nothing else reads
-    these."""
-    found: set[fx.Node] = set()
-    for node in above:
-        did = operation(node)
-        if did is None or did.name not in ("where", "nonzero"):
-            continue
-        below: set[fx.Node] = set()
-        stack = [user for user in node.users if user not in above or operation(user) == Operation("getitem")]
-        while stack:
-            user = stack.pop()
-            if user in below:
-                continue
-            below.add(user)
-            stack += [u for u in user.users if u not in above]
-        if all(u in above or _is_number(u) or operation(u) == Operation("getitem") for u in below):
-            found |= below
-    return found
-
-
-def _is_number(node: fx.Node) -> bool:
-    value = value_of(node)
-    return value is None or isinstance(value, (torch.SymInt, torch.SymBool))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import fx
 
 from .ops import VIEWS, operation, value_of
@@ -25,7 +27,7 @@ class Memory:
             did = operation(node)
             first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
             shares = did is not None and (did.writes or did.name in VIEWS)
-            if did is not None and first is not None and shares and not _is_one_of_several(did.name, first):
+            if did is not None and first is not None and shares and not _is_apart(node, did.name, first):
                 self.group[node] = self.group[first]
                 if did.writes:
                     self.writes[self.group[first]].append(node)
@@ -75,12 +77,20 @@ class Memory:
         return (last, True) if whole and group.op != "placeholder" else (node, False)
 
 
-def _is_one_of_several(name: str, source: fx.Node) -> bool:
-    """Whether a node takes one of the results of an operation, each of which has memory of its own."""
+def _is_apart(node: fx.Node, name: str, source: fx.Node) -> bool:
+    """Whether a node takes one of the results of an operation, each of which has memory of its own, or copies
+    what it reads by tensors of indices or conditions."""
+    if name != "getitem":
+        return False
     did = operation(source)
-    return (
-        name == "getitem" and did is not None and did.name in _SEVERAL and isinstance(value_of(source), tuple)
-    )
+    if did is not None and did.name in _SEVERAL and isinstance(value_of(source), tuple):
+        return True
+    items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return any(isinstance(item, fx.Node) and _copies(value_of(item)) for item in items)
+
+
+def _copies(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and (index.dim() > 0 or index.dtype == torch.bool)
 
 
 _SEVERAL = frozenset(("topk", "sort", "max", "min", "kthvalue", "median", "cummax", "cummin", "aminmax"))

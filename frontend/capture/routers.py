@@ -10,9 +10,8 @@ from .adapters import adapted
 from .expert import first_argument, name_of
 
 UNKNOWN = (
-    "what is done with the ids of topk is no mixture of experts that is known: rows by where(ids == e), "
-    "added by index_add or out[tokens] +=; slots; rows sorted for grouped_mm; sums over experts by one_hot "
-    "or scatter"
+    "what is done with the ids of topk is no mixture of experts that is known: a sum over experts whose rows "
+    "are chosen by ids == e or weighed by what one_hot or scatter spreads; slots; rows sorted for grouped_mm"
 )
 _LINEAR = ("linear", "addmm", "mm", "matmul")
 
@@ -57,4 +56,6 @@ def _reached(nodes: Iterable[fx.Node], order: dict[fx.Node, int], end: int) -> s
         if node not in reached and order[node] < end:
             reached.add(node)
             left += node.users
+            if name_of(node) == "setitem":
+                left += node.all_input_nodes[0].users
     return reached

@@ -1,4 +1,4 @@
-"""Choices of experts that a graph spells by slots: how ids and weights follow from them at run time."""
+"""Choices of experts that a graph spells by terms: how ids and weights follow from them at run time."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ from .terms import number
 TOKEN, CHOICE = "t", "n"
 
 
+def token_names(count: int) -> tuple[str, ...]:
+    """The indices of tokens of so many dimensions."""
+    return (TOKEN,) if count == 1 else tuple(f"{TOKEN}{d}" for d in range(count))
+
+
 @dataclass(frozen=True)
 class Choices:
     """One choice of every token t, or several, counted by n. size: how many.
 
-    ids: the expert. slot: which of its slots. kept: conditions. weights: factors."""
+    ids: the expert. slot: which of its slots, None without slots. kept: conditions. weights: factors."""
 
     ids: Term
     slot: Term
@@ -40,20 +45,25 @@ class Choices:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        return (self.ids, self.slot, *self.kept, *self.weights)
+        slot = () if self.slot is None else (self.slot,)
+        return (self.ids, *slot, *self.kept, *self.weights)
 
 
 @dataclass
 class Dispatched(Experts):
-    """Experts whose ids and weights are worked out from choices. count: experts; capacity: slots of each."""
+    """Experts whose ids and weights are worked out from choices. count: experts; capacity: slots of each.
+
+    names: the reader that knows the tensors of the choices' terms; None for that of the graph."""
 
     choices: list[Choices] = field(default_factory=list)
     count: Any = 0
     capacity: Any = None
+    names: Reader | None = None
 
     def prepare(self, graph: fx.Graph, reader: Reader) -> list[fx.Node]:
+        reader = self.names or reader
         terms = tuple(t for one in self.choices for t in one.terms)
-        bounds = size_term(self.count), size_term(self.capacity)
+        bounds = size_term(self.count), size_term(0 if self.capacity is None else self.capacity)
         names, numbers = tensors_in(*terms), numbers_in(*terms, *bounds)
         held = [reader.tensor_of(name) for name in names]
         sizes = symbols(graph)
@@ -69,7 +79,7 @@ class Dispatched(Experts):
             given = (self.x, *(sizes[name] for name in numbers), *held)
             both = graph.call_function(site, given)
             made = [both, *(graph.call_function(operator.getitem, (both, i)) for i in (0, 1))]
-        shape = (x.shape[0], sum(one.size for one in self.choices))
+        shape = (*x.shape[:-1], sum(one.size for one in self.choices))
         with x.fake_mode:
             fakes = x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=dtype)
         fakes[1].requires_grad_(torch.is_grad_enabled() and any(v.requires_grad for v in floats))
@@ -123,22 +133,24 @@ class Slots:
         names |= dict(zip(self.tensors, others[count:], strict=True))
         experts, capacity = (evaluate(bound, names) for bound in self.bounds)
         ids, weights = [], []
+        lead = x.shape[:-1]
+        for d, (name, size) in enumerate(zip(token_names(len(lead)), lead, strict=True)):
+            names[name] = torch.arange(size, device=x.device).view(-1, *[1] * (len(lead) - d))
         for one in self.choices:
-            names |= {
-                TOKEN: torch.arange(x.shape[0], device=x.device)[:, None],
-                CHOICE: torch.arange(one.size, device=x.device),
-            }
-            shape = (x.shape[0], one.size)
-            slot = evaluate(one.slot, names)
-            kept = (slot >= 0) & (slot < capacity)
+            names[CHOICE] = torch.arange(one.size, device=x.device)
+            shape = (*lead, one.size)
+            kept = torch.ones((), dtype=torch.bool, device=x.device)
+            if one.slot is not None:
+                slot = evaluate(one.slot, names)
+                kept = (slot >= 0) & (slot < capacity)
             for condition in one.kept:
                 kept = kept & evaluate(condition, names)
             ids.append(torch.where(kept, evaluate(one.ids, names), experts).expand(shape))
-            weight: Any = torch.full((1, 1), one.scale, dtype=self.dtype, device=x.device)
+            weight: Any = torch.full((1,) * len(shape), one.scale, dtype=self.dtype, device=x.device)
             for factor in one.weights:
                 weight = weight * evaluate(factor, names)
             weights.append(weight.to(self.dtype).expand(shape))
-        return torch.cat(ids, 1), torch.cat(weights, 1)
+        return torch.cat(ids, -1), torch.cat(weights, -1)
 
 
 _CALLS: dict[str, Any] = {

@@ -255,7 +255,7 @@ def fixed_by(factors: Iterable[Term], name: str, bound: Collection[str] = ()) ->
     for factor in factors:
         if not isinstance(factor, tuple) or factor[0] != "eq":
             continue
-        left, right = map(_as_integer, factor[1:])
+        left, right = map(as_integer, factor[1:])
         if name in (left, right):
             other = right if left == name else left
             found += [] if name in names_in(other) else [other]
@@ -267,7 +267,7 @@ def fixed_by(factors: Iterable[Term], name: str, bound: Collection[str] = ()) ->
     return min(found, key=lambda term: len(names_in(term) & set(bound)), default=None)
 
 
-def _as_integer(term: Term) -> Term:
+def as_integer(term: Term) -> Term:
     """An integer, where a term is that integer as a float."""
     return term[2] if isinstance(term, tuple) and term[0] == "cast" and kind_of(term) == "float" else term
 

@@ -157,6 +157,10 @@ class Reader:
         self.check(node, self._read_at[name])
         return node
 
+    def read_at(self, name: str) -> fx.Node:
+        """The node that reads a leaf."""
+        return self._read_at[name]
+
     def made(self, name: str) -> fx.Node:
         """The node of a leaf that holds what the node made. Raises LeftAlone where a part is overwritten."""
         if AT in name:

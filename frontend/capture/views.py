@@ -209,10 +209,15 @@ def _member(reader: Reader, node: fx.Node) -> tuple[tuple[Any, ...], Term, str]:
     given: tuple[Any, ...] = node.args
     source, index = given
     did = operation(source)
-    if did is None or did.name not in ("chunk", "split", "tensor_split"):
+    if did is None or did.name not in ("chunk", "split", "tensor_split", "unbind"):
         return meshgrid(reader, source, node, index)
     whole, _, dim = arguments(source, "input", "sections", "dim")
     tensor, parts = reader.operand(whole, source), value_of(source)
+    if did.name == "unbind":
+        dim = (arguments(source, "input", "dim")[1] or 0) % len(tensor.shape)
+        kept = [0 if is_one(n) else axis(d) for d, n in enumerate(parts[index].shape)]
+        at = 0 if is_one(tensor.shape[dim]) else _from_start(reader.integer(index), len(parts))
+        return tuple(parts[index].shape), tensor.at([*kept[:dim], at, *kept[dim:]]), tensor.kind
     dim = (dim or 0) % len(tensor.shape)
     sizes = [part.shape[dim] for part in parts]
     if not all(isinstance(n, int) for n in sizes):

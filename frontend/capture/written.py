@@ -28,7 +28,7 @@ def weights_of(reader: Reader, product: Contraction) -> tuple[int, fx.Node] | No
     for which in (0, 1):
         node, labels = product.operand(which)
         summed = axis(labels.index(product.summed))
-        for read in reads_in(reader.operand(node, product.node).term):
+        for read in reads_in(_without_nans(reader, reader.operand(node, product.node).term)[0]):
             softmax = reader.leaves[read[1]]
             found = None if AT in read[1] else softmax_of(softmax)
             if found is not None and len(read) > found[1] + 2 and summed in names_in(read[2 + found[1]]):
@@ -40,7 +40,7 @@ def written(reader: Reader, product: Contraction, which: int, softmax: fx.Node) 
     """The attention written as a softmax between two products. Raises LeftAlone."""
     scores = _scores(reader, softmax)
     query, key, dot = scores.query, scores.key, scores.dot.node
-    value, prob, out = _weighed(reader, scores, product, which)
+    value, prob, out, zeroed = _weighed(reader, scores, product, which)
     inside = _between(reader, dot, softmax, "scores") | _between(
         reader, softmax, product.node, "probabilities"
     )
@@ -51,7 +51,9 @@ def written(reader: Reader, product: Contraction, which: int, softmax: fx.Node) 
     )
     indices = scores.axes.in_indices(scores.sizes)
     score, prob = (tidy(rename(term, indices)) for term in (scores.term, prob))
-    empty = "nan" if scores.sinks is None else "zero"
+    empty = "nan" if scores.sinks is None and not zeroed else "zero"
+    if zeroed and value_of(softmax).requires_grad and is_added(score):
+        raise LeftAlone("rows without keys, whose gradients are NaN, may be what nan_to_num changes")
     return Attention(
         product.node,
         (parts[0][0], parts[1][0], parts[2][0]),
@@ -72,10 +74,11 @@ def written(reader: Reader, product: Contraction, which: int, softmax: fx.Node) 
 @dataclass(frozen=True)
 class _Scores:
     """What a softmax is taken of, by the roles of its dimensions: a term of `score`, the product dot. given:
-    the node of that, without shifts by row."""
+    the node of that, without shifts by row. first: how many sinks stand before the scores."""
 
     softmax: fx.Node
     given: fx.Node
+    first: int
     dot: Contraction
     query: tuple[fx.Node, Operand]
     key: tuple[fx.Node, Operand]
@@ -90,7 +93,7 @@ def _scores(reader: Reader, softmax: fx.Node) -> _Scores:
     found = softmax_of(softmax)
     assert found is not None
     dim = found[1]
-    given, behind = _exponents(*found)
+    given, behind, first = _exponents(*found)
     tensor = reader.operand(given, softmax)
     dot, read = _dot(reader, tensor.term, dim)
     queries, q_label, keys = _sides(dot, read, dim)
@@ -110,7 +113,7 @@ def _scores(reader: Reader, softmax: fx.Node) -> _Scores:
     query, key = (_operand(node, labels, of) for node, labels in (queries, keys))
     term = rename(replaced(tensor.term, read, "score"), roles)
     sinks = None if behind is None else _sinks_by_head(reader, behind, softmax, roles, axes)
-    return _Scores(softmax, given, dot, query, key, roles, axes, sizes, term, sinks)
+    return _Scores(softmax, given, first, dot, query, key, roles, axes, sizes, term, sinks)
 
 
 def _operand(node: fx.Node, labels: Labels, of: dict[str, Term]) -> tuple[fx.Node, Operand]:
@@ -119,13 +122,17 @@ def _operand(node: fx.Node, labels: Labels, of: dict[str, Term]) -> tuple[fx.Nod
 
 def _weighed(
     reader: Reader, scores: _Scores, product: Contraction, which: int
-) -> tuple[tuple[fx.Node, Operand], Term, tuple[Term, ...]]:
-    """The values, what becomes of a probability, and the roles of the result."""
+) -> tuple[tuple[fx.Node, Operand], Term, tuple[Term, ...], bool]:
+    """The values, what becomes of a probability, the roles of the result, whether NaN becomes 0."""
     weights, labels = product.operand(which)
     values, value_labels = product.operand(1 - which)
     held = reader.operand(weights, product.node)
-    inner = next(r for r in reads_in(held.term) if reader.leaves[r[1]] is scores.softmax)
-    back = _inverse(inner[2:], scores.roles, len(held.shape))
+    whole, zeroed = _without_nans(reader, held.term)
+    inner = next(r for r in reads_in(whole) if reader.leaves[r[1]] is scores.softmax)
+    places, d = list(inner[2:]), next(i for i, role in scores.roles.items() if role == "k")
+    if scores.first:
+        places[int(d[1:])] = tidy(("sub", places[int(d[1:])], scores.first))
+    back = _inverse(tuple(places), scores.roles, len(held.shape))
     of = {label: back[d] for d, label in enumerate(labels) if label is not None}
     if of.get(product.summed) != "k":
         raise LeftAlone("its probabilities are not summed over the keys")
@@ -135,12 +142,37 @@ def _weighed(
     check_whole(weights, back, scores.sizes, "probabilities")
     scores.sizes["e"] = value_of(values).shape[value_labels.index(own[0])]
     of[own[0]] = "e"
-    prob = rename(replaced(held.term, inner, "prob"), {axis(d): role for d, role in enumerate(back)})
-    return _operand(values, value_labels, of), prob, tuple(of[label] for label in product.out)
+    prob = rename(replaced(whole, inner, "prob"), {axis(d): role for d, role in enumerate(back)})
+    return _operand(values, value_labels, of), prob, tuple(of[label] for label in product.out), zeroed
 
 
-def _exponents(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | None]:
-    """What a softmax is taken of, less a shift by row, which changes nothing: scores, sinks behind them."""
+def _without_nans(reader: Reader, term: Term) -> tuple[Term, bool]:
+    """A term with a softmax in the place of `nan_to_num` of it, and whether there was one."""
+    found = False
+    for read in reads_in(term):
+        leaf = reader.leaves[read[1]]
+        if AT in read[1] or operation(leaf) != Operation("nan_to_num"):
+            continue
+        source, nan = arguments(leaf, "input", "nan")
+        inner = reader.operand(source, leaf) if nan in (None, 0) else None
+        if inner is None or not isinstance(inner.term, tuple) or inner.term[0] != "readf":
+            continue
+        if AT not in inner.term[1] and softmax_of(reader.leaves[inner.term[1]]) is not None:
+            term, found = replaced(term, read, inner.at(list(read[2:]))), True
+    return term, found
+
+
+def is_added(score: Term) -> bool:
+    """Whether something is added to scores, which may be -inf."""
+    if not isinstance(score, tuple):
+        return False
+    adds = score[0] in ("add", "sub") and "score" in names_in(score)
+    return adds or any(map(is_added, score[1:]))
+
+
+def _exponents(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | None, int]:
+    """What a softmax is taken of, less a shift by row, which changes nothing: scores, sinks beside them, how
+    many of these stand before the scores."""
     while (did := operation(node)) is not None and did == Operation("sub"):
         kept, shift = node.args
         if not isinstance(kept, fx.Node) or not isinstance(shift, fx.Node):
@@ -149,12 +181,15 @@ def _exponents(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | None]:
             break
         node = kept
     if did is None or did != Operation("cat"):
-        return node, None
+        return node, None, 0
     parts, along = arguments(node, "tensors", "dim")
     rank = value_of(node).dim()
-    if len(parts) != 2 or (along or 0) % rank != dim or not is_one(value_of(parts[1]).shape[dim]):
-        return node, None
-    return parts[0], parts[1]
+    if len(parts) != 2 or (along or 0) % rank != dim:
+        return node, None, 0
+    first, last = (is_one(value_of(part).shape[dim]) for part in parts)
+    if last:
+        return parts[0], parts[1], 0
+    return (parts[1], parts[0], 1) if first else (node, None, 0)
 
 
 def _sinks_by_head(
@@ -263,4 +298,7 @@ def _above(reader: Reader, last: fx.Node, first: fx.Node | None = None) -> set[f
 
 def _is_model(node: fx.Node, user: fx.Node) -> bool:
     """Whether a node only tells its user what dtype or shape to take on."""
+    did = operation(user)
+    if did is not None and did.name in ("zeros_like", "ones_like", "full_like", "empty_like"):
+        return True
     return str(user.target) in ("type_as", "expand_as", "view_as", "reshape_as") and user.args[0] is not node
