@@ -1,8 +1,9 @@
 """The CPU backend: Kernel IR spelled as TVMScript text. It decides nothing but registers and vectors.
 
-The function takes the kernel's arguments in order, then `worker, workers, ws`: it runs the cells
-worker, worker + workers, ... of the flattened grid (first dimension fastest) in a workspace `ws` of
-`workspace_bytes(kernel)` bytes, a byte tensor that starts on a cache line. Each worker has its own.
+The function takes what `tvm_signature.signature` lists, addresses and numbers, and checks nothing: whoever
+calls it does. Then come `worker, workers, p_ws`: it runs the cells worker, worker + workers, ... of the
+flattened grid (first dimension fastest) in a workspace of `workspace_bytes(kernel)` bytes that starts on a
+cache line. Each worker has its own.
 
 A tile is `b_<name>`, a coordinate `i_<axis>`, a register block `r_<tile>`.
 """
@@ -12,12 +13,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import lru_cache
 
-from ..ir.errors import UnsupportedError
-from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Scalar, Scan, Stmt, Store, Tensor
+from ..ir.kernel import Compute, Dot, For, If, Kernel, Let, Load, Reduce, Scan, Stmt, Store
 from .tvm_context import LIVE, Context
 from .tvm_layout import BYTES, LINE, TENSOR_DTYPES, Tile
 from .tvm_memory import load, store
 from .tvm_names import safe
+from .tvm_signature import signature, stride_name
 from .tvm_text import Lines
 from .tvm_tiles import compute, dot, reduce, scan
 
@@ -45,7 +46,7 @@ def _emit(kernel: Kernel) -> tuple[str, int]:
     head.line("@T.prim_func")
     with head.block(f"def {safe(kernel.name)}({_parameters(kernel)}):"):
         head.line(f'T.func_attr({{"global_symbol": "{kernel.name}", "tirx.noalias": True}})')
-        _bind_tensors(head, kernel)
+        _declare_tensors(head, kernel)
         _declare_buffers(head, ctx)
     return str(head) + str(ctx.out).lstrip("\n"), max(LINE, ctx.workspace.end)
 
@@ -54,51 +55,23 @@ def _emit(kernel: Kernel) -> tuple[str, int]:
 
 
 def _parameters(kernel: Kernel) -> str:
-    scalars = {"f32": "T.float32", "f64": "T.float64"}
-    args = []
-    for arg in kernel.args:
-        if isinstance(arg, Scalar):
-            args.append(f"{safe(arg.name)}: {scalars.get(arg.dtype, 'T.int64')}")
-        else:
-            args.append(f"p_{arg.name}: T.handle")
-    return ", ".join([*args, "worker: T.int64", "workers: T.int64", "p_ws: T.handle"])
+    given = [f"{p.name}: {p.type}" for p in signature(kernel)]
+    return ", ".join([*given, "worker: T.int64", "workers: T.int64", 'p_ws: T.handle("uint8")'])
 
 
-def _bind_tensors(out: Lines, kernel: Kernel) -> None:
-    bound: set[str] = set()
+def _declare_tensors(out: Lines, kernel: Kernel) -> None:
     for tensor in kernel.tensors:
-        for size in tensor.shape:
-            if isinstance(size, str) and size not in bound:
-                bound.add(size)
-                out.line(f"{safe(size)} = T.int64()")
-        out_strides = _strides(out, tensor)
-        shape = ", ".join(safe(s) if isinstance(s, str) else f"T.int64({s})" for s in tensor.shape)
-        if tensor.dtype not in TENSOR_DTYPES:
-            kinds = ", ".join(TENSOR_DTYPES)
-            raise UnsupportedError(f"tensor {tensor.name}: no dtype {tensor.dtype!r} on CPUs; use {kinds}")
         dtype = TENSOR_DTYPES[tensor.dtype]
+        shape = ", ".join(safe(s) if isinstance(s, str) else f"T.int64({s})" for s in tensor.shape)
+        strides = ", ".join(stride_name(tensor, d) for d in range(len(tensor.shape)))
         # No alignment beyond an element's own: callers pass views.
-        layout = f"strides=[{out_strides}], offset_factor=1, align={BYTES.get(dtype, 1)}"
-        if tensor.shape:  # tirx reads strides from the layout; the default one is row-major
-            layout += f", layout=T.TileLayout(T.S[({shape},) : ({out_strides},)])"
-        out.line(f'{safe(tensor.name)} = T.match_buffer(p_{tensor.name}, [{shape}], "{dtype}", {layout})')
-
-
-def _strides(out: Lines, tensor: Tensor) -> str:
-    """Strides are read from the tensor, except the one that is known to be 1."""
-    names = []
-    for d in range(len(tensor.shape)):
-        if d == tensor.unit:
-            names.append("T.int64(1)")
-            continue
-        names.append(f"{tensor.name}_s{d}")
-        out.line(f"{names[-1]} = T.int64()")
-    return ", ".join(names)
+        layout = f"data=p_{tensor.name}, strides=[{strides}], align={BYTES.get(dtype, 1)}, layout=None"
+        out.line(f'{safe(tensor.name)} = T.decl_buffer([{shape}], "{dtype}", {layout})')
 
 
 def _declare_buffers(out: Lines, ctx: Context) -> None:
-    out.line("ws_bytes = T.int64()")
-    out.line(f'ws = T.match_buffer(p_ws, (ws_bytes,), "uint8", align={LINE})')
+    size = max(LINE, ctx.workspace.end)
+    out.line(f'ws = T.decl_buffer(({size},), "uint8", data=p_ws, align={LINE})')
     for tile in (*ctx.tiles.values(), *ctx.workspace.scratch.values()):
         out.line(_declaration(tile))
     for name, (shape, dtype) in ctx.registers.items():

@@ -10,7 +10,7 @@ from ..ir.expr import Expr
 from ..ir.kernel import Kernel, Tensor
 from .tvm_layout import TENSOR_DTYPES, Tile
 
-RESERVED = {"T", "cell", "turn", "ws", "ws_bytes", "worker", "workers", "range"}
+RESERVED = {"T", "cell", "turn", "ws", "p_ws", "worker", "workers", "range"}
 
 
 def safe(name: str) -> str:

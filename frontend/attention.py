@@ -21,6 +21,7 @@ from .captured import is_array
 from .form import Call, Options
 from .mask import Mask
 from .operators.calls import call_operator
+from .operators.learned import look_up
 from .operators.rules import autocast, is_traced, wants_gradient
 from .placement import NOWHERE, Placement, check_placement, tensors_of
 from .plan import recall, serves
@@ -199,13 +200,16 @@ def dispatch(query: Any, key: Any, value: Any, call: Call, table: Any = None) ->
     if call.options.backend == "reference":
         expected = 'attention: backend="reference" has no gradient, and is not traced'
         raise UnsupportedError(f"{expected}. Call it under torch.no_grad(), outside of torch.compile")
+    known = None if traced else look_up(query, key, value, call)
+    if known is not None and known.plan is not None:
+        return known.plan(known.tensors)
     given = traced or call.held or call.offset is not None or table is not None
     if given or not all(isinstance(t, torch.Tensor) for t in tensors[:3]):
         problem, _ = _checked(query, key, value, call, table)
         _check_backend(call.options.backend, problem)
     if not isinstance(call.scale, (float, NoneType)) and not is_symbolic(call.scale):
         call = call._replace(scale=number_of(call.scale))
-    return call_operator(query, key, value, call, traced, learns)
+    return call_operator(query, key, value, call, known, learns)
 
 
 def launch(query: Any, key: Any, value: Any, call: Call, table: Any = None) -> tuple[torch.Tensor, ...]:

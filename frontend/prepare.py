@@ -16,7 +16,7 @@ from .device import target_of
 from .executables import executable_for, is_positive
 from .placement import PLAIN as EVEN
 from .placement import Placement
-from .plan import Plan
+from .plan import Plan, _signature
 from .reads import check_reads
 from .schedules import Request, given, settled
 from .softmax import PLAIN, Softmax
@@ -116,9 +116,20 @@ def number_of(scale: Any) -> float:
 
 
 def plan_of(executable: Executable, values: dict[str, Any], problem: Problem, extra: tuple[str, ...]) -> Plan:
-    """A plan that gives (out, *extra), for calls like the one with these values."""
+    """A plan that gives (out, *extra), for calls like the one with these values.
+
+    Calls whose contents are checked each time have no plan by what was passed; they find it here, by what is
+    left of that."""
     from ..runtime.executable import Contiguous
 
+    try:
+        looks = (_signature(x) if isinstance(x, torch.Tensor) else x for x in values.values())
+        key = (extra, tuple(values), *looks)
+    except (RuntimeError, TypeError):
+        key = None
+    plan = None if key is None else executable.plans.get(key)
+    if plan is not None:
+        return plan
     heads = (problem.batch, problem.heads)
     wide = torch.float64 if problem.dtype == "f64" else torch.float32
     outputs: list[tuple[str, tuple[int, ...], torch.dtype]] = [
@@ -129,7 +140,10 @@ def plan_of(executable: Executable, values: dict[str, Any], problem: Problem, ex
         outputs.append((name, (*heads, length), wide))
     waiting = {name: Contiguous(shape) for name, shape, _ in outputs}
     bound = executable.bind(values | waiting, allocate=partial(allocate, device=problem.device))
-    return Plan(bound, tuple(outputs), problem.device)
+    plan = Plan(bound, tuple(outputs), problem.device)
+    if key is not None:
+        executable.plans.put(key, plan)
+    return plan
 
 
 def captured(tensor: Any, problem: Problem) -> Any:

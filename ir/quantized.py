@@ -1,19 +1,24 @@
 """Quantized: a stack of matrices [E, N, K] as codes of a few bits along K, with scales of groups of them.
 
     value = (code + midpoint) * scale          code: an integer, an e4m3 or an e2m1 number
+    value = (code - zero) * scale              with zero points: a code is an integer of 0 .. 2**B - 1
 
 A row's codes lie in bytes such that no byte holds neighbours: with c codes a byte, byte j holds those of
 columns j, j + K/c, j + 2 K/c ... from its lowest bits up (K rounded up to a multiple of c; codes behind K are
 zero bits). A tile of consecutive bytes is then c tiles of consecutive columns, one a *slice* of the row: to
 unpack them is a shift and a mask, and nothing moves between lanes.
 
-Integers of B bits are stored with 2**(B - 1) added. Codes may be *nested*: `planes` (2, 4, 8) has the two
-upper bits of each code in one tensor, the next two in another and the lower four in a third, packed as above.
+Integers of B bits are stored with 2**(B - 1) added; those with zero points, one for each scale, as they are:
+(code - 2**(B - 1)) - (zero - 2**(B - 1)) reads both in the same way.
+
+Codes may be *nested*: `planes` (2, 4, 8) has the two upper bits of each code in one tensor, the next two in
+another and the lower four in a third, packed as above.
 Who reads the first planes only reads codes of fewer bits, and fewer bytes; what the lower bits might have
 been is then taken in the middle (`midpoint`).
 
 Nested codes of one copy: D2MoE (Wang et al., 2025). Weights of experts in 2, 4 or 8 bits: MoQE (Kim et al.,
-2023). e2m1 with e8m0 scales of 32: OCP Microscaling Formats, 1.0.
+2023). Zero points: integers (GPTQ, Frantar et al., 2023; AWQ, Lin et al., 2024), floats (HQQ, Badri and
+Shaji, 2023). e2m1 with e8m0 scales of 32: OCP Microscaling Formats, 1.0.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import numpy as np
 
 ELEMENTS = ("int", "e4m3", "e2m1")
 SCALES = ("f32", "f16", "bf16", "e8m0")
+ZEROS = ("u8", "f32", "f16", "bf16")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # sizes, by the lower three bits of a code
 NESTED = ((4, 8), (2, 4), (2, 4, 8))
 PER_EXPERT = 0  # in `bits`: an operand [E] says how many bits of each expert's codes are read
@@ -37,7 +43,8 @@ class Quantized:
 
     element: one of ELEMENTS. planes: widths in bits of the codes that are stored, ascending; more than one:
     nested. columns: K. group: columns that share a scale. scale: the dtype of scales, one of SCALES. bits:
-    the width that is read, one of `planes`, or PER_EXPERT."""
+    the width that is read, one of `planes`, or PER_EXPERT. zero: the dtype of zero points, one of ZEROS;
+    None: none."""
 
     element: str
     planes: tuple[int, ...]
@@ -45,6 +52,7 @@ class Quantized:
     group: int
     scale: str = "f32"
     bits: int = PER_EXPERT
+    zero: str | None = None
 
     def __post_init__(self) -> None:
         if self.bits == PER_EXPERT and len(self.planes) == 1:
@@ -79,8 +87,8 @@ class Quantized:
 
     @property
     def operands(self) -> int:
-        """Tensors that a reader takes: planes, scales and, per expert, widths."""
-        return len(self.read) + 1 + (self.bits == PER_EXPERT)
+        """Tensors that a reader takes: planes, scales and, where there are any, zero points and widths."""
+        return len(self.read) + 1 + (self.zero is not None) + (self.bits == PER_EXPERT)
 
     def row_bytes(self, plane: int) -> int:
         """Bytes of a row in a plane."""
@@ -97,14 +105,14 @@ class Quantized:
 
     @property
     def bias(self) -> int:
-        """What was added to codes before they were stored."""
+        """What was added to codes before they were stored, or zero points are read as less by."""
         return 1 << (self.planes[-1] - 1) if self.element == "int" else 0
 
     def midpoint(self, bits: Any) -> Any:
         """What is added to codes of which the upper `bits` are read.
 
         Alone, codes of two bits have no zero: they stand for -1.5, -0.5, 0.5 and 1.5."""
-        alone = 0.5 if self.planes == (2,) else 0.0
+        alone = 0.5 if self.planes == (2,) and self.zero is None else 0.0
         return alone + ((1 << (self.planes[-1] - bits)) - 1) * 0.5 if self.element == "int" else 0.0
 
 
@@ -155,8 +163,15 @@ def dequantize(q: Quantized, operands: list[np.ndarray]) -> np.ndarray:
         value = codes - q.bias + _midpoint(q, width)
     else:
         value = e4m3(codes.astype(np.uint8)) if q.element == "e4m3" else e2m1(codes)
-    spread = np.repeat(steps, q.group, -1)[..., : q.columns] if q.group < q.columns else steps
-    return np.asarray(value * spread, np.float64)
+    if q.zero is not None:
+        zeros = np.asarray(operands[count + 1]).astype(np.float64) - q.bias
+        value = value - _spread(q, zeros)
+    return np.asarray(value * _spread(q, steps), np.float64)
+
+
+def _spread(q: Quantized, groups: np.ndarray) -> np.ndarray:
+    """A number for each column."""
+    return np.repeat(groups, q.group, -1)[..., : q.columns] if q.group < q.columns else groups
 
 
 def _midpoint(q: Quantized, width: Any) -> Any:

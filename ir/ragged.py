@@ -9,10 +9,13 @@ The operations of the graph IR over them; none holds anything of size T x E.
     gather          x [T, H], tokens [rows] -> [rows, H]: the rows of x that tokens names
     grouped_matmul  a [rows, K] x w [E, K, N], bounds [E + 1] (, bias [E, N]) -> [rows, N]: each group's rows
                     by the matrix of the group; transpose_b: w is [E, N, K]. `adds`: before a bias come
-                    t [rows, R] and b, whose product is added: 'rows': b is [E, N, R]; 'columns': [E, R, N]
-    dequantize      planes of codes, scales (, widths [E]) -> [E, N, K]: the matrices they stand for, by the
-                    Quantized `format` (ir/quantized.py). `used`: bounds follow, and only the matrices of
-                    groups that have rows are made; others hold anything
+                    t [rows, R] and b, whose product is added: 'rows': b is [E, N, R]; 'columns': [E, R, N].
+                    `chooses`, 'w' or 'b': there are several of these matrices for each group, [A, E, ..], and
+                    last come tokens [rows] and choice [T]: row i takes matrix choice[tokens[i]] of its group,
+                    and nothing where that is not in 0 .. A - 1
+    dequantize      planes of codes, scales (, zero points) (, widths [E]) -> [E, N, K]: the matrices they
+                    stand for, by the Quantized `format` (ir/quantized.py). `used`: bounds follow, and only
+                    the matrices of groups that have rows are made; others hold anything
     split           [.., 2 N] -> two [.., N]: its halves, or, if `interleaved`, even and odd columns
     combine         y [rows, H], place [T, K], weights [T, K] -> [T, H]: for each token the weighted sum of
     its
@@ -23,7 +26,9 @@ The operations of the graph IR over them; none holds anything of size T x E.
     grouped_outer   a [rows, M], b [rows, N], bounds (, tokens) -> [E, M, N]: for each group the sum over its
     rows
                     of a's row times b's. `gathers`: 'a' or 'b', of which tokens names the rows, or None.
-                    `masked`: last comes trains [E] of ones and zeros; where it is zero, so is the result
+                    `masked`: then comes trains [E] of ones and zeros; where it is zero, so is the result.
+                    `chooses`: last come tokens [rows] and choice [T], and there is a result for each choice
+                    and group, [A, E, M, N]: the sum over those rows of the group that chose so
     map_grad_rows   g [rows, C], dh [rows, N], weights [rows], bounds -> dg [rows, C], hw [rows, N], dw
     [rows]: of
                     h = `expr` of the `halves` of g, as in grouped_gemm, where rows are weighted behind it:
@@ -31,8 +36,8 @@ The operations of the graph IR over them; none holds anything of size T x E.
 
 What fuse makes of gather, grouped_matmul, split and map:
 
-    grouped_gemm    a, w, bounds (, tokens) (, t, b) (, bias) -> [rows, N]. `gathers`, `adds`, `biased`: which
-                    operands follow;
+    grouped_gemm    a, w, bounds (, tokens) (, t, b) (, bias) (, tokens, choice) -> [rows, N]. `gathers`,
+                    `adds`, `biased`, `chooses`: which operands follow;
                     `halves`: None, 'split' or 'interleaved'; `expr`: over x0 (and x1, the second half).
                     A second result is what `expr` was taken of, [rows, C], kept for gradients
 
@@ -43,6 +48,10 @@ What passes/moe/direct.py makes of all of it, where entries are few; rows are en
 
     entry_gemm      a [T, K], w, ids [T, k] (, bias) -> [rows, N], as grouped_gemm
     entry_combine   h [rows, K], w, ids [T, k], weights [T, k] (, bias) -> [T, N]: grouped_gemm, combine
+
+Both take what `adds` 'rows' has added with the matrix that makes t: after a bias come c and b, t being `low`
+(an expression over x0) of the product of a row by c, [E, R, K]; with `chooses` these are [A, E, ..], and the
+choice [T] follows.
 
 Rows at or beyond bounds[E] belong to nobody: nothing reads them, and the interpreter makes them zero.
 """
@@ -56,6 +65,7 @@ from .graph import Op
 
 HALVES = ("split", "interleaved")
 ADDS = ("rows", "columns")
+CHOOSES = ("w", "b")
 
 
 @dataclass(frozen=True)

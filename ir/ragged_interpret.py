@@ -54,19 +54,30 @@ def _gather(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _grouped_matmul(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    a, w, bounds, *bias = x
-    adds = op.attr("adds")
+    chooses, adds = op.attr("chooses"), op.attr("adds")
+    choice = x[-1][x[-2]] if chooses else None
+    a, w, bounds, *bias = x[:-2] if chooses else x
     added, bias = (bias[:2], bias[2:]) if adds else ([], bias)
-    w = w.swapaxes(1, 2) if op.attr("transpose_b") else w
-    out = np.zeros((len(a), w.shape[2]), floats)
-    for e, (start, end) in enumerate(pairwise(bounds)):
-        out[start:end] = a[start:end].astype(floats) @ w[e].astype(floats)
-        if added:
-            b = added[1][e].T if adds == "rows" else added[1][e]
-            out[start:end] += added[0][start:end].astype(floats) @ b.astype(floats)
-        if bias:
-            out[start:end] += bias[0][e].astype(floats)
+    w = w.swapaxes(-1, -2) if op.attr("transpose_b") else w
+    out = np.zeros((len(a), w.shape[-1]), floats)
+    _add_products(out, a, w, bounds, choice if chooses == "w" else None)
+    if added:
+        b = added[1].swapaxes(-1, -2) if adds == "rows" else added[1]
+        _add_products(out, added[0], b, bounds, choice if chooses == "b" else None)
+    for e, (start, end) in enumerate(pairwise(bounds)) if bias else ():
+        out[start:end] += bias[0][e].astype(floats)
     return (out,)
+
+
+def _add_products(out: Array, a: Array, w: Array, bounds: Array, choice: Array | None) -> None:
+    """Each group's rows by its matrix; by that of a row's choice, where there is one: w is [A, E, K, N]."""
+    stacks = [w] if choice is None else w
+    for number, stack in enumerate(stacks):
+        for e, (start, end) in enumerate(pairwise(bounds)):
+            mine = slice(start, end)
+            if choice is not None:
+                mine = start + np.flatnonzero(choice[start:end] == number)
+            out[mine] += a[mine].astype(out.dtype) @ stack[e].astype(out.dtype)
 
 
 def _split(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
@@ -112,14 +123,23 @@ def _halves(value: Array, halves: str | None) -> tuple[Array, ...]:
 
 
 def _grouped_outer(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    a, b, bounds, *tokens = x
+    choice = x[-1][x[-2]] if op.attr("chooses") else None
+    a, b, bounds, *tokens = x[:-2] if op.attr("chooses") else x
     trains = tokens.pop() if op.attr("masked") else np.ones(len(bounds) - 1, np.int32)
     if op.attr("gathers") == "a":
         (a,) = _gather(op, [a, *tokens], floats)
     if op.attr("gathers") == "b":
         (b,) = _gather(op, [b, *tokens], floats)
-    pairs = [(a[i:j].astype(floats), b[i:j].astype(floats)) for i, j in pairwise(bounds)]
-    return (np.stack([one.T @ other * bool(on) for (one, other), on in zip(pairs, trains, strict=True)]),)
+    a, b = a.astype(floats), b.astype(floats)
+
+    def sums(mine: Array) -> Array:
+        spans = [start + np.flatnonzero(mine[start:end]) for start, end in pairwise(bounds)]
+        return np.stack([a[rows].T @ b[rows] * bool(on) for rows, on in zip(spans, trains, strict=True)])
+
+    if choice is None:
+        return (sums(np.ones(len(a), bool)),)
+    many: Any = op.output.shape[0]
+    return (np.stack([sums(choice == number) for number in range(many)]),)
 
 
 def _map_grad_rows(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
@@ -138,9 +158,8 @@ def _map_grad_rows(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _entry_gemm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    a, w, ids, *bias = _dense(op, x, floats)
-    ids = ids.reshape(-1)
-    out = _entries(op, np.repeat(a, len(ids) // max(len(a), 1), 0), w, ids, bias, floats)
+    a, w, ids, *more = _dense(op, x, floats)
+    out = _entries(op, np.repeat(a, ids.size // max(len(a), 1), 0), w, ids, more, floats)
     parts = _halves(out, op.attr("halves"))
     if op.attr("expr") is None:
         return (parts[0],)
@@ -149,19 +168,30 @@ def _entry_gemm(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
 
 
 def _entry_combine(op: Op, x: Operands, floats: type) -> tuple[Array, ...]:
-    h, w, ids, weights, *bias = _dense(op, x, floats)
-    y = _entries(op, h, w, ids.reshape(-1), bias, floats) * weights.reshape(-1, 1).astype(floats)
+    h, w, ids, weights, *more = _dense(op, x, floats)
+    y = _entries(op, h, w, ids, more, floats) * weights.reshape(-1, 1).astype(floats)
     inside = ((ids >= 0) & (ids < len(w)))[..., None]
     return (np.where(inside, y.reshape(*ids.shape, -1), 0).sum(1),)
 
 
-def _entries(op: Op, a: Array, w: Array, ids: Array, bias: Operands, floats: type) -> Array:
-    """Each row by the matrix of its expert, and its bias."""
+def _entries(op: Op, a: Array, w: Array, ids: Array, more: Operands, floats: type) -> Array:
+    """Each row by the matrix of its expert, what an adapter adds, and its bias."""
     w = w.swapaxes(1, 2) if op.attr("transpose_b") else w
+    choice = np.repeat(more[-1], ids.shape[1]) if op.attr("chooses") else np.zeros(ids.size, np.int64)
+    bias = more.pop(0) if op.attr("biased") else None
+    added: Operands = (
+        [m if op.attr("chooses") else m[None] for m in more[:2]] if op.attr("adds") else [[], []]
+    )
+    low, b = added
+    ids = ids.reshape(-1)
     out = np.zeros((len(ids), w.shape[2]), floats)
     for r in np.flatnonzero((ids >= 0) & (ids < len(w))):
-        out[r] = a[r].astype(floats) @ w[ids[r]].astype(floats)
-        out[r] += bias[0][ids[r]].astype(floats) if bias else 0
+        row = a[r].astype(floats)
+        out[r] = row @ w[ids[r]].astype(floats)
+        if 0 <= choice[r] < len(low):
+            t = evaluate(op.attr("low"), {"x0": low[choice[r], ids[r]].astype(floats) @ row}, floats=floats)
+            out[r] += b[choice[r], ids[r]].astype(floats) @ t
+        out[r] += 0 if bias is None else bias[ids[r]].astype(floats)
     return out
 
 

@@ -9,8 +9,8 @@ import sympy
 
 from . import expr as E
 from .graph import Extent, Value
-from .quantized import ELEMENTS, NESTED, PER_EXPERT, SCALES, Quantized
-from .ragged import ADDS, HALVES
+from .quantized import ELEMENTS, NESTED, PER_EXPERT, SCALES, ZEROS, Quantized
+from .ragged import ADDS, CHOOSES, HALVES
 
 if TYPE_CHECKING:
     from .graph_verify import Checker
@@ -44,17 +44,20 @@ def _gather(c: Checker) -> tuple[Shape, ...]:
 
 
 def _matrices(c: Checker, q: Quantized, operands: tuple[Value, ...]) -> tuple[Extent, ...]:
-    """The shape [E, N, K] of what planes, scales and widths stand for."""
+    """The shape [E, N, K] of what planes, scales, zero points and widths stand for."""
     if q.element not in ELEMENTS or q.scale not in SCALES:
         c.fail("attrs", f"expected an element of {ELEMENTS} and scales of {SCALES}; got {q}")
     if q.planes not in (*NESTED, (8,), (4,), (2,)) or q.bits not in (PER_EXPERT, *q.planes):
         c.fail("attrs", f"expected planes of 8, 4 or 2 bits, or {NESTED}, and bits among them; got {q}")
     if q.columns < 1 or q.group < 1:
         c.fail("attrs", f"expected at least one column, and one a group; got {q}")
+    if q.zero is not None and (q.zero not in ZEROS or q.element != "int" or len(q.planes) > 1):
+        c.fail("attrs", f"expected zero points of {ZEROS}, of integers that are not nested; got {q}")
     if len(operands) != q.operands:
         c.fail("operands", f"expected {q.operands} of quantised matrices; got {len(operands)}")
     first = operands[0].shape
-    rows = [(*first[:2], q.row_bytes(n)) for n in range(len(q.read))] + [(*first[:2], q.groups)]
+    rows = [(*first[:2], q.row_bytes(n)) for n in range(len(q.read))]
+    rows += [(*first[:2], q.groups)] * (1 + (q.zero is not None))
     for value, shape in zip(operands, [*rows, (first[0],)], strict=False):
         c.same(f"shape of %{value.name}", value.shape, shape)
     return (*first[:2], q.columns)
@@ -99,6 +102,25 @@ def _bias(c: Checker, bias: Shape, w: Shape, columns: Extent) -> None:
     c.same("number of columns", bias[1], columns)
 
 
+def _chooses(c: Checker, options: tuple[str, ...] = CHOOSES) -> str | None:
+    """Which matrices rows choose among, where they do."""
+    chooses: str | None = c.attr("chooses", str, needed=False)
+    if chooses is not None and chooses not in options:
+        c.fail("attrs", f"chooses: expected one of {', '.join(options)}; got {chooses!r}")
+    if chooses == "b" and c.attr("adds", str, needed=False) is None:
+        c.fail("attrs", "chooses: 'b' is what `adds` has added; got no adds")
+    return chooses
+
+
+def _chosen(c: Checker, rows: Extent, first: int) -> None:
+    """The operands from `first` on: tokens of rows, and the choices of these."""
+    tokens, choice = (value.shape for value in c.operands[first : first + 2])
+    _integers(c, first, first + 1)
+    if len(tokens) != 1 or len(choice) != 1:
+        c.fail("type", f"expected tokens and a choice of 1 dimension; got {tokens} and {choice}")
+    c.same("number of rows", tokens[0], rows)
+
+
 def _added(c: Checker, w: Shape, columns: Extent, operands: list[Shape]) -> list[Shape]:
     """The operands behind those that `adds` announces."""
     adds = c.attr("adds", str, needed=False)
@@ -107,6 +129,7 @@ def _added(c: Checker, w: Shape, columns: Extent, operands: list[Shape]) -> list
     if adds not in ADDS:
         c.fail("attrs", f"adds: expected one of {', '.join(ADDS)}; got {adds!r}")
     t, b, *rest = operands
+    b = b[-3:]
     inner, across = (b[2], b[1]) if adds == "rows" else (b[1], b[2])
     c.same("number of groups", b[0], w[0])
     c.same("summed extent", t[1], inner)
@@ -115,12 +138,19 @@ def _added(c: Checker, w: Shape, columns: Extent, operands: list[Shape]) -> list
 
 
 def _grouped_matmul(c: Checker) -> tuple[Shape, ...]:
-    added = (2, 3) if c.attr("adds", str, needed=False) else ()
-    _count(c, 3 + len(added), 4 + len(added))
-    a, w, bounds, *rest = c.shapes(len(c.operands), (2, 3, 1, *added, 2))
+    chooses = _chooses(c)
+    added = (2, 3 + (chooses == "b")) if c.attr("adds", str, needed=False) else ()
+    count = 3 + len(added)
+    plain = len(c.operands) - 2 * bool(chooses)
+    if plain not in (count, count + 1):
+        _count(c, *(n + 2 * bool(chooses) for n in (count, count + 1)))
+    a, w, bounds, *rest = c.shapes(plain, (2, 3 + (chooses == "w"), 1, *added, 2))
     _integers(c, 2)
+    w = w[-3:]
     columns = _product(c, a, w, bounds)
     bias = _added(c, w, columns, rest)
+    if chooses:
+        _chosen(c, a[0], plain)
     for one in bias:
         _bias(c, one, w, columns)
     return ((a[0], columns),)
@@ -156,10 +186,17 @@ def _combine(c: Checker) -> tuple[Shape, ...]:
 
 def _grouped_gemm(c: Checker) -> tuple[Shape, ...]:
     gathers, biased = (bool(c.attr(name, bool, needed=False)) for name in ("gathers", "biased"))
-    added = [2, 3] if c.attr("adds", str, needed=False) else []
-    ranks = (2, 3, 1, *([1] if gathers else []), *added, *([2] if biased else []))
+    chooses = _chooses(c)
+    added = [2, 3 + (chooses == "b")] if c.attr("adds", str, needed=False) else []
+    ranks = (2, 3 + (chooses == "w"), 1, *([1] if gathers else []), *added, *([2] if biased else []))
+    ranks += (1, 1) if chooses else ()
     a, w, bounds, *rest = _operands(c, len(ranks), ranks)
+    w = w[-3:]
     columns = _product(c, a, w, bounds)
+    rows = rest[0][0] if gathers else a[0]
+    if chooses:
+        _chosen(c, rows, len(ranks) - 2)
+        rest = rest[:-2]
     _added(c, w, columns, rest[gathers:])
     if biased:
         _bias(c, rest[-1], w, columns)
@@ -171,16 +208,16 @@ def _grouped_gemm(c: Checker) -> tuple[Shape, ...]:
     names = {"x0", "x1"} if halves else {"x0"}
     if expr is not None and not {s.name for s in E.symbols(expr)} <= names:
         c.fail("attrs", f"expr: expected one of {', '.join(sorted(names))}; got {E.to_text(expr)}")
-    rows = rest[0][0] if gathers else a[0]
     kept = w[1] if c.attr("transpose_b", bool, needed=False) else w[2]
     return (rows, columns), (rows, kept)
 
 
 def _grouped_outer(c: Checker) -> tuple[Shape, ...]:
     gathers = c.attr("gathers", str, needed=False)
-    masked = bool(c.attr("masked", bool, needed=False))
-    _count(c, 3 + bool(gathers) + masked)
-    a, b, bounds, *tokens = c.shapes(len(c.operands), (2, 2, 1, 1, 1))
+    masked, chooses = (bool(c.attr(name, bool, needed=False)) for name in ("masked", "chooses"))
+    plain = 3 + bool(gathers) + masked
+    _count(c, plain + 2 * chooses)
+    a, b, bounds, *tokens = c.shapes(len(c.operands), (2, 2, 1, 1, 1, 1, 1))
     _integers(c, *range(2, len(c.operands)))
     if not gathers:
         c.same("number of rows", a[0], b[0])
@@ -190,7 +227,11 @@ def _grouped_outer(c: Checker) -> tuple[Shape, ...]:
         c.same("number of rows", (b if gathers == "a" else a)[0], tokens[0][0])
     if not isinstance(bounds[0], int):
         c.fail("type", f"expected a number of bounds; got {bounds[0]}")
-    return ((bounds[0] - 1, a[1], b[1]),)
+    made = (bounds[0] - 1, a[1], b[1])
+    if not chooses:
+        return (made,)
+    _chosen(c, b[0] if gathers == "a" else a[0], plain)
+    return ((c.op.output.shape[0], *made),)  # as many choices as there are results
 
 
 def _map_grad_rows(c: Checker) -> tuple[Shape, ...]:
@@ -205,26 +246,40 @@ def _map_grad_rows(c: Checker) -> tuple[Shape, ...]:
     return g, dh, weights
 
 
-def _entry_gemm(c: Checker) -> tuple[Shape, ...]:
-    biased = bool(c.attr("biased", bool, needed=False))
-    a, w, ids, *bias = _operands(c, 3 + biased, (2, 3, 2, 2))
-    _integers(c, 2)
-    c.same("number of tokens", a[0], ids[0])
-    columns = _columns(c, a, w)
+def _entry(c: Checker, first: tuple[int, ...]) -> tuple[list[Shape], Extent]:
+    """The shapes of the first operands of an operation on entries, and its columns."""
+    biased, adds = bool(c.attr("biased", bool, needed=False)), c.attr("adds", str, needed=False)
+    chooses = _chooses(c, ("b",)) is not None
+    ranks = (
+        *first,
+        *([2] if biased else []),
+        *([3 + chooses] * 2 if adds else []),
+        *([1] if chooses else []),
+    )
+    a, w, *rest = _operands(c, len(ranks), ranks)
+    _integers(c, 2, *([len(ranks) - 1] if chooses else []))
+    columns, more = _columns(c, a, w), rest[len(first) - 2 :]
     if biased:
-        _bias(c, bias[0], w, columns)
+        _bias(c, more.pop(0), w, columns)
+    if adds:
+        c.attr("low", sympy.Basic)
+        low, b = (shape[-3:] for shape in more[:2])
+        c.same("number of groups", low[0], w[0])
+        c.same("summed extent", a[1], low[2])
+        _added(c, w, columns, [(a[0], low[1]), b])
+    return [a, w, *rest], columns
+
+
+def _entry_gemm(c: Checker) -> tuple[Shape, ...]:
+    (a, _, ids, *_), columns = _entry(c, (2, 3, 2))
+    c.same("number of tokens", a[0], ids[0])
     return (("rows", _half(c, columns) if c.attr("halves", str, needed=False) else columns),)
 
 
 def _entry_combine(c: Checker) -> tuple[Shape, ...]:
-    biased = bool(c.attr("biased", bool, needed=False))
-    h, w, ids, weights, *bias = _operands(c, 4 + biased, (2, 3, 2, 2, 2))
-    _integers(c, 2)
+    (_, _, ids, weights, *_), columns = _entry(c, (2, 3, 2, 2))
     c.same("number of tokens", ids[0], weights[0])
     c.same("top_k", ids[1], weights[1])
-    columns = _columns(c, h, w)
-    if biased:
-        _bias(c, bias[0], w, columns)
     return ((ids[0], columns),)
 
 

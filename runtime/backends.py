@@ -70,12 +70,14 @@ class TvmBackend:
 
     def compile(self, kernel: Kernel, target: Target) -> Compiled:
         from ..codegen import tvm as codegen
+        from ..codegen.tvm_signature import signature
         from . import cpu
 
         _check_cpu_name(target)
         source = codegen.emit(kernel)
         binary = cpu.build_object(source, str(target))
-        details = {key: value for key, value in kernel.meta if key == "shares"}
+        details: dict[str, Any] = {key: value for key, value in kernel.meta if key == "shares"}
+        details["parameters"] = [[p.kind, p.source] for p in signature(kernel)]
         return Compiled(source, binary, kernel.name, codegen.workspace_bytes(kernel), details)
 
     def requirements(self, target: Target) -> Requirements:

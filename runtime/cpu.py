@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import BackendError, MissingDependencyError
+from .cpu_arguments import Arguments
 from .knobs import NUM_THREADS
 from .manifest import Launch
 from .workers import POOL
@@ -62,24 +63,23 @@ _PIPELINE = "gossamer"
 
 @cache
 def _register_pipeline() -> None:
-    """TVM's pipeline for host code without its simplifier: LLVM does that work, and TVM's takes seconds
-    where values bound by T.let build on each other."""
+    """TVM's pipeline for host code with an entry of ours, without lowering what no script of ours has, and
+    without its simplifier: LLVM does that work, and TVM's takes seconds where values bound by T.let build on
+    each other."""
     from tvm import tirx, transform
+
+    from .tvm_entry import entry
 
     passes = tirx.transform
 
     def pipeline() -> tuple[Any, Any, Any]:
         lowering = [
-            passes.LowerTIRx(),
-            passes.LowerTIRxOpaque(),
             passes.FlattenBuffer(),
             passes.BF16ComputeLegalize(),
             passes.NarrowDataType(32),
             passes.VectorizeLoop(True),
             passes.CommonSubexprElim(),
-            passes.AnnotateEntryFunc(),
-            passes.SplitHostDevice(),
-            passes.MakePackedAPI(),
+            entry,
             passes.BF16StorageLegalize(),
         ]
         host = transform.Sequential([passes.LowerTVMBuiltin(), passes.LowerIntrin(), passes.UnrollLoop()])
@@ -107,33 +107,34 @@ class CpuKernel:
 
     def __init__(self, launch: Launch, binary: bytes) -> None:
         self._function, self._workspace = load_object(binary, launch.entry), launch.workspace
-        tensors = [a.source for a in launch.arguments if a.kind == "tensor"]
-        self._scalars = [a.source for a in launch.arguments if a.kind == "scalar"]
-        given = [*tensors, *self._scalars]
-        self._order = [given.index(a.source) for a in launch.arguments]
+        self._arguments = Arguments(launch)
         self._shares = int(launch.details.get("shares", _SHARES))
 
     def bind(self, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Runner:
-        """What runs the kernel on tensors (of any sizes) with these scalars; see `backends.Loaded`."""
-        function, workspace, order, shares = self._function, self._workspace, self._order, self._shares
-        scalars = [values[name] for name in self._scalars]
+        """What runs the kernel on tensors with the sizes and strides of these, and with these scalars.
+
+        Raises InputError for tensors that the kernel was not compiled for."""
+        function, workspace, shares = self._function, self._workspace, self._shares
+        numbers = self._arguments.numbers(values)
 
         def run(tensors: Sequence[Any], threads: int | None) -> None:
-            given = [*tensors, *scalars]
-            arguments = [given[place] for place in order]
+            arguments = (*[tensor.data_ptr() for tensor in tensors], *numbers)
             launch(function, arguments, threads or NUM_THREADS.get(), workspace, shares)
 
         return run
 
 
 def launch(
-    function: Kernel, arguments: Sequence[Any], threads: int, workspace_bytes: int, a_thread: int = _SHARES
+    function: Kernel,
+    arguments: Sequence[int | float],
+    threads: int,
+    workspace_bytes: int,
+    a_thread: int = _SHARES,
 ) -> None:
     """Run a kernel on the calling thread and up to threads - 1 others.
 
-    arguments: tensors (anything with DLPack) and numbers, in the kernel's order. a_thread: shares of the work
-    for each, which threads take one after another. Errors of any worker are raised here. Safe from several
-    threads at once, and after a fork."""
+    arguments: addresses and numbers, in the kernel's order; nobody checks them. a_thread: shares of the work
+    for each, which threads take one after another. Safe from several threads at once, and after a fork."""
     if threads <= 1:
         function(*arguments, 0, 1, _workspace(workspace_bytes))
         return
@@ -157,24 +158,20 @@ def _session() -> Any:
 class _Scratch(threading.local):
     """One thread's workspace: it grows and is used again."""
 
-    size = 0
-    tensor: Any = None
+    size = -1
+    address = 0
+    memory: Any = None
 
 
 _SCRATCH = _Scratch()
 
 
-def _workspace(size: int) -> Any:
-    if size > _SCRATCH.size or _SCRATCH.tensor is None:
-        _SCRATCH.tensor, _SCRATCH.size = _aligned(max(size, _LINE)), size
-    return _SCRATCH.tensor
+def _workspace(size: int) -> int:
+    """The address of so many bytes of the thread's own, from the start of a cache line on."""
+    if size > _SCRATCH.size:
+        import numpy
 
-
-def _aligned(size: int) -> Any:
-    """A byte tensor that starts on a cache line."""
-    import numpy
-    import tvm_ffi
-
-    memory = numpy.empty(size + _LINE, numpy.uint8)
-    start = -memory.ctypes.data % _LINE
-    return tvm_ffi.from_dlpack(memory[start : start + size])
+        memory = numpy.empty(size + _LINE, numpy.uint8)
+        _SCRATCH.memory, _SCRATCH.size = memory, size
+        _SCRATCH.address = memory.ctypes.data + -memory.ctypes.data % _LINE
+    return _SCRATCH.address

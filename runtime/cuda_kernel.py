@@ -14,6 +14,7 @@ from .cuda_driver import Function, Layout, driver
 from .formula import parse_formula
 from .gpu import SMALLER
 from .manifest import BYTES, Argument, Launch
+from .source import Source
 from .tensor_map import TensorMap
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 _WARP = 32
 _STRUCT = {"i1": "?", "i8": "b", "u8": "B", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 _NAMES = {format: name for name, format in _STRUCT.items()}
-_SOURCE = re.compile(r"(\w+)(?:\.(stride)\((\d+)\)|\.(shape)\[(\d+)\])?")
 _DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[[\d, ]+\]>")
 _DTYPES = {"fp64": "f64", "fp32": "f32", "fp16": "f16", "bf16": "bf16", "u8": "u8"}
 _LIMIT = 1 << 31
@@ -216,8 +216,8 @@ def _parsed(kind: str, source: str, boxes: Iterator[Any]) -> list[_Parsed]:
     """What Triton makes of an argument, as (format, '*' or 'M'; name; what; dimension).
 
     what: 'stride', 'shape', a box or ''. A descriptor is a map, then its tensor's shape and strides."""
-    found, described = _SOURCE.fullmatch(source), _DESCRIPTOR.fullmatch(kind)
-    if found is not None and described is not None:
+    described = _DESCRIPTOR.fullmatch(kind)
+    if described is not None:
         swizzle, extents = next(boxes)
         dimensions = range(len(extents))
         return [
@@ -225,13 +225,13 @@ def _parsed(kind: str, source: str, boxes: Iterator[Any]) -> list[_Parsed]:
             *(("i", source, "shape", d) for d in dimensions),
             *(("q", source, "stride", d) for d in dimensions),
         ]
-    if found is None or (kind[0] != "*" and kind not in _STRUCT):
-        expected = "a number or a tensor's address, stride or size"
+    if kind[0] != "*" and kind not in _STRUCT:
+        expected = "a number or an address"
         raise ArtifactError(
             f"parameter: expected {expected}; got {kind} {source!r}. Compile the kernel again"
         )
-    name, stride, d, shape, e = found.groups()
-    return [("*" if kind[0] == "*" else _STRUCT[kind], name, stride or shape or "", int(d or e or 0))]
+    name, what, dimension = Source.parse(source)
+    return [("*" if kind[0] == "*" else _STRUCT[kind], name, what, dimension)]
 
 
 def _check_alignment(kernel: str, argument: Argument, tensor: Any) -> None:

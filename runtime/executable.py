@@ -21,7 +21,10 @@ from .counting import LOADS
 from .formula import Formula, parse_formula
 from .knobs import LOG_TIMINGS, log
 from .manifest import BYTES, Argument
+from .recent import Recent
 from .target import Target
+
+_PLANS = 64
 
 Allocate = Callable[[tuple[int, ...], str], Any]  # (shape, dtype) -> a contiguous tensor of the caller's
 Made = tuple[str, tuple[int, ...], str]  # name, shape, dtype
@@ -92,6 +95,7 @@ class Executable:
         self.artifact = artifact
         manifest = artifact.manifest
         self.inputs = _inputs(artifact)
+        self.plans: Recent[Any] = Recent(_PLANS)  # the frontend's, of this executable alone
         self._loading = threading.Lock()
         self._kernels: tuple[tuple[Loaded, Pick], ...] = ()
         self._shapes: dict[str, tuple[str, tuple[Formula, ...]]] = {
@@ -200,6 +204,9 @@ class Executable:
                 raise self._incomplete(values)
             value = values[name]
             if argument.kind == "tensor":
+                if len(value.shape) != len(argument.shape):
+                    expected = f"{len(argument.shape)} dimensions ({', '.join(map(str, argument.shape))})"
+                    raise InputError(f"argument {name}", expected, tuple(value.shape))
                 named = zip(argument.shape, value.shape, strict=True)
                 sizes |= {dimension: int(size) for dimension, size in named if isinstance(dimension, str)}
             elif isinstance(value, int):

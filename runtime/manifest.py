@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
@@ -14,7 +14,7 @@ from typing import Any, Union
 
 from ..ir.errors import ArtifactError
 
-FORMAT = 2  # raised whenever a reader of the old number would misunderstand the new layout
+FORMAT = 3  # raised whenever a reader of the old number would misunderstand the new layout
 
 
 BYTES = {
@@ -30,6 +30,19 @@ BYTES = {
     "f8e4m3": 1,
     "bool": 1,
 }  # of an element, by dtype
+
+_DTYPES = {
+    **{f"int{n}": f"i{n}" for n in (8, 16, 32, 64)},
+    **{f"float{n}": f"f{n}" for n in (16, 32, 64)},
+    **{"uint8": "u8", "bfloat16": "bf16", "bool": "bool"},
+}
+_DTYPES |= {name: name for name in _DTYPES.values()}
+
+
+@cache
+def dtype_name(dtype: Hashable) -> str | None:
+    """'i32' for torch.int32, NumPy's int32 and 'i32'; None for a dtype that no kernel reads."""
+    return _DTYPES.get(str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Tensors by address: what kernels need of a tensor whose library is no concern of theirs.
 
 `Strided` describes memory that somebody else owns: an address, a shape, strides in elements and a dtype by
-its name in the IR. It gives kernels DLPack (https://dmlc.github.io/dlpack, the capsule called "dltensor").
+its name in the IR.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ _NUMPY = {
     **{f"i{n}": f"int{n}" for n in (8, 16, 32, 64)},
     **{"u8": "uint8", "bool": "bool", "bf16": "bfloat16"},
 }
-_CODES = {"i": 0, "u": 1, "f": 2, "bf": 4, "b": 6}  # DLDataTypeCode
-_CPU = 1  # kDLCPU
 
 
 @dataclass(frozen=True)
@@ -122,63 +120,3 @@ class Strided:
 
     def tolist(self) -> Any:
         return np.asarray(self).tolist()
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return _CPU, 0
-
-    def __dlpack__(self, **options: Any) -> Any:
-        """A capsule of DLPack; what takes it must not outlive the memory."""
-        return _capsule(self)
-
-
-# DLPack -----------------------------------------------------------------------------------------------
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class _Managed(ctypes.Structure):
-    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
-
-
-_HELD: dict[int, tuple[Any, ...]] = {}  # by the address of a _Managed: what has to live while it does
-
-
-@_Deleter
-def _delete(managed: int) -> None:
-    _HELD.pop(managed, None)
-
-
-# A prototype of our own: argument types of ctypes.pythonapi's functions belong to whoever sets them last.
-_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
-    ("PyCapsule_New", ctypes.pythonapi)
-)
-_NAME = b"dltensor"
-
-
-def _capsule(tensor: Strided) -> Any:
-    rank = len(tensor.shape)
-    sizes = (ctypes.c_int64 * max(1, 2 * rank))(*tensor.shape, *tensor.stride())
-    start = ctypes.addressof(sizes)
-    code = _CODES[tensor.dtype.rstrip("ol0123456789")]
-    bits = 8 * tensor.element_size()
-    described = _Tensor(tensor.address, _CPU, 0, rank, code, bits, 1, start, start + 8 * rank, 0)
-    managed = _Managed(described, None, _delete)
-    address = ctypes.addressof(managed)
-    _HELD[address] = (managed, sizes, tensor.owner)
-    return _new_capsule(address, _NAME, None)

@@ -58,8 +58,8 @@ class _Reader:
     def define(self, node: ast.FunctionDef) -> None:
         T.func_name(node.name)
         for argument in node.args.args:
-            kind = self._value(argument.annotation)
-            self._names[argument.arg] = T.arg(argument.arg, kind())
+            kind = self._value(argument.annotation)  # T.int64, or a variable: T.handle("float32")
+            self._names[argument.arg] = T.arg(argument.arg, kind if isinstance(kind, Expr) else kind())
         self._block(node.body)
 
     # statements -----------------------------------------------------------------------------------

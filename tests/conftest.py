@@ -15,8 +15,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# JAX reads it once, when the first test needs it: several devices on one CPU.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# JAX reads it once, when the first test needs it: several devices on one CPU, and programs that compile fast.
+_XLA = (
+    "force_host_platform_device_count=4",
+    "backend_optimization_level=0",
+    "llvm_disable_expensive_passes=true",
+)
+os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{option}" for option in _XLA))
 
 
 class RootIsNoTestPackage:

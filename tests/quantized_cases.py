@@ -18,12 +18,16 @@ FORMATS = {
     "fp8": ("e4m3", (8,), "f32"),
     "mxfp4": ("e2m1", (4,), "e8m0"),
     "nested": ("int", (2, 4, 8), "f32"),
+    "int8 zeros": ("int", (8,), "f16", "bf16"),
+    "int4 zeros": ("int", (4,), "bf16", "u8"),
+    "int2 zeros": ("int", (2,), "f32", "f32"),
 }
 
 
 def stored(format, columns, group, bits=0):
-    element, planes, scale = FORMATS[format]
-    return Quantized(element, planes, columns, min(group, columns), scale, bits if len(planes) > 1 else 0)
+    element, planes, scale, *zero = FORMATS[format]
+    bits = bits if len(planes) > 1 else 0
+    return Quantized(element, planes, columns, min(group, columns), scale, bits, *zero)
 
 
 def spec_of(format, group=8, hidden=24, inner=I, bits=0, **more):
@@ -48,6 +52,9 @@ def arguments(spec, tokens=T, seed=0):
             found[f"{name}_scales"] = rng.integers(122, 126, (E, rows, q.groups)).astype(np.uint8)
         else:
             found[f"{name}_scales"] = round_to(rng.random((E, rows, q.groups)) / 16, q.scale)
+        if q.zero is not None:  # some that are not integers, unless they have to be
+            zeros = rng.random((E, rows, q.groups)) * (1 << q.planes[-1])
+            found[f"{name}_zeros"] = zeros.astype(np.uint8) if q.zero == "u8" else round_to(zeros, q.zero)
         found[f"{name}_bits"] = rng.choice(q.planes, E).astype(np.int32)
     found["ids"] = rng.integers(-1, E + 1, (tokens, TOP))
     found["weights"] = rng.random((tokens, TOP)).astype(np.float32)

@@ -182,7 +182,7 @@ def test_parameters_of_a_strange_manifest_are_refused(fake):
     artifact = compile_kernels([parse(COPY)], "cuda:sm_90")
     [launch] = artifact.manifest.launches
     strange = replace(launch, details={**launch.details, "parameters": [["i64", "x.nbytes"]]})
-    with pytest.raises(ArtifactError, match=r"got i64 'x.nbytes'"):
+    with pytest.raises(ArtifactError, match=r"got 'x.nbytes'"):
         BACKENDS["triton"].load(strange, artifact.parts[launch.binary], Target("cuda", "sm_90"))
 
 

@@ -206,3 +206,42 @@ def test_a_graph_takes_new_routings():
         x.normal_()
         graph.replay()
         assert torch.equal(out, run())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("tokens", "rank"), [(1, 8), (24, 8), (300, 16), (900, 16)])
+def test_adapters_by_token(tokens, rank, dtype):
+    """In a graph, too, whose ids change; and gradients. The reference adds adapters in float64."""
+    case = Case(tokens=tokens, **HALF | {"dtype": dtype})
+    layer, x = cuda(case.layer()), case.x().cuda().requires_grad_()
+    ids, weights = (t.cuda() for t in case.routing(0, -1, case.experts + 1))
+    shapes = (rank, case.hidden), (2 * case.inner, rank), (rank, case.inner), (case.hidden, rank)
+    torch.manual_seed(0)
+    a, b, c, d = (
+        (torch.randn(5, case.experts, *s, device="cuda") / s[1] ** 0.5).to(dtype).requires_grad_()
+        for s in shapes
+    )
+    chosen = torch.randint(-1, 5, (tokens,), device="cuda")
+
+    def run(**more):
+        lora = {"gate_up_lora": (a, b), "down_lora": (c, d), "adapter_ids": chosen}
+        return gossamer.experts(x, ids, weights, **layer, **lora, **more)
+
+    found, exact = run(), run(backend="reference")
+    allowed = 8 * ULP[dtype] * exact.abs().max()
+    assert (found - exact).abs().max() <= allowed
+    slope = torch.randn_like(found)
+    mine, theirs = (torch.autograd.grad((o * slope).sum(), (x, a, b, c, d)) for o in (found, exact))
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one - other).abs().max() <= 24 * ULP[dtype] * other.abs().max()
+    with torch.no_grad():
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()
+        for number in (-1, 3):
+            chosen.copy_(
+                torch.randint(-1, 5, (tokens,), device="cuda") if number < 0 else chosen * 0 + number
+            )
+            graph.replay()
+            assert torch.equal(out, run())

@@ -28,6 +28,9 @@ FORMATS = [
     ("fp8", {"group_size": 128}),
     ("mxfp4", {}),
     ("int8", {"nested": (2, 4, 8)}),
+    ("int8", {"symmetric": False}),
+    ("int4", {"symmetric": False}),
+    ("int2", {"symmetric": False, "group_size": 64}),
 ]
 
 

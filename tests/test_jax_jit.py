@@ -187,6 +187,19 @@ def scores_transposed(q, k, v):
     return jnp.einsum("bsnh,bnst->btnh", v, weights)
 
 
+def unshifted(q, k, v):
+    near = jnp.arange(T)[:, None] >= jnp.arange(S) - 5
+    weights = jnp.exp(jnp.where(near, scores(q, k), -1e30))
+    return weigh(weights / weights.sum(-1, keepdims=True), v)
+
+
+def relative(q, k, v):
+    """Shaw's relative positions: a second product, whose rows are read by distance."""
+    near = jnp.clip(jnp.arange(S) - jnp.arange(T)[:, None], -4, 4) + 4
+    beside = jnp.einsum("btnh,tsh->bnts", q, random(9, 16, seed=8)[near])
+    return weigh(jax.nn.softmax(scores(q, k) + beside), v)
+
+
 SPELLINGS = {
     "einsum": lambda q, k, v: weigh(jax.nn.softmax(scores(q, k)), v),
     "values first": lambda q, k, v: jnp.einsum("bsnh,bnts->btnh", v, jax.nn.softmax(scores(q, k))),
@@ -199,6 +212,14 @@ SPELLINGS = {
     "vmap": jax.vmap(jax.vmap(lambda q, k, v: jax.nn.softmax(q @ k.T * 0.25) @ v, in_axes=1, out_axes=1)),
     "one head": lambda q, k, v: jax.nn.softmax(q[0, :, 0] @ k[0, :, 0].T) @ v[0, :, 0],
     "scaled weights": lambda q, k, v: weigh(jax.nn.softmax(scores(q, k)) * 2, v),
+    "maximum not subtracted": unshifted,
+    "relative positions": relative,
+    "values of two sizes": lambda q, k, v: jnp.einsum(
+        "bnts,bsncd->btncd", jax.nn.softmax(scores(q, k)), v.reshape(2, S, 4, 2, 8)
+    ),
+    "values of one number": lambda q, k, v: jnp.einsum(
+        "bnts,bsn->bnt", jax.nn.softmax(scores(q, k)), v[..., 0]
+    ),
     "jit inside": jax.jit(lambda q, k, v: weigh(jax.jit(jax.nn.softmax)(scores(q, k)), v)),
 }  # fmt: skip
 
@@ -206,6 +227,19 @@ SPELLINGS = {
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spelling(name):
     check(SPELLINGS[name], Q, K, V)
+
+
+@pytest.mark.parametrize("factor", [1, 200], ids=["", "overflow"])
+def test_where_exponentials_overflow_the_original_runs(factor):
+    """Also for gradients, which do not hold what the original would compute."""
+
+    def total(q):
+        return (unshifted(q * factor, K, V)[0] ** 2).sum(), unshifted(q, K, V)
+
+    ours, plain = (jax.jit(jax.value_and_grad(f, has_aux=True))(Q) for f in (gossamer.jax.jit(total), total))
+    assert np.isnan(plain[0][0]) == (factor != 1)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-5)
 
 
 def test_repeated_heads_are_read_once():
@@ -387,6 +421,18 @@ def test_derivatives_of_a_user_s_own_stay():
     shrink.defjvp(lambda primals, tangents: (shrink(*primals), 100 * tangents[0]))
     run = lambda x: layer(shrink(x)).sum()  # noqa: E731
     np.testing.assert_allclose(jax.grad(gossamer.jax.jit(run))(Q), jax.grad(run)(Q), rtol=1e-4, atol=1e-3)
+
+
+def test_derivatives_of_a_user_s_own_stay_between_products():
+    @jax.custom_vjp
+    def hastened(x):
+        return x * 2
+
+    hastened.defvjp(lambda x: (x * 2, None), lambda _, slope: (100 * slope,))
+    run = lambda q: (weigh(jax.nn.softmax(hastened(scores(q, K))), V) ** 2).sum()  # noqa: E731
+    ours = gossamer.jax.jit(jax.grad(run))
+    np.testing.assert_allclose(ours(Q), jax.jit(jax.grad(run))(Q), rtol=1e-4, atol=1e-3)
+    assert [part.why for part in ours.report().left] == ["no product of queries and keys"]
 
 
 def test_effects_stay():

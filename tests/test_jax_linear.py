@@ -123,6 +123,9 @@ def dense(q, k, v, features=elu, eps=1e-6):
     return jnp.einsum("bnts,bsnh->btnh", scores / (scores.sum(-1, keepdims=True) + eps), v)
 
 
+whole = jax.jit(dense, static_argnames=("features", "eps"))
+
+
 def causal(q, k, v, *features):
     return linear(q, k, v, *features, causal=True)
 
@@ -135,19 +138,22 @@ def close(got, wanted, atol=3e-5):
 
 @pytest.mark.parametrize("function", [ours, lambda x: jax.nn.relu(x) ** 2 + 0.01, jax.jit(elu)])
 def test_functions_of_jax_numpy_are_feature_maps(function):
-    close(causal(Q, K, V, function), dense(Q, K, V, function))
+    close(jax.jit(causal, static_argnums=3)(Q, K, V, function), whole(Q, K, V, function))
 
 
 def test_vmap_becomes_the_batch():
     many = jnp.stack([Q, 2 * Q, -Q], 2)
-    close(jax.vmap(causal, (2, None, None))(many, K, V), jax.vmap(dense, (2, None, None))(many, K, V))
+
+    def run(function):
+        def total(q, k):
+            out = function(q, k, V)
+            return (out**2).sum(), out
+
+        return jax.jit(jax.vmap(jax.grad(total, (0, 1), has_aux=True), (2, None)))(many, K)
+
+    close(run(causal), run(dense))
     text = str(jax.make_jaxpr(jax.vmap(causal, (2, None, None)))(many, K, V))
     assert text.count("gossamer_kernels[") == 1
-
-    def slopes(function):
-        return jax.vmap(jax.grad(lambda q, k: (function(q, k, V) ** 2).sum(), (0, 1)), (2, None))(many, K)
-
-    close(slopes(causal), slopes(dense))
 
 
 def test_a_scan_over_chunks_carries_the_state():
@@ -161,9 +167,17 @@ def test_a_scan_over_chunks_carries_the_state():
         start = jnp.zeros((2, 4, 16, 16)), jnp.zeros((2, 4, 16))
         return jnp.moveaxis(jax.lax.scan(step, start, chunks)[1], 0, 1).reshape(2, 36, 4, 16)
 
-    whole = lambda chunks: dense(*(jnp.moveaxis(x, 0, 1).reshape(2, 36, 4, 16) for x in chunks))  # noqa: E731
-    close(jax.jit(run)(chunks), whole(chunks))
-    close(*(jax.grad(lambda c, f=f: (f(c) ** 2).sum())(chunks) for f in (run, whole)))
+    def joined(chunks):
+        return dense(*(jnp.moveaxis(x, 0, 1).reshape(2, 36, 4, 16) for x in chunks))
+
+    def with_slopes(function):
+        def total(chunks):
+            out = function(chunks)
+            return (out**2).sum(), out
+
+        return jax.jit(jax.grad(total, has_aux=True))(chunks)
+
+    close(with_slopes(run), with_slopes(joined))
 
 
 @pytest.mark.skipif(len(jax.devices("cpu")) < 4, reason="XLA was started with fewer devices")
@@ -172,7 +186,7 @@ def test_shard_map():
     spec = jax.sharding.PartitionSpec("batch", None, "heads")
     spread = jax.shard_map(causal, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
     placed = [jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)) for x in (Q, K, V)]
-    close(jax.jit(spread)(*placed), dense(Q, K, V))
+    close(jax.jit(spread)(*placed), whole(Q, K, V))
 
 
 def features_of(make, weight):
@@ -204,20 +218,20 @@ def test_gradients_flow_to_projections():
     def loss(w):
         return (causal(Q, K, V, feature_maps.hedgehog(w)) ** 2).sum()
 
-    wanted = jax.grad(lambda w: (dense(Q, K, V, lambda x: features(x, w)) ** 2).sum())(weight)
-    close(jax.grad(loss)(weight), wanted, atol=1e-3)
+    wanted = jax.jit(jax.grad(lambda w: (dense(Q, K, V, lambda x: features(x, w)) ** 2).sum()))(weight)
+    close(jax.jit(jax.grad(loss))(weight), wanted, atol=1e-3)
 
 
 def test_another_length_compiles_no_kernel():
     run = jax.jit(causal)
     run(Q, K, V)
     known = compilations()
-    close(run(Q[:1, :21], K[:1, :21], V[:1, :21]), dense(Q[:1, :21], K[:1, :21], V[:1, :21]))
+    close(run(Q[:1, :21], K[:1, :21], V[:1, :21]), whole(Q, K, V)[:1, :21])
     assert compilations() == known
 
 
 def test_without_a_batch_and_without_rows():
-    close(causal(Q[0], K[0], V[0]), dense(Q, K, V)[0])
+    close(causal(Q[0], K[0], V[0]), whole(Q, K, V)[0])
     state = jnp.ones((4, 16, 16)), jnp.ones((4, 16))
     out, new = linear(Q[0, :0], K[0, :0], V[0, :0], causal=True, initial_state=state, return_state=True)
     assert out.shape == (0, 4, 16)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gossamer.codegen.tvm import emit, workspace_bytes
+from gossamer.codegen.tvm import emit
 from gossamer.ir.errors import InterpretError, VerifyError
 from gossamer.ir.kernel_interpret import interpret
 from gossamer.ir.kernel_text import parse, to_text
@@ -13,10 +13,12 @@ from gossamer.ir.kernel_verify import verify
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("tvm")
-from gossamer.runtime.cpu import build_object, launch, load_object  # noqa: E402
+from gossamer.runtime.compile import compile_kernels  # noqa: E402
+from gossamer.runtime.cpu import build_object  # noqa: E402
+from gossamer.runtime.executable import Executable  # noqa: E402
 
 ROWS = 80
-HINTS = {"block": 16, "in_place": 1, "prefetch": 1, "sums": 16, "transpose": 1}
+HINTS = {"block": 16, "in_place": 1, "prefetch": 1, "shares": 3, "sums": 16, "transpose": 1}
 
 
 def product(dtype="f32", hints=HINTS, extent=ROWS):
@@ -44,11 +46,11 @@ def product(dtype="f32", hints=HINTS, extent=ROWS):
 
 
 def run(kernel, x, w):
-    function = load_object(build_object(emit(kernel), "cpu"), kernel.name)
+    function = Executable(compile_kernels([kernel], "cpu"))
     results = []
     for rows in x:
         y, z = torch.full((len(rows), 20), math.nan, dtype=w.dtype), torch.full_like(rows, math.nan)
-        launch(function, [rows, w, y, z], 2, workspace_bytes(kernel), 3)
+        function({"x": rows, "w": w, "y": y, "z": z}, threads=2)
         results.append((y, z))
     return results
 

@@ -58,6 +58,22 @@ def test_launches(cuda, tokens, names):
     assert any(x.data_ptr() in one.arguments for one in cuda.launched)
 
 
+@pytest.mark.parametrize("by_token", [False, True])
+def test_adapters_launch(cuda, by_token):
+    """Two kernels for a token, as without adapters; one more a product for many, whatever a stack holds."""
+    for tokens, rank in ((1, 4), (16, 4), (1, 64)):
+        cuda.launched.clear()
+        x, *rest = layer(tokens)
+        a, b = torch.randn(3, E, rank, H), torch.randn(3, E, 2 * I, rank)
+        lora = [m.bfloat16() if by_token else m[0].bfloat16() for m in (a, b)]
+        more = {"adapter_ids": torch.randint(-1, 3, (tokens,))} if by_token else {}
+        gossamer.experts(x, *rest, gate_up_lora=lora, **more)
+        names = ["experts_h", "experts_o"]
+        if (tokens, rank) != (1, 4):
+            names = ["group_place", "experts_gate_up_t", "experts_h", "experts_y", "experts_o"]
+        assert [one.name for one in cuda.launched] == names
+
+
 def test_rows_by_descriptor_and_by_address(cuda):
     """The last rows of an expert are a smaller tile, which is loaded by address: a kernel takes both."""
     more = {"rows": 128, "inner": 64, "rest": 32, "wide": 8, "meta": (("descriptors", 1),)}

@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tvm_ffi_orcjit")
 import gossamer  # noqa: E402
 from gossamer.frontend import testing  # noqa: E402
-from gossamer.ir.errors import InputError, UnsupportedError  # noqa: E402
+from gossamer.ir.errors import InputError  # noqa: E402
 from gossamer.passes.moe.light import LightSpec, compile_light, compile_light_gradient  # noqa: E402
 
 E, H, I, K = 3, 10, 4, 3  # noqa: E741
@@ -123,11 +123,50 @@ def test_bad_input(changed, message):
         gossamer.experts(x, ids, weights, *matrices, **(light | changed))
 
 
-def test_what_is_not_built_and_what_is_out_of_range():
+@pytest.mark.parametrize("gated", [True, False])
+def test_rows_beside_them(gated):
+    """A list of rows gives what ids do, with gradients; an expert twice in a token counts twice."""
+    x, ids, weights, matrices, light = given(12, 2, gated, torch.float64)
+    leaves = [x, weights, *matrices, *(v for v in light.values() if torch.is_tensor(v))]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    rows = gossamer.Routing.from_topk(ids, weights, E + 5).replace()
+    found = gossamer.experts(x, rows, None, *matrices, **light)
+    wanted = gossamer.experts(x, ids, weights, *matrices, **light)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        found, gossamer.experts(x, rows, None, *matrices, **light, backend="reference")
+    )
+    slopes = [torch.autograd.grad(out.sin().sum(), leaves, retain_graph=True) for out in (found, wanted)]
+    torch.testing.assert_close(*slopes)
+
+
+def test_experts_choose_beside_them():
+    x, _, _, matrices, light = given(12, 2, True, torch.float64)
+    logits = torch.randn(12, E + 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    settings = {"top_k": 2, "router": "expert_choice", **light}
+    found = gossamer.moe(x, logits, *matrices, **settings)
+    chosen = gossamer.route(logits, 2, router="expert_choice")
+    ids, weights = torch.full((12, E + 5), -1), torch.zeros(12, E + 5, dtype=torch.float64)
+    end = int(chosen.counts.sum())
+    rows = (chosen.token_ids[:end].long(), chosen.expert_ids[:end].long())
+    ids[rows], weights[rows] = rows[1], chosen.weights[:end].double()
+    torch.testing.assert_close(found, gossamer.experts(x, ids, weights, *matrices, **light))
+
+
+def test_rows_beside_them_compiled():
+    x, ids, weights, matrices, light = given(9)
+
+    def function(x, weights):
+        rows = gossamer.Routing.from_topk(ids, weights, E + 5).replace()
+        return gossamer.experts(x, rows, None, *matrices, **light)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weights), function(x, weights))
+
+
+def test_what_is_out_of_range():
     x, ids, weights, matrices, light = given()
-    chosen = gossamer.Routing.from_topk(ids, weights, E + 5)
-    with pytest.raises(UnsupportedError, match="by rows"):
-        gossamer.experts(x, chosen.replace(), None, *matrices, **light)
     with pytest.raises(InputError, match="among 8 experts"):
         gossamer.experts(x, gossamer.Routing.from_topk(ids, weights, E), None, *matrices, **light)
     with pytest.raises(InputError, match="ids from 0 to 7"):

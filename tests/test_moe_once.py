@@ -68,7 +68,7 @@ def test_experts_without_rows_are_not_decoded():
     assert np.isnan(found[[0, 2]]).all() and np.isfinite(found[1]).all()
 
 
-@pytest.mark.parametrize("format", ["int4", "mxfp4"])
+@pytest.mark.parametrize("format", ["int4", "mxfp4", "int8 zeros"])
 def test_triton_interpreter(format):
     pytest.importorskip("torch")
     pytest.importorskip("triton")

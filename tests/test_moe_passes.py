@@ -114,6 +114,49 @@ def test_a_handful_of_entries_is_not_sorted():
     assert len(compile_experts(spec_of(load="one")).kernels) == 2
 
 
+@pytest.mark.parametrize("target", ["cpu", "cuda:sm_90"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"ranks": (4, 3), "adapters": "i64", "biased": True},
+        {"ranks": (0, 3), "adapters": "i32"},
+        {"ranks": (4, 0), "halves": "interleaved"},
+    ],
+    ids=str,
+)
+def test_entries_take_adapters(more, target):
+    activation = real("x0") * sigmoid(real("x0")) * real("x1")
+    facts = {"load": "one", "lora_scale": 0.5, "target": target, **more}
+    spec = ExpertsSpec(3, 2, 8, 6, activation, **facts)
+    graph = build_experts(spec)
+    fused = run_experts(graph, spec)
+    assert [op.kind for op in fused.ops] == ["entry_gemm", "entry_combine"]
+    testing.verify(fused)
+    assert testing.parse(testing.to_text(fused)) == fused
+    rng, sizes = np.random.default_rng(0), {"T": 4, "adapters": 3}
+    arguments = {
+        v.name: rng.standard_normal([sizes.get(n, n) for n in v.shape]).astype(np.float32)
+        for v in graph.inputs
+    }
+    arguments["ids"] = rng.integers(-1, 4, (4, 2))
+    if spec.adapters:
+        arguments["adapter_ids"] = np.array([1, -1, 5, 0])
+    expected = graph_interpret.interpret(graph, arguments)["o"]
+    np.testing.assert_allclose(
+        graph_interpret.interpret(fused, arguments)["o"], expected, rtol=1e-4, atol=1e-4
+    )
+    flat = arguments | {name: arguments[name].reshape(-1) for name in ("ids", "weights")}
+    flat["o"] = np.full((4, 8), np.nan, np.float32)
+    found = kernel_interpret.interpret(compile_experts(spec), flat)["o"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_direct_leaves_alone_adapters_of_large_ranks():
+    activation = real("x0") * sigmoid(real("x0")) * real("x1")
+    spec = ExpertsSpec(3, 2, 8, 6, activation, ranks=(64, 4), load="one")
+    assert run_experts(build_experts(spec), spec).ops[0].kind == "group"
+
+
 def test_direct_leaves_alone_what_is_sorted_for_others():
     for graph in (build_experts(spec_of()), fuse_experts(build_experts(spec_of(keeps=True)))):
         assert testing.run_pass(graph, direct) == graph

@@ -113,3 +113,66 @@ def test_autocast(dtype):
     wide = [t.detach().double() for t in (x, logits, up, down)]
     with torch.autocast("cpu", torch.bfloat16):
         assert gossamer.moe(*wide, top_k=K).dtype == torch.float64
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_biases_and_adapters_of_shared_experts(by_token):
+    x, logits, up, down = layer()
+    shared = random(2 * S, H, seed=4) / 4, random(H, S, seed=5) / 4
+    biases = random(2 * S, seed=6), random(H, seed=7)
+    many = (2,) if by_token else ()
+    lora = [random(*many, *shape, seed=8) for shape in ((3, H), (2 * S, 3), (3, S), (H, 3))]
+    leaves = [t.requires_grad_() for t in (x, *shared, *biases, *lora)]
+    ids = torch.arange(T) % 3 - 1 if by_token else None
+    found = gossamer.moe(
+        x, logits, up, down, top_k=K, lora_scale=0.5, adapter_ids=ids, validate=True,
+        shared_gate_up_proj=shared[0], shared_down_proj=shared[1], shared_gate_up_bias=biases[0],
+        shared_down_bias=biases[1], shared_gate_up_lora=lora[:2], shared_down_lora=lora[2:],
+    )  # fmt: skip
+    rows = []
+    for token in range(T):
+        number = () if ids is None else (int(ids[token]),)
+        a, b, c, d = (0 * m[0] if number == (-1,) else m[number] for m in lora)
+        first, second = shared[0] + 0.5 * b @ a, shared[1] + 0.5 * d @ c
+        gate, more = F.linear(x[token], first, biases[0]).chunk(2, -1)
+        rows.append(F.linear(F.silu(gate) * more, second, biases[1]))
+    wanted = gossamer.moe(x, logits, up, down, top_k=K) + torch.stack(rows)
+    torch.testing.assert_close(found, wanted)
+    slopes = [torch.autograd.grad(out.sin().sum(), leaves) for out in (found, wanted)]
+    torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"shared_gate_up_bias": torch.zeros(2 * S)},
+            "shared_gate_up_bias: expected shared_gate_up_proj and",
+        ),
+        (
+            {"shared_down_lora": (torch.zeros(2, S), torch.zeros(H, 2))},
+            "shared_down_lora: expected shared_gate",
+        ),
+        ({"shared_gate_up_lora": torch.zeros(2, S)}, "shared_gate_up_lora: expected two tensors"),
+    ],
+)
+def test_biases_and_adapters_of_no_shared_experts(given, message):
+    with pytest.raises(InputError, match=message):
+        gossamer.moe(*layer(), top_k=K, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"shared_gate_up_bias": random(2 * S)}, "shared_down_bias: expected both biases or neither"),
+        (
+            {"shared_gate_up_bias": random(1, 2 * S), "shared_down_bias": random(H)},
+            r"shared_gate_up_bias: .*\(H,\)",
+        ),
+        ({"shared_down_lora": (random(1, 2, S), random(1, H, 2))}, r"shared_down_lora: .* \(r, in\) and"),
+    ],
+)
+def test_bad_biases_and_adapters_of_shared_experts(given, message):
+    shared = {"shared_gate_up_proj": random(2 * S, H), "shared_down_proj": random(H, S)}
+    with pytest.raises(InputError, match=message):
+        gossamer.moe(*layer(), top_k=K, **shared, **given)

@@ -58,8 +58,9 @@ grid(t: (n + 15) // 16) axes(i: 16, j: 32) lanes i {
 def test_backends_agree_bit_for_bit(seed, key):
     pytest.importorskip("tvm")
     pytest.importorskip("triton")
-    from gossamer.codegen import triton, tvm
-    from gossamer.runtime.cpu import build_object, launch, load_object
+    from gossamer.codegen import triton
+    from gossamer.runtime.compile import compile_kernels
+    from gossamer.runtime.executable import Executable
     from gossamer.runtime.triton_interpreter import run_interpreted
 
     kernel = parse(KERNEL)
@@ -69,6 +70,5 @@ def test_backends_agree_bit_for_bit(seed, key):
     run_interpreted(triton.emit(kernel), arguments)
     np.testing.assert_array_equal(arguments["x"].numpy(), expected)
     found = torch.zeros(37, 45)
-    compiled = load_object(build_object(tvm.emit(kernel), "cpu"), kernel.name)
-    launch(compiled, [arguments["seed"], found, key], 2, tvm.workspace_bytes(kernel))
+    Executable(compile_kernels([kernel], "cpu"))(arguments | {"x": found}, threads=2)
     np.testing.assert_array_equal(found.numpy(), expected)

@@ -263,7 +263,7 @@ BAD = {
     "floats": (lambda: QuantizedWeight.from_codes("int4", CODES.float(), 1.0), "integers for int4"),
     "scales": (
         lambda: QuantizedWeight.from_codes("int8", CODES, torch.ones(E, N, 3), group_size=4),
-        r"shape \(2, 4, 2\), a scale for 4 columns each; got \(2, 4, 3\)",
+        r"shape \(2, 4, 2\), one of scales for 4 columns each; got \(2, 4, 3\)",
     ),
     "scales without a group": (
         lambda: QuantizedWeight.from_codes("int8", CODES, torch.ones(E, N, 2)),

@@ -92,7 +92,7 @@ def test_gradients_decode_once_a_product():
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda:sm_90"])
-@pytest.mark.parametrize("format", ["int2", "mxfp4"])
+@pytest.mark.parametrize("format", ["int2", "mxfp4", "int4 zeros"])
 def test_gradients_at_every_level(format, target):
     spec = spec_of(format, 8, 24, 16, target=target)
     graph, rng = build_gradients(spec, ("x", "weights")), np.random.default_rng(0)
@@ -174,6 +174,9 @@ def test_e4m3_rounds_to_nearest():
         ("nested", "few", "codes"),
         ("mxfp4", "few", "products"),
         ("int8", "few", "sums"),
+        ("int4 zeros", "one", "codes"),
+        ("int4 zeros", "few", "products"),
+        ("int8 zeros", "few", "codes"),
     ],
 )
 def test_triton_interpreter(format, load, scales):
@@ -189,8 +192,11 @@ def test_triton_interpreter(format, load, scales):
     np.testing.assert_allclose(values["o"], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
+HANDFUL = [("int4", 16), ("int8", 96), ("mxfp4", 32), ("int2", 8), ("int4 zeros", 16), ("int8 zeros", 96)]
+
+
 @pytest.mark.parametrize(("cols", "chunks", "unroll"), [(2, 2, 1), (4, 1, 2), (8, 4, 2)])
-@pytest.mark.parametrize(("format", "group"), [("int4", 16), ("int8", 96), ("mxfp4", 32), ("int2", 8)])
+@pytest.mark.parametrize(("format", "group"), HANDFUL)
 def test_a_handful_of_entries_at_every_level(format, group, cols, chunks, unroll):
     """Any tiling: rows of 96 and 80 columns leave rests of turns, of chunks and of tiles of columns."""
     tiling = Tiling(1, cols, 8 * chunks, unroll=unroll, scales="products")
@@ -211,7 +217,13 @@ def mixtral(format, load, group):
 
 @pytest.mark.parametrize(
     ("format", "load", "group"),
-    [("int4", "few", 128), ("mxfp4", "few", 32), ("int8", "many", 99999), ("fp8", "many", 99999)],
+    [
+        ("int4", "few", 128),
+        ("int4 zeros", "few", 128),
+        ("mxfp4", "few", 32),
+        ("int8", "many", 99999),
+        ("fp8", "many", 99999),
+    ],
 )
 def test_products_compile_for_an_h100_without_spills(format, load, group):
     pytest.importorskip("triton")
@@ -250,7 +262,8 @@ def test_a_token_compiles_for_an_h100_without_spills():
     from gossamer.codegen.triton import emit
     from gossamer.runtime.gpu import compile_ahead
 
-    for kernel in compile_experts(mixtral("int4", "one", 128)).kernels:
+    kernels = [k for f in ("int4", "int4 zeros") for k in compile_experts(mixtral(f, "one", 128)).kernels]
+    for kernel in kernels:
         binary = compile_ahead(emit(kernel), "cuda:sm_90")
         assert not binary.spills and "ld.global.v4" in binary.assembly
 

@@ -1,7 +1,7 @@
-"""Elements of a graph as products of a few tensors, summed over indices: the ways to take them apart.
+"""Elements of a program as products of a few tensors, summed over indices: the ways to take them apart.
 
-Which of a graph's products are parts of a larger one, and which make one of its tensors, a graph does not
-say: `Splitter.parts` gives every way.
+Which of a program's products are parts of a larger one, and which make one of its tensors, a program does not
+say: `Splitter.parts` gives every way. What its operations are, a subclass knows.
 """
 
 from __future__ import annotations
@@ -11,12 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
-
 from ..term import Term
-from .ops import arguments, operation, value_of
-from .sums import general_product
-from .tensor import AT, Reader, is_one
 from .terms import names_in, number, reads_in, tidy
 
 MOST = 200  # pieces that one node is looked at in
@@ -24,10 +19,11 @@ MOST = 200  # pieces that one node is looked at in
 
 @dataclass(frozen=True)
 class Factor:
-    """An element that is multiplied. held: a tensor whose element it is, and at which indices, if any is."""
+    """An element that is multiplied. held: a tensor whose element it is, and at which indices, last, if any
+    is."""
 
     term: Term
-    held: tuple[fx.Node, fx.Node, tuple[Term, ...]] | None = None
+    held: Any = None
 
     @property
     def names(self) -> set[str]:
@@ -36,13 +32,15 @@ class Factor:
 
 @dataclass(frozen=True)
 class Part:
-    """scale times factors, where conditions hold, over denominators; summed over indices of sizes."""
+    """scale times factors, where conditions hold, over denominators; summed over indices of sizes.
+
+    inside: the operations that were taken apart."""
 
     factors: tuple[Factor, ...] = ()
     kept: tuple[Term, ...] = ()
     over: tuple[Term, ...] = ()
     bound: tuple[tuple[str, Any], ...] = ()
-    inside: tuple[fx.Node, ...] = ()
+    inside: tuple[Any, ...] = ()
     scale: float = 1.0
 
     def times(self, other: Part) -> Part:
@@ -55,17 +53,23 @@ class Part:
 
 
 class Splitter:
-    """Takes nodes apart."""
+    """Takes elements apart."""
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
+    def __init__(self) -> None:
         self.count = itertools.count()
         self.looked = 0
 
-    def element(self, node: fx.Node, at: fx.Node, indices: Sequence[Term]) -> tuple[Term, Any]:
-        tensor = self.reader.operand(node, at)
-        places = tuple(0 if is_one(n) else index for n, index in zip(tensor.shape, indices, strict=True))
-        return tidy(tensor.at(list(places))), (node, at, places)
+    def is_sum(self, name: str) -> bool:
+        """Whether a tensor, by the name in reads, is a sum or a product that `leaf` takes apart."""
+        raise NotImplementedError
+
+    def leaf(self, name: str, indices: Sequence[Term]) -> Iterator[Part]:
+        """The ways to take an element of a sum or a product apart."""
+        raise NotImplementedError
+
+    def fresh(self) -> str:
+        """The name of another index that is summed."""
+        return f"j{next(self.count)}"
 
     def parts(self, term: Term, held: Any = None) -> Iterator[Part]:
         """The ways to take a term apart."""
@@ -94,8 +98,8 @@ class Splitter:
         elif op == "where" and not reads_in(parts[0]):
             kept = [(c, side) for c, side, other in _sides(*parts) if number(other) == 0]
             yield from (p.times(Part(kept=(c,))) for c, side in kept for p in self.parts(side))
-        elif op == "readf" and AT not in parts[0]:
-            yield from self.leaf(self.reader.leaves[parts[0]], parts[1:])
+        elif op == "readf":
+            yield from self.leaf(parts[0], parts[1:])
 
     def products(self, operands: Sequence[tuple[Term, Any]]) -> Iterator[Part]:
         """The ways to take a product of up to four tensors apart."""
@@ -114,47 +118,14 @@ class Splitter:
         if not isinstance(term, tuple):
             return False
         if term[0] == "readf":
-            return AT not in term[1] and is_sum(self.reader.leaves[term[1]])
+            return self.is_sum(term[1])
         if term[0] == "div" and self._has_sum(term[2]):
             return True
         parts = {"mul": term[1:], "div": term[1:2], "where": term[2:], "cast": term[2:]}.get(term[0], ())
         return any(map(self._goes_on, parts))
 
     def _has_sum(self, term: Term) -> bool:
-        return any(AT not in read[1] and is_sum(self.reader.leaves[read[1]]) for read in reads_in(term))
-
-    def leaf(self, leaf: fx.Node, indices: Sequence[Term]) -> Iterator[Part]:
-        did = operation(leaf)
-        if did is None or did.writes:
-            return
-        source, dim, keeps = arguments(leaf, "input", "dim", "keepdim")
-        if did.name in ("sum", "cumsum"):
-            dims = dim if isinstance(dim, (list, tuple)) else [dim]
-            if len(dims) != 1 or not isinstance(dims[0], int):
-                return
-            shape = tuple(value_of(source).shape)
-            d = dims[0] % len(shape)
-            name, size = f"j{next(self.count)}", shape[d]
-            same_rank = did.name == "cumsum" or keeps
-            places = [*indices[:d], name, *indices[d + 1 if same_rank else d :]]
-            kept = (("le", name, indices[d]),) if did.name == "cumsum" else ()
-            whole = Part(kept=kept, bound=((name, size),), inside=(leaf,))
-            yield from (part.times(whole) for part in self.products([self.element(source, leaf, places)]))
-            return
-        product = general_product(leaf)
-        if product is None:
-            return
-        operands, out, summed = product
-        of: dict[str | None, Term] = dict(zip(out, indices, strict=True)) | {None: 0}
-        of |= {label: f"j{next(self.count)}" for label in summed}
-        whole = Part(bound=tuple((of[label], n) for label, n in summed.items()), inside=(leaf,))
-        given = [self.element(node, leaf, [of[x] for x in labels]) for node, labels in operands]
-        yield from (part.times(whole) for part in self.products(given))
-
-
-def is_sum(node: fx.Node) -> bool:
-    did = operation(node)
-    return did is not None and (did.name in ("sum", "cumsum") or general_product(node) is not None)
+        return any(self.is_sum(read[1]) for read in reads_in(term))
 
 
 def _sides(c: Term, a: Term, b: Term) -> list[tuple[Term, Term, Term]]:

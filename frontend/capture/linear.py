@@ -1,32 +1,23 @@
-"""Linear attention in a graph, however its sums are ordered:
-
-    out_i = sum over j, d of phi(q)[i, d] psi(k)[j, d] v[j], over the same sum without v plus eps, or over 1
-
-Products, sums and running sums are taken apart until three tensors are left (`Sums` of `sums.py`
-does so for counts); which of a graph's products are parts of it, and which make q, k or v, shows when the
-pieces fit. So `phi(q) (phi(k)^T v)`, `(phi(q) phi(k)^T * tril) v` and running sums of `phi(k) v^T` are one.
-"""
+"""Linear attention in a graph, found by what it computes (`linear_fit.py`)."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..term import FALSE, TRUE, Term, rename
-from .factors import Factor, Part, Splitter, is_sum
+from ..term import Term, rename
+from .factors import Factor, Part
+from .linear_fit import Fit, Fitter, X, is_known
 from .match import is_role, is_whole
 from .operand import Axes, Operand
-from .ops import operation, value_of
+from .ops import arguments, operation, value_of
 from .sums import general_product
-from .tensor import LeftAlone, Opaque, Reader, axis, is_one
-from .terms import kind_of, linear, names_in, number, reads_in, replaced, tidy
-
-X = "x0"
+from .tensor import AT, LeftAlone, Opaque, Reader, axis, is_one
+from .terms import names_in, reads_in, replaced, tidy
 
 
 @dataclass
@@ -51,7 +42,7 @@ class LinearAttention:
 def find_linear(reader: Reader, graph: fx.Graph) -> Iterator[tuple[fx.Node, LinearAttention | str]]:
     """Every linear attention of a graph, or why it is left alone, with the node that stands for it."""
     nodes = list(graph.nodes)
-    if sum(map(is_sum, nodes)) < 2:
+    if sum(map(_is_sum, nodes)) < 2:
         return
     seen: set[fx.Node] = set()
     left: dict[fx.Node, str] = {}
@@ -76,55 +67,70 @@ def _may_be(node: fx.Node, name: str) -> bool:
     return floats and (name in ("div", "mul") or general_product(node) is not None)
 
 
-class _Finder(Splitter):
-    """Takes a node apart until its pieces fit. why: why they do not."""
+class _Finder(Fitter):
+    """Takes a node apart until its pieces fit."""
 
-    why = ""
-    total: Part
+    def __init__(self, reader: Reader) -> None:
+        super().__init__()
+        self.reader = reader
 
     def match(self, node: fx.Node) -> LinearAttention | None:
         tensor = self.reader.of(node)
         names = [0 if is_one(n) else axis(d) for d, n in enumerate(tensor.shape)]
         term = tidy(tensor.at(list(names)))
         is_product = general_product(node) is not None
-        ways = self.leaf(node, names) if is_product else self.split(term) if isinstance(term, tuple) else ()
+        ways = self._sum(node, names) if is_product else self.split(term) if isinstance(term, tuple) else ()
         for part in ways:
             if len(part.factors) == 3 and len(part.bound) == 2 and len(part.over) <= 1:
+                left = [n for n in names if n != 0]
                 try:
-                    found = self._fit(node, part, [n for n in names if n != 0])
+                    for fit in self.fits(part, left):
+                        return self._attention(node, fit, left)
                 except (LeftAlone, Opaque, ValueError) as why:  # taken apart another way, it may fit
                     self.why = str(why)
-                    continue
-                if found is not None:
-                    return found
         return None
 
-    def _fit(self, node: fx.Node, part: Part, names: list[Any]) -> LinearAttention | None:
-        """The attention whose numerator, or result, a part is."""
-        bound = {name for name, _ in part.bound}
-        for q, k, v in itertools.permutations(part.factors):
-            feature, key = (bound & a.names & b.names for a, b in ((q, k), (k, v)))
-            columns = [n for n in names if n in v.names and n not in q.names | k.names]
-            rows = [n for n in names if n in q.names and n not in k.names | v.names]
-            if len(feature) == len(key) == 1 and feature != key and len(columns) == 1 and rows:
-                if (feature & v.names) or (key & q.names):
-                    continue
-                (d,), (j,), (m,) = feature, key, columns
-                causal = _causal(part.kept, j, rows)
-                if causal is None:
-                    self.why = "its mask is another than the causal one"
-                    continue
-                eps = self._denominator(part, q, k, d, j)
-                if eps is False:
-                    self.why = "its denominator is another sum than that of its scores and eps"
-                    continue
-                if not (part.over or part.kept or self._is_worth_it(part, q, k, v)):
-                    continue
-                roles = {causal or rows[-1]: "q", j: "k", d: "d", m: "e"}
-                return self._attention(node, part, (q, k, v), roles, names, bool(causal), eps)
-        return None
+    def element(self, node: fx.Node, at: fx.Node, indices: Sequence[Term]) -> tuple[Term, Any]:
+        tensor = self.reader.operand(node, at)
+        places = tuple(0 if is_one(n) else index for n, index in zip(tensor.shape, indices, strict=True))
+        return tidy(tensor.at(list(places))), (node, at, places)
 
-    def _is_worth_it(self, part: Part, q: Factor, k: Factor, v: Factor) -> bool:
+    def is_sum(self, name: str) -> bool:
+        return AT not in name and _is_sum(self.reader.leaves[name])
+
+    def leaf(self, name: str, indices: Sequence[Term]) -> Iterator[Part]:
+        if AT not in name:
+            yield from self._sum(self.reader.leaves[name], indices)
+
+    def _sum(self, leaf: fx.Node, indices: Sequence[Term]) -> Iterator[Part]:
+        did = operation(leaf)
+        if did is None or did.writes:
+            return
+        source, dim, keeps = arguments(leaf, "input", "dim", "keepdim")
+        if did.name in ("sum", "cumsum"):
+            dims = dim if isinstance(dim, (list, tuple)) else [dim]
+            if len(dims) != 1 or not isinstance(dims[0], int):
+                return
+            shape = tuple(value_of(source).shape)
+            d = dims[0] % len(shape)
+            name, size = self.fresh(), shape[d]
+            same_rank = did.name == "cumsum" or keeps
+            places = [*indices[:d], name, *indices[d + 1 if same_rank else d :]]
+            kept = (("le", name, indices[d]),) if did.name == "cumsum" else ()
+            whole = Part(kept=kept, bound=((name, size),), inside=(leaf,))
+            yield from (part.times(whole) for part in self.products([self.element(source, leaf, places)]))
+            return
+        product = general_product(leaf)
+        if product is None:
+            return
+        operands, out, summed = product
+        of: dict[str | None, Term] = dict(zip(out, indices, strict=True)) | {None: 0}
+        of |= {label: self.fresh() for label in summed}
+        whole = Part(bound=tuple((of[label], n) for label, n in summed.items()), inside=(leaf,))
+        given = [self.element(node, leaf, [of[x] for x in labels]) for node, labels in operands]
+        yield from (part.times(whole) for part in self.products(given))
+
+    def is_worth_it(self, part: Part, q: Factor, k: Factor, v: Factor) -> bool:
         """Whether a product of three without a denominator is linear attention: q or k are features, and k
         and v, which share dimensions with q, are multiplied first."""
         shares = all(q.names & other.names - {name for name, _ in part.bound} for other in (k, v))
@@ -150,56 +156,24 @@ class _Finder(Splitter):
         did = operation(self.reader.leaves[factor.term[1]])
         return did is not None and did.name == "softmax"
 
-    def _denominator(self, part: Part, q: Factor, k: Factor, d: str, j: str) -> Any:
-        """eps of a part's denominator, None where it has none, False where that is another sum."""
-        if not part.over:
-            return None
-        (over,) = part.over
-        eps, total = 0.0, over
-        if isinstance(over, tuple) and over[0] == "add":
-            values = [number(p) for p in over[1:]]
-            constant = next((n for n, value in enumerate(values) if value is not None), None)
-            if constant is None:
-                return False
-            eps, total = float(values[constant] or 0), over[2 - constant]
-        for way in self.parts(total):
-            if len(way.factors) != 2 or len(way.bound) != 2 or way.over or not way.scale > 0:
-                continue
-            for names in itertools.permutations([name for name, _ in way.bound]):
-                back = dict(zip(names, (d, j), strict=True))
-                terms = [tidy(rename(f.term, back)) for f in way.factors]
-                kept = {tidy(rename(c, back)) for c in way.kept}
-                if sorted(map(repr, terms)) != sorted(repr(f.term) for f in (q, k)):
-                    continue
-                if _normal(kept) == _normal(part.kept) and eps >= 0:
-                    self.total = way
-                    return eps / way.scale
-        return False
-
     def _attention(
         self,
         node: fx.Node,
-        part: Part,
-        factors: tuple[Factor, Factor, Factor],
-        roles: dict[str, str],
+        fit: Fit,
         names: list[Any],
-        causal: bool,
-        eps: float | None,
     ) -> LinearAttention:
-        batch = [name for name in names if name not in roles]
-        roles = roles | {name: f"a{i}" for i, name in enumerate(batch)}
+        batch = [name for name in names if name not in fit.roles]
+        roles = fit.roles | {name: f"a{i}" for i, name in enumerate(batch)}
         axes = Axes(tuple(f"a{i}" for i in range(len(batch))))
         shape = tuple(value_of(node).shape)
         sizes = {roles[axis(d)]: n for d, n in enumerate(shape) if axis(d) in roles}
-        sizes |= {roles[name]: n for name, n in part.bound}
-        held = [self._tensor(f, roles, sizes, maps=f is not factors[2]) for f in factors]
+        sizes |= {roles[name]: n for name, n in fit.bound}
+        held = [self._tensor(f, roles, sizes, maps=f is not fit.factors[2]) for f in fit.factors]
         tensors, operands, maps = zip(*held, strict=True)
-        scale, inside = part.scale, set(part.inside)
-        if eps is not None:
-            scale, inside = part.scale / self.total.scale, inside | set(self.total.inside)
         out = tuple(roles.get(axis(d), 0) for d in range(len(shape)))
         return LinearAttention(
-            node, tensors, operands, maps[:2], out, axes, sizes, causal, eps, scale, inside - {node}
+            node, tensors, operands, maps[:2], out, axes, sizes, fit.causal, fit.eps, fit.scale,
+            set(fit.inside) - {node},
         )  # fmt: skip
 
     def _tensor(
@@ -212,7 +186,7 @@ class _Finder(Splitter):
             places = tuple(rename(index, roles) for index in read[2:])
             base, term = self.reader.leaves[read[1]], replaced(factor.term, read, X)
             fits = read[0] == "readf" and all(map(is_role, places)) and names_in(term) <= {X}
-            if fits and is_whole(base, places, sizes) and _is_known(term):
+            if fits and is_whole(base, places, sizes) and is_known(term):
                 return self.reader.tensor_of(read[1]), Operand(places), term
         if factor.held is None:
             raise LeftAlone("its features are computed from several tensors")
@@ -224,6 +198,11 @@ class _Finder(Splitter):
         return node, Operand(places), X
 
 
+def _is_sum(node: fx.Node) -> bool:
+    did = operation(node)
+    return did is not None and (did.name in ("sum", "cumsum") or general_product(node) is not None)
+
+
 def _above(node: fx.Node) -> set[fx.Node]:
     above: set[fx.Node] = set()
     stack = [node]
@@ -233,39 +212,3 @@ def _above(node: fx.Node) -> set[fx.Node]:
                 above.add(source)
                 stack.append(source)
     return above
-
-
-def _is_known(term: Term) -> bool:
-    """Whether kernels can compute a term of an element."""
-    from ...ir.errors import GossamerError
-    from ..term_expr import to_expr
-
-    try:
-        to_expr(term, frozenset((X,)))
-    except (GossamerError, KeyError, TypeError, ValueError):
-        return False
-    return kind_of(replaced(term, X, "score")) == "float"
-
-
-def _normal(kept: Any) -> set[Any]:
-    """Conditions as differences that are at most 0."""
-    found = set()
-    for condition in kept:
-        if condition == TRUE:
-            continue
-        if not isinstance(condition, tuple) or condition[0] not in ("le", "lt", "ge", "gt"):
-            return {FALSE}
-        op, a, b = condition
-        below = linear(("sub", a, b) if op[0] == "l" else ("sub", b, a))
-        if op[1] == "t":
-            below[1] = below.get(1, 0) + 1
-        found.add(frozenset((t, c) for t, c in below.items() if c))
-    return found
-
-
-def _causal(kept: tuple[Term, ...], j: str, rows: list[Any]) -> Any:
-    """The index of rows i where conditions say j <= i, "" where there are none, None for others."""
-    if not kept:
-        return ""
-    found = _normal(kept)
-    return next((i for i in rows if found == {frozenset({(j, 1), (i, -1)})}), None)

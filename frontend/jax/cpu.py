@@ -68,21 +68,14 @@ class Target:
         del tensors
         prepared = self.prepare(np.asarray(text).tobytes().decode(), memory)
         assert prepared is not None
-        values = {name: _shared(value) for name, value in prepared[1].items()}
-        prepared[0](values, allocate=Strided.empty)
+        executable, values = prepared
+        executable(values, allocate=Strided.empty)
 
 
 def encoded(text: str) -> np.ndarray:
     """A call's text as the first operand of the target: jax-tvm-ffi 0.1.3 reads long attributes after they
     were freed."""
     return np.frombuffer(text.encode(), np.uint8)
-
-
-def _shared(value: Any) -> Any:
-    """A tensor in the form that kernels take, made once for all threads of a call."""
-    import tvm_ffi
-
-    return tvm_ffi.from_dlpack(value) if isinstance(value, Strided) else value
 
 
 class _Seen(threading.local):
@@ -96,8 +89,8 @@ _hold = ctypes.PYFUNCTYPE(ctypes.c_int)(("PyGILState_Ensure", ctypes.pythonapi))
 def _stay() -> None:
     """Let this thread keep what Python knows of it, once.
 
-    XLA's threads are none of Python's, which forgets them after each call, and in doing so frees a kernel's
-    workspace at a moment when DLPack's deleters may not run."""
+    XLA's threads are none of Python's, which forgets them after each call, and a kernel's workspace with
+    them."""
     if not _SEEN.here:
         _hold()
         _SEEN.here = True

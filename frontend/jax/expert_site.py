@@ -54,13 +54,13 @@ class ExpertSite:
         return found if isinstance(found, Network) else None
 
     @property
-    def hidden(self) -> dict[str, Value]:
+    def hidden(self) -> dict[Value, str]:
         """What must not be used elsewhere."""
         if self.network is None:
             return {}
-        found = {"first products": self.network.first.op.outputs[0]}
+        found = {self.network.first.op.outputs[0]: "first products"}
         dense = isinstance(self.found, Dense)
-        return found | ({"experts' outputs": self.network.second.op.outputs[0]} if dense else {})
+        return found | ({self.network.second.op.outputs[0]: "experts' outputs"} if dense else {})
 
     @cached_property
     def slots(self) -> Slots | None:

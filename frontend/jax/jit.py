@@ -20,7 +20,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from ...ir.errors import GossamerError, InputError
 from ..report import Compiled, Left, Report
 from . import match_experts as jax_match_experts
+from . import match_linear as jax_match_linear
+from .differentiated import changing
 from .expert_site import ExpertSite
+from .linear_site import LinearSite
 from .match import find, where_of
 from .program import BODIES, MAPPED, Op, Program, Replacement, Value, apply, at_line, flatten, needed, run
 from .site import Site
@@ -35,12 +38,14 @@ def jit(
 
     function: any that `jax.jit` takes; without it, the result is a decorator. options: those of `jax.jit`, as
     static_argnames, donate_argnums, in_shardings. Found are `jax.nn.dot_product_attention` and the softmax
-    between two products that programs write themselves, and layers of experts by `jax.lax.ragged_dot`, by
-    one_hot and by GShard's slots, in the bodies of scans, loops, branches and `shard_map` too. A mask that is
-    computed from indices becomes one in closed form; arrays that masks and biases read stay operands.
+    between two products that programs write themselves, linear attention, and layers of experts by
+    `jax.lax.ragged_dot`, by one_hot and by GShard's slots, in the bodies of scans, loops, branches and
+    `shard_map` too. A mask that is computed from indices becomes one in closed form; arrays that masks and
+    biases read stay operands.
     Where a mask of large negative numbers leaves a row without pairs, the row is what the original gives.
-    Gradients come from kernels too; forward-mode ones are refused. On platforms without kernels nothing is
-    replaced.
+    Gradients come from kernels too, those that the function takes inside as well (`jax.grad`, `jax.vjp`);
+    forward-mode ones are refused, and inside they are the original's, as gradients of gradients are. On
+    platforms without kernels nothing is replaced.
 
     The result has `report()`: what was compiled and what was left, and why, in the program traced last.
     Raises InputError for what is no function."""
@@ -93,6 +98,30 @@ class Jitted:
         return Report(compiled, tuple(part for part in self._parts if isinstance(part, Left)))
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        parts: list[Compiled | Left] = []
+        inner: list[Compiled | Left] = []  # of what it differentiates
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            with changing(partial(replaced, note=inner.append)):
+                return self._function(*args, **kwargs)
+
+        found = replaced(function, parts.append)(*args, **kwargs)
+        # What was left in a function is still there, with its gradient.
+        told = {(part.kind, part.where) for part in inner if isinstance(part, Left)}
+        parts = [part for part in parts if isinstance(part, Compiled) or (part.kind, part.where) not in told]
+        self._parts = [*inner, *parts]
+        return found
+
+
+Note = Callable[[Compiled | Left], None]
+
+
+def replaced(function: Callable[..., Any], note: Note) -> Callable[..., Any]:
+    """The function with its attention replaced, for arguments that are traced. note: takes every part of the
+    report."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
         result: list[Any] = []
@@ -102,17 +131,18 @@ class Jitted:
             for i, array in zip(traced, arrays, strict=True):
                 given[i] = array
             given_args, given_kwargs = jax.tree.unflatten(tree, given)
-            out, structure = jax.tree.flatten(self._function(*given_args, **given_kwargs))
-            result[:] = [structure]
-            return out
+            out, structure = jax.tree.flatten(function(*given_args, **given_kwargs))
+            computed = [i for i, leaf in enumerate(out) if isinstance(leaf, jax.core.Tracer)]
+            result[:] = [structure, dict(enumerate(out)), computed]
+            return [out[i] for i in computed]
 
         arrays = [leaves[i] for i in traced]
         closed = jax.make_jaxpr(flat)(*arrays)
-        self._parts = []
-        return jax.tree.unflatten(result[0], compiled(closed, self._parts.append)(*arrays))
+        structure, out, computed = result
+        out |= zip(computed, compiled(closed, note)(*arrays), strict=True)
+        return jax.tree.unflatten(structure, out.values())
 
-
-Note = Callable[[Compiled | Left], None]
+    return run
 
 
 def compiled(closed: ClosedJaxpr, note: Note) -> Callable[..., list[Any]]:
@@ -125,13 +155,13 @@ def compiled(closed: ClosedJaxpr, note: Note) -> Callable[..., list[Any]]:
             bodies[op] = partial(_apply, op, op.params | changed)
         elif op.name == MAPPED:
             bodies[op] = partial(_mapped, op, note)
-    replaced: dict[Value, tuple[Sequence[Value], Replacement]] = {
+    kernels: dict[Value, tuple[Sequence[Value], Replacement]] = {
         value: (site.inputs, site) for value, site in sites.items()
     }
 
     def call(*arrays: Any) -> list[Any]:
-        known = dict(zip(program.inputs, arrays, strict=True))
-        return run(program.ops, known, program.outputs, replaced, bodies)
+        known = program.held | dict(zip(program.inputs, arrays, strict=True))
+        return run(program.ops, known, program.outputs, kernels, bodies)
 
     return call
 
@@ -200,6 +230,14 @@ def _sites(program: Program, note: Note) -> dict[Value, Any]:
             reason = _add(site, sites)
         if reason is not None:
             left.append((site.kind if site.found == "ragged_dot" else "experts", dot.op, reason))
+    for op, found in jax_match_linear.find(reader, program):
+        site = found if isinstance(found, str) else LinearSite(found)
+        reason = site if isinstance(site, str) else _add(site, sites)
+        if reason is not None:
+            left.append((LinearSite.kind, op, reason))
+        elif not isinstance(site, str):  # softmaxes may be features
+            parts = [op, *(value.op for value in site.hidden)]
+            left = [part for part in left if part[0] != "attention" or part[1] not in parts]
     left += _without_shared(program, sites)
     for value, site in sites.items():
         assert value.op is not None
@@ -230,7 +268,7 @@ def _without_shared(program: Program, sites: dict[Value, Any]) -> list[tuple[str
         acting = [value for op in program.ops if op.eqn.effects for value in op.inputs]
         live = needed([*program.outputs, *acting], sources)
         for value, site in sites.items():
-            shared = next((what for what, inner in site.hidden.items() if inner in live), None)
+            shared = next((what for inner, what in site.hidden.items() if inner in live), None)
             if shared is not None:
                 left.append((site.kind, site.op, f"its {shared} are used elsewhere too"))
                 del sites[value]

@@ -13,22 +13,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 from jax.extend import source_info_util
 
 from ..capture.terms import divided, names_in, reads_in, replaced, tidy
 from ..term import COMPARISONS, Term, constant, rename
 from .program import Op, Program, Value
+from .roles import Operand
 from .terms import Array, LeftAlone, Reader
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """given: what it is of. axis: along which. result: its values."""
+    """given: what it is of. axis: along which. result: its values. shifted: whether the maximum is taken off
+    before exponentials are."""
 
     given: Value
     axis: int
     result: Value
+    shifted: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,14 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Operand:
-    """An array, and the role of each dimension: a batch axis, "q", "k", "d" or "e"; "" for one of size 1.
-
-    shared: how many places of the last batch axis share one of the array's."""
-
-    value: Value
-    roles: tuple[str, ...]
-    shared: int = 1
-
-
-@dataclass(frozen=True)
 class Attention:
     """One attention of a program.
 
     op: the product whose result it replaces; out: the roles of that. softmax, scores: what must not be used
     elsewhere. outer: the batch axes of keys, from outside in, the first of which is B; inner: those of
-    queries alone, which share keys. sizes: by role. score, prob: terms over b, h, q, k, score, prob and the
-    names of leaves. least: the lowest number of the softmax's dtype."""
+    queries alone, which share keys. own: the dimensions that values alone have. sizes: by role. score, prob:
+    terms over b, h, q, k, score, prob and the names of leaves. dtype: the softmax's. shifted: as `Softmax`
+    has it."""
 
     op: Op
     out: tuple[str, ...]
@@ -74,10 +66,12 @@ class Attention:
     value: Operand
     outer: tuple[str, ...]
     inner: tuple[str, ...]
+    own: tuple[str, ...]
     sizes: Mapping[str, int]
     score: Term
     prob: Term
-    least: float
+    dtype: Any
+    shifted: bool
 
 
 def find(reader: Reader, program: Program) -> Iterator[tuple[Op, Attention | str]]:
@@ -118,20 +112,21 @@ def _reads_product(reader: Reader, softmax: Softmax) -> bool:
 
 
 def softmax_of(reader: Reader, op: Op) -> Softmax | None:
-    """exp(x - max x) / sum of that, whose result an operation gives."""
+    """exp(x - max x), or exp(x), over the sum of that, whose result an operation gives."""
     if op.name != "div" or op.outputs[0].maker is None:
         return None
     weights = _plain(op.inputs[0])
     if weights.op is None or weights.op.name != "exp":
         return None
+    axis = _reduced(reader, op.inputs[1], "reduce_sum", weights)
+    if axis is None:
+        return None
     shifted = _plain(weights.op.inputs[0])
-    if shifted.op is None or shifted.op.name != "sub":
-        return None
-    given, shift = shifted.op.inputs
-    axis = _reduced(reader, shift, "reduce_max", given)
-    if axis is None or _reduced(reader, op.inputs[1], "reduce_sum", weights) != axis:
-        return None
-    return Softmax(given, axis, op.outputs[0])
+    if shifted.op is not None and shifted.op.name == "sub":
+        given, shift = shifted.op.inputs
+        if _reduced(reader, shift, "reduce_max", given) == axis:
+            return Softmax(given, axis, op.outputs[0])
+    return Softmax(weights.op.inputs[0], axis, op.outputs[0], shifted=False)
 
 
 _SAME = ("convert_element_type", "stop_gradient", "copy", "copy_p", "reduce_precision", "pvary", "pcast")
@@ -239,7 +234,7 @@ def _matched(reader: Reader, product: Product, which: int, softmax: Softmax, inn
         raise LeftAlone("its scores are those of several products of queries and keys")
     query, key = (_operand(dot, s, role_of) for s in (1 - side, side))
     weights, of_weights = _weights_roles(reader, product, which, inner, names)
-    value, out = _values(product, which, of_weights, sizes, set(outer))
+    value, out, own = _values(product, which, of_weights, sizes, set(outer))
     if len(outer) > 1:
         bases = [_repeated(reader, operand, outer[-1]) for operand in (key, value)]
         if bases[0].shared == bases[1].shared:
@@ -257,10 +252,12 @@ def _matched(reader: Reader, product: Product, which: int, softmax: Softmax, inn
         value,
         outer,
         inner_axes,
+        own,
         sizes,
         tidy(score),
         tidy(prob),
-        float(jnp.finfo(softmax.given.dtype).min),
+        softmax.given.dtype,
+        softmax.shifted,
     )
 
 
@@ -361,21 +358,20 @@ def _weights_roles(
 
 def _values(
     product: Product, which: int, roles: Mapping[str, str], sizes: dict[str, int], outer: set[str]
-) -> tuple[Operand, tuple[str, ...]]:
-    """The values and the roles of the result; adds the size of values."""
+) -> tuple[Operand, tuple[str, ...], tuple[str, ...]]:
+    """The values, the roles of the result, and those that values alone have, whose sizes it adds."""
     of_label = {label: roles.get(f"i{d}", "") for d, label in enumerate(product.labels[which])}
     if of_label["x"] not in ("k", "") or (of_label["x"] == "" and sizes["k"] != 1):
         raise LeftAlone("its probabilities are not summed over the keys")
     of_label["x"] = "k"
-    own = [x for x in product.labels[1 - which] if x not in of_label]
-    if len(own) != 1:
-        raise LeftAlone("its values have several dimensions of their own")
-    of_label[own[0]] = "e"
-    sizes["e"] = product.size(own[0])
+    alone = [x for x in product.labels[1 - which] if x not in of_label]
+    own = tuple(f"e{n}" for n in range(len(alone)))
+    of_label |= zip(alone, own, strict=True)
+    sizes |= zip(own, map(product.size, alone), strict=True)
     held = tuple(of_label[x] for x in product.labels[1 - which])
-    if any(role not in outer | {"k", "e", ""} for role in held):
+    if any(role not in outer | {"k", *own, ""} for role in held):
         raise LeftAlone("its values depend on the query or on a head that shares keys")
-    return Operand(product.operands[1 - which], held), tuple(of_label[x] for x in product.out)
+    return Operand(product.operands[1 - which], held), tuple(of_label[x] for x in product.out), own
 
 
 def _indices(outer: tuple[str, ...], inner: tuple[str, ...], sizes: Mapping[str, int]) -> dict[str, Term]:

@@ -1,25 +1,29 @@
 """JAX programs as flat lists of operations on values, and how they run.
 
-`flatten` spells calls out: what a `jit` inside a program computes, and what a function with a derivative of
-its own computes, is read operation by operation. The latter still run as they are, so that derivatives stay.
+`flatten` spells calls out: what a `jit` inside a program computes, and what a function of JAX's with a
+derivative of its own computes, is read operation by operation. The latter still run as they are, so that
+derivatives stay; other such functions, whose derivatives may be any, are not looked into.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 CALLS = ("jit", "pjit", "closed_call", "core_call")  # that are spelled out, and run so
-OPAQUE_CALLS = ("custom_jvp_call", "custom_vjp_call")  # that are read, and run as they are
+OPAQUE_CALLS = ("custom_jvp_call", "custom_vjp_call")  # that run as they are; JAX's own are read
 BODIES = ("scan", "while", "cond", "remat2", "checkpoint")  # whose bodies are programs of their own
 MAPPED = "shard_map"  # so is that of each device
 
@@ -68,11 +72,13 @@ class Op:
 
 @dataclass(eq=False)
 class Program:
-    """ops: in order, those inside opaque calls too. inputs, outputs: of the whole."""
+    """ops: in order, those inside opaque calls too. inputs, outputs: of the whole. held: arrays that it reads
+    from programs around it, which are traced."""
 
     inputs: list[Value]
     outputs: list[Value]
     ops: list[Op]
+    held: dict[Value, Any]
 
     @property
     def makers(self) -> list[Op]:
@@ -83,18 +89,30 @@ class Program:
 def flatten(closed: ClosedJaxpr) -> Program:
     """The program of a jaxpr."""
     ops: list[Op] = []
+    traced = [(var, x) for var, x in zip(closed.jaxpr.constvars, closed.consts, strict=True) if is_traced(x)]
+    held = {var: Value(var.aval) for var, _ in traced}
     inputs = [Value(var.aval) for var in closed.jaxpr.invars]
-    outputs = _inline(closed, inputs, ops, {})
-    return Program(inputs, outputs, ops)
+    outputs = _inline(closed, inputs, ops, {}, held)
+    return Program(inputs, outputs, ops, {held[var]: x for var, x in traced})
+
+
+def is_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
 
 
 def _inline(
-    closed: ClosedJaxpr, inputs: Sequence[Value], ops: list[Op], known: dict[Any, list[Value]]
+    closed: ClosedJaxpr,
+    inputs: Sequence[Value],
+    ops: list[Op],
+    known: dict[Any, list[Value]],
+    held: Mapping[Any, Value] = MappingProxyType({}),
 ) -> list[Value]:
-    """known: results by operation and operands, so that what is computed twice is one value."""
+    """known: results by operation and operands, so that what is computed twice is one value. held: the values
+    of constants that are none."""
     jaxpr = closed.jaxpr
     values = dict(zip(jaxpr.invars, inputs, strict=True))
     values |= {var: Value(var.aval, const=c) for var, c in zip(jaxpr.constvars, closed.consts, strict=True)}
+    values |= held
 
     def of(atom: Any) -> Value:
         return Value(atom.aval, const=atom.val) if isinstance(atom, Literal) else values[atom]
@@ -112,7 +130,7 @@ def _inline(
             continue
         op = Op(eqn, given, meaning=meaning)
         op.outputs = [Value(var.aval, op, op) for var in eqn.outvars]
-        if name in OPAQUE_CALLS and inner is not None:
+        if name in OPAQUE_CALLS and inner is not None and _is_of_jax(inner):
             told: list[Op] = []
             for value, means in zip(op.outputs, _inline(inner, given, told, {}), strict=True):
                 if means.op in told:
@@ -154,6 +172,15 @@ def _body(eqn: JaxprEqn) -> ClosedJaxpr | None:
         if isinstance(inner, ClosedJaxpr):
             return inner
     return None
+
+
+_JAX = os.path.join(os.path.dirname(jax.__file__), "")
+
+
+def _is_of_jax(inner: ClosedJaxpr) -> bool:
+    """Whether JAX defines a function with a derivative of its own, which is then that of its operations."""
+    info = inner.jaxpr.debug_info
+    return f" at {_JAX}" in (info.func_src_info or "")
 
 
 # Functions of jax.numpy that are many operations, and one on indices.

@@ -21,8 +21,9 @@ from ..term import Term, rewrite
 from ..trace.tensor import dtype_name
 from .attention import call_of
 from .gradient import attend
-from .match import Attention, Operand
+from .match import Attention
 from .program import Op, Program, Value, needed, run
+from .roles import back
 from .terms import LeftAlone, Reader
 
 
@@ -42,16 +43,17 @@ class Site:
         return self.found.op
 
     @property
-    def hidden(self) -> dict[str, Value]:
+    def hidden(self) -> dict[Value, str]:
         """What must not be used elsewhere."""
-        return {"probabilities": self.found.softmax, "scores": self.found.scores}
+        return {self.found.softmax: "probabilities", self.found.scores: "scores"}
 
     @cached_property
     def bound(self) -> Bound:
         """The mask and the maps."""
         found = self.found
         lengths = (found.sizes["q"], found.sizes["k"])
-        return bind(found.score, {}, lengths, (LOW, found.least), "nan", found.prob == "prob")
+        least = float(jnp.finfo(found.dtype).min)
+        return bind(found.score, {}, lengths, (LOW, least), "nan", found.prob == "prob")
 
     @cached_property
     def inputs(self) -> tuple[Value, ...]:
@@ -84,7 +86,7 @@ class Site:
         dtypes = {operand.value.dtype for operand in (found.query, found.key, found.value)}
         if len(dtypes) != 1 or dtype_name(next(iter(dtypes))) not in ("f16", "bf16", "f32", "f64"):
             raise LeftAlone(f"query, key and value are of {', '.join(sorted(map(str, dtypes)))}")
-        if any(not 1 <= found.sizes[role] <= 1024 for role in "de"):
+        if any(not 1 <= math.prod(found.sizes[r] for r in own) <= 1024 for own in (("d",), found.own)):
             raise LeftAlone("its heads are larger than 1024")
         for value in self.inputs:
             if value.maker is None and value.op is not None:
@@ -96,12 +98,17 @@ class Site:
         program, result, inputs = self.program, self.found.op.outputs[0], self.inputs
         arrays = [read(value) for value in inputs]
 
-        def kernel(*arrays: Any) -> Any:
-            return self._attend(dict(zip(inputs, arrays, strict=True)))
-
         def original(*arrays: Any) -> Any:
             known = dict(zip(inputs, arrays, strict=True))
             return run(program.ops, known, [result], {}, {}, acting=False)[0]
+
+        def kernel(*arrays: Any) -> Any:
+            out, lse = self._attend(dict(zip(inputs, arrays, strict=True)))
+            if self.found.shifted:
+                return out
+            again = jax.checkpoint(original)
+            branches = [lambda out, _: out, lambda _, arrays: again(*arrays)]
+            return jax.lax.cond(_is_exact(lse, self.found.dtype), *branches, out, arrays)
 
         if self._has_derivatives(dict(zip(inputs, arrays, strict=True))):
             return kernel(*arrays)
@@ -129,62 +136,36 @@ class Site:
                     return False
         return True
 
-    def _attend(self, known: Mapping[Value, Any]) -> Any:
+    def _attend(self, known: Mapping[Value, Any]) -> tuple[Any, Any]:
+        """The result by a kernel, and the log of its sums of exponentials, (B, q_len, heads), where that is
+        looked at."""
         found, bound = self.found, self.bound
+        outer, sizes = found.outer or ("",), {**found.sizes, "": 1}  # without a batch of keys, B is 1
+        axes = (*outer, *found.inner)
         query, key, value = (
-            self._arranged(operand, known, axes, row, size)
-            for operand, axes, row, size in (
-                (found.query, (*found.outer, *found.inner), "q", "d"),
-                (found.key, found.outer, "k", "d"),
-                (found.value, found.outer, "k", "e"),
+            operand.arranged(known[operand.value], axes, row, own, sizes)
+            for operand, axes, row, own in (
+                (found.query, axes, "q", ("d",)),
+                (found.key, outer, "k", ("d",)),
+                (found.value, outer, "k", found.own),
             )
         )
         empty = bound.empty in ("nan", "mean")
-        settings: dict[str, Any] = {"scale": bound.scale, "return_lse": empty}
+        settings: dict[str, Any] = {"scale": bound.scale, "return_lse": empty or not found.shifted}
         call, operands = call_of((query, key, value), *self._faces(known), **settings)
         results: Any = attend(call.text, operands)
-        out = results[0]
+        out, lse = results[0], jnp.swapaxes(results[1], 1, 2) if len(results) > 1 else None
         if empty:
-            out = _with_empty_rows(out, jnp.swapaxes(results[1], 1, 2), value, bound.empty)
-        return self._back(out)
-
-    def _arranged(
-        self, operand: Operand, known: Mapping[Value, Any], axes: tuple[str, ...], row: str, size: str
-    ) -> Any:
-        """An operand as (B, length, heads, size)."""
-        sizes, roles = dict(self.found.sizes), operand.roles
-        if operand.shared > 1:
-            sizes[axes[-1]] //= operand.shared
-        array = jnp.squeeze(known[operand.value], tuple(d for d, role in enumerate(roles) if not role))
-        roles = tuple(role for role in roles if role)
-        batch = axes[: bool(self.found.outer)]
-        order = (*batch, row, *axes[len(batch) :], size)
-        array = jnp.transpose(array, [roles.index(role) for role in order if role in roles])
-        for d, role in enumerate(order):
-            if role not in roles:
-                array = jnp.expand_dims(array, d)
-        array = jnp.broadcast_to(array, [sizes[role] for role in order])
-        return array.reshape(
-            math.prod(sizes[r] for r in batch),
-            sizes[row],
-            math.prod(sizes[r] for r in axes[len(batch) :]),
-            sizes[size],
-        )
-
-    def _back(self, out: Any) -> Any:
-        """(B, q_len, heads, size) in the roles of the original result."""
-        found, sizes = self.found, self.found.sizes
-        axes = (*found.outer, *found.inner)
-        batch = axes[: bool(found.outer)]
-        order = (*batch, "q", *axes[len(batch) :], "e")
-        out = out.reshape([sizes[role] for role in order])
-        given = [role for role in found.out if role]
-        dropped = tuple(d for d, role in enumerate(order) if role not in given)
-        out = jnp.squeeze(out, dropped)
-        left = [role for role in order if role in given]
-        out = jnp.transpose(out, [left.index(role) for role in given])
+            out = _with_empty_rows(out, lse, value, bound.empty)
         result = found.op.outputs[0]
-        return out.reshape(result.shape).astype(result.dtype)
+        return back(out, found.out, axes, found.own, sizes, result), lse
+
+
+def _is_exact(lse: Any, dtype: Any) -> Any:
+    """Whether sums of exponentials, of scores as they are, neither overflow nor underflow in a dtype."""
+    limits = jnp.finfo(dtype)
+    low, high = (math.log(float(n)) for n in (limits.tiny, limits.max))
+    return ((lse > low + 1) & (lse < high - 1)).all()
 
 
 def _held(

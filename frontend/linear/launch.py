@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +15,8 @@ from ...runtime.knobs import NUM_THREADS
 from ...runtime.recent import Recent
 from ..device import precision_of
 from ..operators.rules import wants_gradient
-from ..operators.step_autograd import once_differentiable
-from ..plan import _signature
+from ..operators.step_autograd import apply, once_differentiable
+from ..plan import _signature, place
 from .form import DTYPES, GRADIENTS, NAMES, Settings, linear_executable, shapes_of
 
 if TYPE_CHECKING:
@@ -55,12 +55,15 @@ def attend(tensors: tuple[Any, ...], settings: Settings, key: Hashable) -> tuple
 class Kernels:
     """What calls like one another share: kernels of the forward, and of gradients as these are asked for."""
 
-    def __init__(self, settings: Settings, tensors: tuple[Any, ...], *, learns: bool) -> None:
-        self._settings, self.learns = settings, learns
+    def __init__(
+        self, settings: Settings, tensors: tuple[Any, ...], *, learns: bool, heads: int | None = None
+    ) -> None:
+        """heads: where rows are passed and returned as products have them, (batch, rows, heads * size)."""
+        self._settings, self.learns, self._heads = settings, learns, heads
         self._names = NAMES[: len(tensors)]
         values = dict(zip(self._names, tensors, strict=True))
         kept = settings.kept if learns else ()
-        outputs = _outputs(values, settings, keeps=learns)
+        outputs = self._laid_out(_outputs(values, settings, keeps=learns), ("o",))
         self._forward = _plan(values, outputs, settings, learns, ())
         self._given = tuple(n for n, o in enumerate(outputs) if settings.given(o.name))
         self._saved = tuple(n for n, o in enumerate(outputs) if o.name in kept)
@@ -69,10 +72,10 @@ class Kernels:
 
     def __call__(self, tensors: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         if self.learns:
-            return _Linear.apply(self, *tensors)  # type: ignore[return-value]
+            return apply(_Linear, self, *tensors)
         return self._forward(dict(zip(self._names, tensors, strict=True)))
 
-    def forward(self, tensors: tuple[Any, ...]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    def forward(self, tensors: Sequence[Any]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """(o, *new states), and what gradients read besides the inputs."""
         found = self._forward(dict(zip(self._names, tensors, strict=True)))
         return tuple(found[n] for n in self._given), tuple(found[n] for n in self._saved)
@@ -82,14 +85,26 @@ class Kernels:
     ) -> list[torch.Tensor | None]:
         """The gradient of each input that is needed. saved: the inputs, and what `forward` keeps."""
         values = dict(zip(self._read, (*saved, *grads), strict=False))
-        key = (needed, *map(_signature, grads))
+        key = (needed, *map(place, saved), *map(_signature, grads))  # hooks may have moved what was saved
         plan = self._gradients.get(key)
         if plan is None:
-            wanted = tuple(name for name, need in zip(self._names, needed, strict=True) if need)
-            plan = _plan(values, _slopes(values, wanted), self._settings, True, wanted)
+            plan = self._gradient_plan(values, needed)
             self._gradients.put(key, plan)
         found = iter(plan(values))
         return [next(found) if need else None for need in needed]
+
+    def _gradient_plan(self, values: dict[str, Any], needed: tuple[bool, ...]) -> LinearPlan:
+        wanted = tuple(name for name, need in zip(self._names, needed, strict=True) if need)
+        if self._heads is not None:
+            rows = (name for name in (*self._names, *GRADIENTS[:1]) if name in values)
+            values = values | {name: by_heads(values[name], self._heads) for name in rows}
+        outputs = self._laid_out(_slopes(values, wanted), ("dq", "dk", "dv"))
+        return _plan(values, outputs, self._settings, True, wanted)
+
+    def _laid_out(self, outputs: tuple[Output, ...], rows: tuple[str, ...]) -> tuple[Output, ...]:
+        if self._heads is None:
+            return outputs
+        return tuple(replace(o, flat=True) if o.name in rows else o for o in outputs)
 
 
 class _Linear(torch.autograd.Function):
@@ -165,12 +180,13 @@ def _by_length(rows: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Output:
-    """A result to allocate."""
+    """A result to allocate. flat: as (B, L, H * D), where it is (B, H, L, D) with heads side by side."""
 
     name: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+    flat: bool = False
 
     @classmethod
     def of(cls, name: str, shape: Sequence[int], dtype: torch.dtype, by_length: bool = False) -> Output:
@@ -181,8 +197,15 @@ class Output:
         _, heads, length, size = shape
         return cls(name, shape, (length * heads * size, size, heads * size, 1), dtype)
 
-    def empty(self, device: torch.device | str) -> torch.Tensor:
+    def empty(self, device: torch.device) -> torch.Tensor:
+        if self.flat:
+            batch, heads, length, size = self.shape
+            return torch.empty((batch, length, heads * size), dtype=self.dtype, device=device)
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+
+    def stand_in(self) -> torch.Tensor:
+        """What kernels are bound to: the same memory, by heads."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -198,7 +221,7 @@ class LinearPlan:
 
     def __call__(self, tensors: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         for name in self.copied:
-            tensors[name] = _plain(tensors[name])
+            tensors[name] = plain(tensors[name])
         made = [output.empty(self.device) for output in self.outputs]
         for output, tensor in zip(self.outputs, made, strict=True):
             tensors[output.name] = tensor
@@ -206,8 +229,15 @@ class LinearPlan:
         return tuple(made)
 
 
-def _plain(tensor: Any) -> Any:
+def by_heads(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """(batch, rows, heads * size) as (batch, heads, rows, size)."""
+    return rows.view(rows.shape[0], rows.shape[1], heads, -1).transpose(1, 2)
+
+
+def plain(tensor: Any) -> Any:
     """A tensor that kernels can read: its rows are contiguous, and it is what memory holds."""
+    if tensor.stride(-1) == 1 and not tensor.is_neg():
+        return tensor
     tensor = tensor.detach().resolve_neg()
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
@@ -221,11 +251,10 @@ def _plan(
 ) -> LinearPlan:
     from ..prepare import allocate
 
-    plain = {name: _plain(tensor) for name, tensor in values.items()}
-    copied = tuple(name for name, tensor in values.items() if plain[name].data_ptr() != tensor.data_ptr())
-    values = plain
+    given, values = values, {name: plain(tensor) for name, tensor in values.items()}
+    copied = tuple(name for name, tensor in given.items() if values[name].data_ptr() != tensor.data_ptr())
     device = values["q"].device
     executable, spans = linear_executable(values, settings, keeps, wanted)
-    stand_ins = {output.name: output.empty("meta") for output in outputs}
+    stand_ins = {output.name: output.stand_in() for output in outputs}
     bound = executable.bind({**values, **stand_ins, **spans}, allocate=partial(allocate, device=device))
     return LinearPlan(bound, outputs, device, copied)

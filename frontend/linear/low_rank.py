@@ -80,7 +80,7 @@ def flurka(
     check(q, k, v, causal=False, enable_gqa=False)
     check_backend(q, asked["backend"])
     rows_of(q, k, settings)
-    layer = Layer(products, Kernels(settings, rows, learns=wants_gradient(given)))
+    layer = Layer(products, Kernels(settings, rows, learns=wants_gradient(given), heads=heads))
     if known.key is not None:
         driver().plans.put(known.key, layer)
     return layer(given)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..operators.step_autograd import once_differentiable
-from .launch import Kernels
+from ..operators.step_autograd import apply, once_differentiable
+from .launch import Kernels, by_heads, plain
 
 Tensors = dict[str, torch.Tensor]
 Step = tuple[str, str, str]  # left, right, made
@@ -43,8 +43,7 @@ class Products:
 
     def rows(self, values: Tensors) -> tuple[torch.Tensor, ...]:
         """Those of attention: (batch, heads, rows, size)."""
-        made = (values[name] for name in MADE)
-        return tuple(m.view(m.shape[0], m.shape[1], self.heads, -1).transpose(1, 2) for m in made)
+        return tuple(by_heads(values[name], self.heads) for name in MADE)
 
     def needed(self, needs: tuple[bool, ...]) -> dict[str, bool]:
         """Whether the gradient of each value is, by that of inputs."""
@@ -94,27 +93,26 @@ class Layer:
     def __call__(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """(batch, rows, heads * size)"""
         if self.kernels.learns:
-            return _Layer.apply(self, *tensors)  # type: ignore[return-value]
+            return apply(_Layer, self, *tensors)
         return self.forward(tensors)[0]
 
     def forward(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """The output, and what gradients read."""
         products = self.products
         values = products.run(dict(zip(products.names, tensors, strict=True)))
-        rows = products.rows(values)
+        rows = [values[name] for name in MADE]
         (out,), kept = self.kernels.forward(rows)
-        return out.transpose(1, 2).flatten(2), (*(values[name] for name in products.read), *rows, *kept)
+        return out, (*(values[name] for name in products.read), *rows, *kept)
 
     def gradients(
         self, saved: tuple[torch.Tensor, ...], grad: torch.Tensor, needs: tuple[bool, ...]
     ) -> list[torch.Tensor | None]:
         """The gradient of each input that `needs` it."""
-        products = self.products
+        products, grad = self.products, plain(grad)
         count, needed = len(products.read), products.needed(needs)
         values = dict(zip(products.read, saved, strict=False))
-        do = grad.view(*grad.shape[:2], products.heads, -1).transpose(1, 2)
-        rows = self.kernels.gradients(saved[count:], (do,), tuple([needed[name] for name in MADE]))
-        found = {n: r.transpose(1, 2).flatten(2) for n, r in zip(MADE, rows, strict=True) if r is not None}
+        rows = self.kernels.gradients(saved[count:], (grad,), tuple([needed[name] for name in MADE]))
+        found = {name: row for name, row in zip(MADE, rows, strict=True) if row is not None}
         found = products.differentiate(values, found, needed)
         return [found.get(name) for name in products.names]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ...ir.errors import InputError, UnsupportedError
-from .layers import check_like, check_routing
+from ...ir.errors import InputError
+from .layers import LORA, check_like, check_routing
 from .quantized import QuantizedWeight
 from .routing import Routing
 
@@ -22,31 +22,49 @@ def pair_of(name: str, lora: Any) -> list[Any]:
     return [*lora]
 
 
-def by_token(ids: Any, weights: Any, x: Any, experts: int, *, validate: bool) -> tuple[Any, Any]:
-    """ids and weights [T, k] for so many experts. Raises InputError, UnsupportedError."""
+def beside_light(
+    ids: Any, weights: Any, x: Any, first: int, light: int, *, validate: bool
+) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """What the experts with matrices are given, and ids and weights [T, k] of `light` experts that multiply
+    nothing, whose ids begin at `first`. Raises InputError."""
     if isinstance(ids, Routing):
+        ids.check(x.shape[0], first + light, x.device, validate=validate)
         if ids.topk_ids is None or ids.is_list:
-            raise UnsupportedError(
-                "experts.topk_ids: a Routing by rows beside zero, copy or constant experts is not built yet. "
-                "Pass one by token, or ids and weights"
-            )
-        ids.check(x.shape[0], experts, x.device, validate=False)
+            return _rows_beside(ids, first, light)
         ids, weights = ids.topk_ids, ids.topk_weights
     names = ("experts.topk_ids", "experts.topk_weights")
-    check_routing(names, ids, weights, x.shape[0], experts, validate=validate)
-    return ids, weights
+    check_routing(names, ids, weights, x.shape[0], first + light, validate=validate)
+    return (ids, weights), (ids, weights)
+
+
+def _rows_beside(routing: Routing, first: int, light: int) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """The rows of experts with matrices, and of the others a weight for each token and expert."""
+    tokens, weights, counts = routing.token_ids, routing.weights, routing.counts
+    many, bounds = routing.num_tokens, counts.clamp(min=0).cumsum(0)
+    rows = torch.arange(tokens.shape[0], device=tokens.device)
+    number = torch.searchsorted(bounds, rows, right=True) - first  # counts say whose a row is
+    inside = (number >= 0) & (number < light) & (tokens >= 0) & (tokens < many)
+    place = torch.where(inside, tokens * light + number, many * light)
+    sums = weights.new_zeros(many * light + 1)
+    sums = sums.index_put((place,), torch.where(inside, weights, 0), accumulate=True)[:-1]
+    ids = torch.arange(first, first + light, device=tokens.device).expand(many, light).contiguous()
+    heavy = Routing(tokens, routing.expert_ids, weights, counts[:first], many)
+    return (heavy, None), (ids, sums.view(many, light))
 
 
 def shared_by_token(
-    x: Any, gate_up: Any, down: Any, weights: Any, *, gated: bool
+    x: Any, gate_up: Any, down: Any, weights: Any, more: dict[str, Any], *, gated: bool
 ) -> tuple[dict[str, Any], Any, Any] | None:
     """Shared experts as a layer of one that all tokens take: its tensors by name, ids and weights (T, 1).
 
-    None where there are none. gated: whether experts have a gate. Raises InputError."""
+    None where there are none. more: biases and adapters, by the kernels' names. gated: whether experts have a
+    gate. Raises InputError."""
     given = {"shared_gate_up_proj": gate_up, "shared_down_proj": down}
     if gate_up is None and down is None:
-        if weights is not None:
-            raise InputError("experts.shared_weights", "shared_gate_up_proj and shared_down_proj too", None)
+        for name, tensor in {"weights": weights, **more}.items():
+            if tensor is not None and name != "adapter_ids":
+                where = f"experts.shared_{name[:-2] + '_lora' if name[-2:] in ('_a', '_b') else name}"
+                raise InputError(where, "shared_gate_up_proj and shared_down_proj too", None)
         return None
     for name, matrix in given.items():
         rank = 3 if isinstance(matrix, QuantizedWeight) else 2
@@ -74,4 +92,29 @@ def shared_by_token(
         got = tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__
         raise InputError("experts.shared_weights", f"a weight for each of {tokens} tokens", got)
     ids = torch.zeros((tokens, 1), dtype=torch.int32, device=x.device)
-    return dict(zip(("x", "gate_up", "down"), (x, *stacks), strict=True)), ids, weights.reshape(tokens, 1)
+    named = dict(zip(("x", "gate_up", "down"), (x, *stacks), strict=True)) | _of_one(more)
+    return named, ids, weights.reshape(tokens, 1)
+
+
+def _of_one(more: dict[str, Any]) -> dict[str, Any]:
+    """Biases and adapters of one network as those of one expert. Raises InputError."""
+    stacked, found = more.get("adapter_ids") is not None, {}
+    if (more["gate_up_bias"] is None) != (more["down_bias"] is None):
+        missing = "gate_up_bias" if more["gate_up_bias"] is None else "down_bias"
+        raise InputError(
+            f"experts.shared_{missing}", "both biases or neither", None, "Pass zeros for the other"
+        )
+    for name, tensor in more.items():
+        if tensor is None or (name == "adapter_ids" and not any(more[n] is not None for n in LORA)):
+            continue
+        if name == "adapter_ids":
+            found[name] = tensor
+            continue
+        rank = 1 if name.endswith("bias") else 2 + stacked
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != rank:
+            got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            where = f"experts.shared_{name}" if rank == 1 else f"experts.shared_{name[:-2]}_lora"
+            shapes = "(2 S,) and (H,)" if rank == 1 else f"{'(A, ..) of ' * stacked}(r, in) and (out, r)"
+            raise InputError(where, f"tensors {shapes}", got)
+        found[name] = tensor.unsqueeze(-3 if rank > 1 else 0)
+    return found

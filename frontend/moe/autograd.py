@@ -87,7 +87,7 @@ def gradients(
     values = {name: tensor.reshape(-1).contiguous() for name, tensor in routing.items()}
     values |= {"x": x.detach(), "do": do, "row_weights": by_row}
     values |= {name: tensor.detach() for name, tensor in layer.matrices.items()}
-    values |= {name: tensor.detach() for name, tensor in layer.lora.items()}
+    values |= {name: tensor.detach() for name, tensor in layer.lora.items()} | layer.choices
     if kept:
         values["g"] = kept[0]
     elif layer.gate_up_bias is not None:

@@ -19,11 +19,11 @@ from ..operators.rules import autocast, is_traced
 from ..plan import Plan, _signature
 from ..pure import pure
 from .activation import activation_term
-from .arguments import by_token, pair_of, shared_by_token
+from .arguments import beside_light, pair_of, shared_by_token
 from .form import MoeForm
 from .layer import Layer
 from .layer_kernels import dtype_of, layer_executable
-from .layers import LORA, check_routing, layer_by_name
+from .layers import LORA, check_adapter_ids, check_routing, layer_by_name
 from .light_step import Light, with_light
 from .operator import call, learns
 from .quantized import QuantizedWeight
@@ -51,12 +51,17 @@ def experts(
     gate_up_lora: tuple[torch.Tensor, torch.Tensor] | None = None,
     down_lora: tuple[torch.Tensor, torch.Tensor] | None = None,
     lora_scale: float = 1.0,
+    adapter_ids: torch.Tensor | None = None,
     zero_experts: int = 0,
     copy_experts: int = 0,
     constant_experts: torch.Tensor | None = None,
     constant_gates: torch.Tensor | None = None,
     shared_gate_up_proj: torch.Tensor | QuantizedWeight | None = None,
     shared_down_proj: torch.Tensor | QuantizedWeight | None = None,
+    shared_gate_up_bias: torch.Tensor | None = None,
+    shared_down_bias: torch.Tensor | None = None,
+    shared_gate_up_lora: tuple[torch.Tensor, torch.Tensor] | None = None,
+    shared_down_lora: tuple[torch.Tensor, torch.Tensor] | None = None,
     shared_weights: torch.Tensor | None = None,
     transposed: bool | None = None,
     interleaved: bool = False,
@@ -83,6 +88,9 @@ def experts(
         gate_up_bias, down_bias: (E, 2 I) and (E, H).
         gate_up_lora, down_lora, lora_scale: low-rank adapters, a (E, r, H) and b (E, 2 I, r), a (E, r, I) and
             b (E, H, r), in either layout: lora_scale * b @ a is added to each expert's matrix.
+        adapter_ids: (T,) int32 or int64, which of several adapters a token takes, -1 for none: the matrices
+            of adapters are then stacks, (A, E, r, H), (A, E, 2 I, r) and so on. Ids outside of 0 .. A - 1
+            mean none too. Neither they nor A are compiled in.
         zero_experts, copy_experts, constant_experts, constant_gates: experts that multiply nothing (MoE++),
             whose ids follow those of the matrices, in this order: so many give zeros; so many give x; the
             others a vector v of (C, H), or, with gates (C, 2, H), a x + (1 - a) v, a the first of
@@ -91,12 +99,15 @@ def experts(
             experts, (2 S, H) and (H, S), laid out as those of the experts are; several shared experts are one
             of their sizes together (DeepSeek-V3). What it gives is multiplied by the weights, (T,) or (T, 1),
             if there are any (Qwen2-MoE's gate).
+        shared_gate_up_bias, shared_down_bias, shared_gate_up_lora, shared_down_lora: those of that network,
+            (2 S,) and (H,), a (r, H) and b (2 S, r) and so on, or, beside adapter_ids, stacks (A, r, H);
+            lora_scale is that of all.
         transposed: which layout, where shapes fit both (I == H without a gate); default: the first.
         interleaved: gate and up take turns (gpt-oss) instead of following each other.
         trainable: (E,) bool, which experts learn (Lifelong-MoE): gradients of the others' matrices, biases
             and adapters are zeros, for which no products are computed.
         recompute: compute the first product anew for gradients, instead of keeping it: 2 I numbers a row.
-        validate: also check ids, which waits for a GPU: -1 to E.
+        validate: also check ids, which waits for a GPU: -1 to E, and -1 to A - 1 of adapters.
         backend: "auto" (CPU: "tvm", GPU: "triton"), either by name, or "reference" (float64, slow).
 
     Returns:
@@ -119,18 +130,25 @@ def experts(
         if not isinstance(matrix, (torch.Tensor, QuantizedWeight)):
             raise InputError(f"experts.{name}", "a torch.Tensor or a QuantizedWeight", type(matrix).__name__)
     lora = pair_of("gate_up_lora", gate_up_lora) + pair_of("down_lora", down_lora)
+    shared_lora = pair_of("shared_gate_up_lora", shared_gate_up_lora)
+    shared_lora += pair_of("shared_down_lora", shared_down_lora)
     if torch._C._is_any_autocast_enabled() and isinstance(x, torch.Tensor):
         x, gate_up_proj, down_proj, gate_up_bias, down_bias, *rest = autocast(
             x, gate_up_proj, down_proj, gate_up_bias, down_bias, constant_experts, constant_gates,
-            shared_gate_up_proj, shared_down_proj, *lora,
+            shared_gate_up_proj, shared_down_proj, shared_gate_up_bias, shared_down_bias, *shared_lora, *lora,
         )  # fmt: skip
-        constant_experts, constant_gates, shared_gate_up_proj, shared_down_proj, *lora = rest
+        constant_experts, constant_gates, shared_gate_up_proj, shared_down_proj, *rest = rest
+        shared_gate_up_bias, shared_down_bias, *rest = rest
+        shared_lora, lora = rest[:4], rest[4:]
     light, first = Light(zero_experts, copy_experts, constant_experts, constant_gates), gate_up_proj.shape[0]
+    by_light: tuple[Any, Any] = (None, None)
+    checked: Any = bool(validate)
     if light.count:
         light.check(x)
-        topk_ids, topk_weights = by_token(topk_ids, topk_weights, x, first + light.count, validate=validate)
-        validate = False
-    settings = (activation, transposed, interleaved, recompute, validate, backend)
+        given = (topk_ids, topk_weights, x, first, light.count)
+        (topk_ids, topk_weights), by_light = beside_light(*given, validate=checked)
+        checked = checked and "adapters"
+    settings = (activation, transposed, interleaved, recompute, checked, backend)
     tensors = {"x": x, "gate_up": gate_up_proj, "down": down_proj}
     if gate_up_bias is not None:
         tensors["gate_up_bias"] = gate_up_bias
@@ -139,16 +157,19 @@ def experts(
     if trainable is not None:
         tensors["trains"] = trainable
     tensors |= {name: matrix for name, matrix in zip(LORA, lora, strict=True) if matrix is not None}
+    if adapter_ids is not None and (tensors.keys() & {*LORA} or not any(t is not None for t in shared_lora)):
+        tensors["adapter_ids"] = adapter_ids
     found = run(tensors, topk_ids, topk_weights, lora_scale, *settings)
     if light.count:
-        assert isinstance(topk_ids, torch.Tensor) and topk_weights is not None
         add: Any = with_light
         if backend == "reference":
             from .reference import reference_light as add
-        found = add(found, x, topk_ids, topk_weights, first, light)
+        found = add(found, x, *by_light, first, light)
     gated = math.prod(gate_up_proj.shape) == 2 * math.prod(down_proj.shape)
-    given = shared_by_token(x, shared_gate_up_proj, shared_down_proj, shared_weights, gated=gated)
-    return found if given is None else found + run(*given, 1.0, *settings)
+    more = {"gate_up_bias": shared_gate_up_bias, "down_bias": shared_down_bias, "adapter_ids": adapter_ids}
+    more |= dict(zip(LORA, shared_lora, strict=True))
+    shared = shared_by_token(x, shared_gate_up_proj, shared_down_proj, shared_weights, more, gated=gated)
+    return found if shared is None else found + run(*shared, lora_scale, *settings)
 
 
 def run(
@@ -160,25 +181,27 @@ def run(
     transposed: Any,
     interleaved: Any,
     recompute: bool,
-    validate: bool,
+    validate: bool | str,
     backend: str,
 ) -> torch.Tensor:
-    """`experts`, its arguments by the kernels' names."""
+    """`experts`, its arguments by the kernels' names. validate: "adapters" checks the ids of these alone."""
     if torch.compiler.is_compiling() or is_traced(tensors.values()):
         settings = (activation, transposed, interleaved, recompute, validate, backend)
         return traced(tensors, ids, weights, lora_scale, *settings)
     x, layer = tensors["x"], layer_by_name(tensors, transposed, interleaved, lora_scale)
     _check_backend(backend, x)
     if isinstance(ids, Routing):
-        ids.check(x.shape[0], layer.experts, x.device, validate=validate)
+        ids.check(x.shape[0], layer.experts, x.device, validate=validate is True)
         given = ids.operands()
     else:
         names = ("experts.topk_ids", "experts.topk_weights")
-        check_routing(names, ids, weights, x.shape[0], layer.experts, validate=validate)
+        check_routing(names, ids, weights, x.shape[0], layer.experts, validate=validate is True)
         for name, tensor in zip(names, (ids, weights), strict=True):
             if tensor.device != x.device:
                 raise InputError(name, f"a tensor on {x.device}, as x is", tensor.device)
         given = {"ids": ids, "weights": weights}
+    if validate:
+        check_adapter_ids(layer)
     term = activation_term(activation, gated=layer.gated)
     if backend == "reference":
         from .reference import reference_experts
@@ -196,7 +219,7 @@ def traced(
     transposed: Any,
     interleaved: Any,
     recompute: bool,
-    validate: bool,
+    validate: bool | str,
     backend: str,
 ) -> torch.Tensor:
     """`run` where torch watches: one operator. Dynamo reads every line of this."""
@@ -216,7 +239,7 @@ def traced(
         ("transposed", transposed),
         ("interleaved", bool(interleaved)),
         ("recompute", bool(recompute)),
-        ("validate", bool(validate)),
+        ("validate", validate),
         ("quantized", tuple(keys)),
     )
     form = MoeForm("experts", tuple(named), (), ("lora_scale",), facts, learns(list(named.values())))
@@ -249,6 +272,7 @@ def forward(x: Any, given: dict[str, Any], layer: Layer, term: Any, *, keeps: bo
     top_k = given["weights"].shape[1] if "starts" not in given else 0
     flat = {name: tensor.detach().reshape(-1).contiguous() for name, tensor in given.items()}
     values = {"x": x.detach(), **flat, **{name: tensor.detach() for name, tensor in layer.tensors.items()}}
+    values |= layer.choices
     outputs = (("o", tuple(x.shape), x.dtype),)
     if keeps:
         rows = flat.get("tokens", flat["weights"]).shape[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .activation import activation_term
 from .layer import Layer
-from .layers import check_routing, layer_by_name
+from .layers import check_adapter_ids, check_routing, layer_by_name
 from .operator import Arguments, Made
 from .quantized import QuantizedWeight
 
@@ -46,7 +46,9 @@ class Experts:
         given, layer, facts = call.tensors, layer_from(call), call.facts
         x, term = _rows(given["x"]), term_of(call, layer)
         routing = {name: given[name] for name in ROUTING if name in given}
-        if facts["validate"] and "ids" in given:
+        if facts["validate"]:
+            check_adapter_ids(layer)
+        if facts["validate"] is True and "ids" in given:
             check_routing(NAMES, given["ids"], given["weights"], x.shape[0], layer.experts, validate=True)
         if not given["weights"].numel() or not x.shape[0]:
             return [x.new_zeros(one.shape, dtype=one.dtype) for one in self.made(call)]

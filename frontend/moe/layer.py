@@ -31,7 +31,8 @@ class Layer:
 
     transposed: [E, H, 2 I] and [E, I, H] in place of [E, 2 I, H] and [E, H, I]; gated: the first product has
     two halves, interleaved or one after the other. units: which dimension of each has stride 1, None: none.
-    lora: the matrices of low-rank adapters by name, of `ranks`, 0: none. trains: which experts learn (E,)."""
+    lora: the matrices of low-rank adapters by name, of `ranks`, 0: none. adapter_ids: where these are stacks
+    of adapters, which of them a token takes (T,). trains: which experts learn (E,)."""
 
     gate_up: Any
     down: Any
@@ -47,6 +48,7 @@ class Layer:
     lora: dict[str, Any] = field(default_factory=dict)
     ranks: tuple[int, int] = (0, 0)
     lora_scale: float = 1.0
+    adapter_ids: Any = None
     trains: Any = None
 
     @property
@@ -70,6 +72,11 @@ class Layer:
             | {name: tensor for name, tensor in biases.items() if tensor is not None}
             | self.lora
         )
+
+    @cached_property
+    def choices(self) -> dict[str, Any]:
+        """What tokens choose beside experts, by the names that kernels give it."""
+        return {} if self.adapter_ids is None else {"adapter_ids": self.adapter_ids}
 
     @property
     def quantized(self) -> tuple[Any, Any]:
@@ -163,7 +170,16 @@ def is_layer_aligned(x: Any, layer: Layer) -> bool:
         return False
     ordered = [matrix if unit == 2 else matrix.transpose(1, 2) for matrix, unit in dense]
     codes = [plane for matrix, _ in pairs if is_coded(matrix) for plane in matrix.codes]
-    return is_aligned(x) and all(map(is_aligned, ordered)) and all(c.data_ptr() % ALIGN == 0 for c in codes)
+    aligned = all(map(is_aligned, ordered)) and all(map(_as_rows_are, layer.lora.values()))
+    return is_aligned(x) and aligned and all(c.data_ptr() % ALIGN == 0 for c in codes)
+
+
+def _as_rows_are(adapter: Any) -> bool:
+    """Whether matrices start on a multiple of 16 bytes, and their rows on what the size of one divides."""
+    size = adapter.shape[-1] * adapter.element_size()
+    unit = min(ALIGN, size & -size)
+    steps = (adapter.stride(d) * adapter.element_size() for d in range(adapter.ndim - 1))
+    return adapter.data_ptr() % ALIGN == 0 and all(step % unit == 0 for step in steps)
 
 
 def decoded_once(layer: Layer, rows: float, dtype: str, target: str) -> tuple[bool, bool]:

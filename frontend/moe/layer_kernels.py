@@ -62,6 +62,7 @@ def layer_executable(
         "keeps": keeps,
         "ranks": layer.ranks,
         "lora_scale": layer.lora_scale,
+        "adapters": dtype_of(layer.adapter_ids) if layer.choices else None,
         "masked": layer.trains is not None,
         "quantized": layer.quantized,
         "once": decoded_once(layer, mean, dtype, target) if load == "many" else (False, False),

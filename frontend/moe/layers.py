@@ -18,27 +18,62 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LORA = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 
 
-def adapted(layer: Layer, x: Any, lora: dict[str, Any], scale: float) -> Layer:
+def adapted(layer: Layer, x: Any, lora: dict[str, Any], scale: float, adapter_ids: Any) -> Layer:
     """A layer with low-rank adapters: gate_up_a (E, r, H), gate_up_b (E, 2 I, r), down_a (E, r, I) and
-    down_b (E, H, r), two of them or all. Raises InputError."""
+    down_b (E, H, r), two of them or all; or, with ids of tokens (T,), stacks (A, E, ..) of these.
+
+    Raises InputError."""
     ranks = []
     sizes = {"gate_up": (layer.hidden, layer.inner * (1 + layer.gated)), "down": (layer.inner, layer.hidden)}
+    stacked = adapter_ids is not None
+    many: Any = next((t.shape[:1] for t in lora.values() if stacked and isinstance(t, torch.Tensor)), ())
+    meaning = "(experts, rank, in) and (experts, out, rank)"
     for name, (inner, out) in sizes.items():
         a, b = lora.get(f"{name}_a"), lora.get(f"{name}_b")
-        rank = a.shape[1] if isinstance(a, torch.Tensor) and a.dim() == 3 else 0
+        rank = a.shape[-2] if isinstance(a, torch.Tensor) and a.dim() == 3 + stacked else 0
         ranks.append(rank)
         if a is None and b is None:
             continue
         for letter, given, shape in (("a", a, (rank, inner)), ("b", b, (out, rank))):
             where = f"experts.{name}_lora[{'ab'.index(letter)}]"
             matrix: Any = given
-            check_tensor(where, matrix, 3, "(experts, rank, in) and (experts, out, rank)")
+            if not stacked and isinstance(matrix, torch.Tensor) and matrix.dim() == 4:
+                fix = "Pass adapter_ids=, the adapter of each token"
+                raise InputError(where, f"3 dimensions {meaning}", f"4: {tuple(matrix.shape)}", fix)
+            check_tensor(where, matrix, 3 + stacked, f"(adapters, ..) of {meaning}" if stacked else meaning)
             check_like(where, matrix, x)
-            wanted = (layer.experts, *shape)
+            wanted = (*many, layer.experts, *shape)
             if tuple(matrix.shape) != wanted or not rank:
                 raise InputError(where, f"shape {wanted}, of rank 1 or more", tuple(matrix.shape))
-    dense = {name: t if t.stride(2) == 1 else t.contiguous() for name, t in lora.items()}
-    return replace(layer, lora=dense, ranks=(ranks[0], ranks[1]), lora_scale=float(scale))
+    if stacked and not many[0]:
+        raise InputError("experts.adapter_ids", "a stack of at least one adapter", 0)
+    dense = {name: t if t.stride(-1) == 1 else t.contiguous() for name, t in lora.items()}
+    found = replace(layer, lora=dense, ranks=(ranks[0], ranks[1]), lora_scale=float(scale))
+    return replace(found, adapter_ids=_by_token(adapter_ids, x)) if stacked else found
+
+
+def _by_token(ids: Any, x: Any) -> Any:
+    """An id for each token, in a row. Raises InputError."""
+    where = "experts.adapter_ids"
+    check_tensor(where, ids, 1, "(tokens,)")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise InputError(where, "int32 or int64", ids.dtype)
+    if ids.shape[0] != x.shape[0]:
+        raise InputError(where, f"{x.shape[0]} tokens, as x has", ids.shape[0])
+    if ids.device != x.device:
+        raise InputError(where, f"a tensor on {x.device}, as x is", ids.device)
+    return ids.contiguous()
+
+
+def check_adapter_ids(layer: Layer) -> None:
+    """Raise InputError for ids of adapters that there are not; waits for the device."""
+    if layer.adapter_ids is None or not layer.adapter_ids.numel():
+        return
+    many = next(iter(layer.lora.values())).shape[0]
+    low, high = (int(v) for v in layer.adapter_ids.aminmax())
+    if low < -1 or high >= many:
+        got = low if low < -1 else high
+        raise InputError("experts.adapter_ids", f"ids from 0 to {many - 1}, or -1 for none", got)
 
 
 def layer_of(
@@ -80,7 +115,10 @@ def layer_by_name(tensors: dict[str, Any], transposed: Any, interleaved: Any, lo
         if trains.device != tensors["x"].device:
             raise InputError("experts.trainable", "a tensor where x is", trains.device)
         layer = replace(layer, trains=trains)
-    return adapted(layer, tensors["x"], lora, lora_scale) if lora else layer
+    ids = tensors.get("adapter_ids")
+    if ids is not None and not lora:
+        raise InputError("experts.adapter_ids", "gate_up_lora or down_lora beside them", None)
+    return adapted(layer, tensors["x"], lora, lora_scale, ids) if lora else layer
 
 
 def _rows(bias: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...ir.errors import InputError
 from ..device import target_of
 from ..plan import launched
-from ..problem import _fill_names
+from ..problem import ALIGN, _fill_names, is_aligned
 from .form import MoeForm
 from .layers import check_like, check_tensor
 from .operator import Arguments, Made, call, learns
@@ -76,14 +76,15 @@ class LightStep:
     def evaluate(self, call: Arguments) -> list[Tensor]:
         if not call.tensors["ids"].numel():
             return [call.tensors["base"].clone()]
-        spec = _facts(call)
+        values = _plain(call.tensors)
+        spec = _facts(call, values)
 
         def make() -> Any:
             from ...passes.moe.light import compile_light
 
             return compile_light(_spec(spec))
 
-        return list(launched(("light", spec), _plain(call.tensors), {}, self.made(call), make))
+        return list(launched(("light", spec), values, {}, self.made(call), make))
 
     def differentiate(
         self, call: Arguments, results: dict[str, Tensor], slopes: dict[str, Tensor], wanted: tuple[str, ...]
@@ -93,7 +94,8 @@ class LightStep:
         if not given["ids"].numel():
             return {n: do if n == "base" else torch.zeros_like(given[n]) for n in wanted}
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        found, spec = {"base": do.clone()}, _facts(call)
+        values = _plain({"do": do, **{n: t for n, t in given.items() if n != "base"}})
+        found, spec = {"base": do.clone()}, _facts(call, values)
         made = [Made("dx", tuple(x.shape), x.dtype), Made("dweights", tuple(weights.shape), wide)]
         for name, part in (("mixed", "vectors"), ("slopes", "gates")):
             if part in given:
@@ -104,7 +106,6 @@ class LightStep:
 
             return compile_light_gradient(_spec(spec))
 
-        values = _plain({"do": do, **{n: t for n, t in given.items() if n != "base"}})
         names = [one.name for one in made]
         kernel = dict(zip(names, launched(("light_gradient", spec), values, {}, made, make), strict=True))
         found |= {"x": kernel["dx"], "weights": kernel["dweights"].to(weights.dtype)}
@@ -116,14 +117,17 @@ class LightStep:
         return found
 
 
-def _facts(call: Arguments) -> tuple[Any, ...]:
-    """The fields of a LightSpec."""
+def _facts(call: Arguments, values: dict[str, Tensor]) -> tuple[Any, ...]:
+    """The fields of a LightSpec. values: what its kernel is called with."""
     given, facts, names = call.tensors, call.facts, _fill_names()
     constants = given["vectors"].shape[0] if "vectors" in given else 0
     sizes = (facts["first"], facts["zeros"], facts["copies"], constants, "gates" in given)
     ids = "i64" if given["ids"].dtype == torch.int64 else "i32"
     dtypes = (names[given["x"].dtype], ids, names[given["weights"].dtype])
-    return (*sizes, given["ids"].shape[1], given["x"].shape[1], *dtypes, target_of(given["x"].device))
+    x = given["x"]
+    rows = [values[name] for name in ("base", "x", "do") if name in values]
+    aligned = x.shape[1] * x.element_size() % ALIGN == 0 and all(map(is_aligned, rows))
+    return (*sizes, given["ids"].shape[1], x.shape[1], *dtypes, target_of(x.device), aligned)
 
 
 def _spec(facts: tuple[Any, ...]) -> LightSpec:

@@ -9,7 +9,8 @@ import torch
 
 from ...ir.errors import InputError
 from ...ir.quantized import E2M1
-from .quantized import QuantizedWeight, checked_format
+from .pack import checked_format, symmetric_only
+from .quantized import QuantizedWeight
 
 GROUPS: dict[str, int | str] = {"int8": "row", "int4": 128, "int2": 64, "fp8": "row", "mxfp4": 32}
 SHARED = ("row", "expert", "tensor")
@@ -24,6 +25,7 @@ def quantize(
     *,
     group_size: int | str | None = None,
     nested: Sequence[int] | None = None,
+    symmetric: bool = True,
     transposed: bool = False,
 ) -> QuantizedWeight:
     """Matrices of experts as codes of a few bits.
@@ -36,11 +38,16 @@ def quantize(
             "expert" or "tensor". Default: int4 128, int2 64, mxfp4 32 (always), int8 and fp8 "row".
         nested: for "int8": (4, 8) or (2, 4, 8): codes are stored such that their upper bits can be read
             alone, see `QuantizedWeight.read`. For "int4": (2, 4).
+        symmetric: False: integers have zero points too, whole numbers of a byte each, one for each scale:
+            (code - zero) * scale, codes from 0 up, reaches from a group's least number to its largest. Not
+            for nested codes.
 
     Codes are rounded to nearest; integers of 2 and 4 bits that are not nested take, of some scales, the one
     of least squared error. Raises InputError, also where a number is not finite: codes hold none."""
     where = "quantize"
     element, planes = checked_format(where, format, nested)
+    if not symmetric:
+        symmetric_only(where, format, element, nested)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 3 or not weight.is_floating_point():
         got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, torch.Tensor) else type(weight)
         raise InputError(f"{where}.weight", "floats (experts, out, in)", got)
@@ -61,14 +68,49 @@ def quantize(
         raise InputError(
             f"{where}.weight", "finite numbers within float32's range", f"others in expert {wrong}"
         )
-    largest = None
-    if group == "tensor":
-        largest = weight.abs().amax().float()
-    made = [_one(w.float(), element, planes, size, group, largest) for w in weight]
-    codes, scales = (torch.stack(parts) for parts in zip(*made, strict=True))
-    scales = scales[:1] if group == "tensor" else scales
-    given = size if isinstance(group, int) else None
-    return QuantizedWeight.from_codes(format, codes, scales, group_size=given, nested=nested)
+    whole = group == "tensor"
+    if symmetric:
+        largest = weight.abs().amax().float() if whole else None
+        made = [_one(w.float(), element, planes, size, group, largest) for w in weight]
+    else:
+        ends = tuple(end.float().reshape(1, 1, 1) for end in weight.aminmax()) if whole else None
+        made = [_with_zeros(w.float(), planes[0], size, group, ends) for w in weight]
+    codes, *groups = (torch.stack(parts) for parts in zip(*made, strict=True))
+    scales, *zeros = (one[:1] for one in groups) if whole else groups
+    return QuantizedWeight.from_codes(
+        format, codes, scales, group_size=size if isinstance(group, int) else None, nested=nested,
+        zeros=zeros[0] if zeros else None,
+    )  # fmt: skip
+
+
+def _with_zeros(
+    w: torch.Tensor, bits: int, size: int, group: int | str, ends: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes (N, K), and scales and zero points (N or 1, groups), of one matrix; ranges hold 0. ends: the
+    least and the largest number of all matrices, where they share a range."""
+    columns, top = w.shape[1], (1 << bits) - 1
+    padded = torch.nn.functional.pad(w, (0, -columns % size)).unflatten(-1, (-1, size))
+    over = (2,) if isinstance(group, int) or group == "row" else (0, 2)
+    low, high = (padded.amin(over, True), padded.amax(over, True)) if ends is None else ends
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    best: Any = None
+    for clip in CLIPS.get(bits, [1.0]) if ends is None else [1.0]:
+        scales = (high - low) * (clip / top)
+        steps = torch.where(scales > 0, scales, 1.0)
+        zeros = torch.round(-low * clip / steps).clamp(0, top)
+        codes = (torch.round(padded / steps) + zeros).clamp(0, top)
+        error = ((codes - zeros) * scales - padded).square().sum(over, keepdim=True)
+        best = _better(best, [error, codes, scales, zeros])
+    _, codes, scales, zeros = best
+    return codes.flatten(1)[:, :columns].to(torch.uint8), scales[..., 0], zeros[..., 0].to(torch.uint8)
+
+
+def _better(best: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of two tries, by group, that of the smaller error, which comes first."""
+    if best is None:
+        return found
+    better = found[0] < best[0]
+    return [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
 
 
 def _one(
@@ -89,30 +131,26 @@ def _one(
         scales = torch.where(largest > 0, largest / 448, 1.0)
         codes = (padded / scales).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     else:
-        codes, scales = _integers(padded, largest, planes)
+        codes, scales = _integers(padded, largest, planes, shared=group == "tensor")
     codes = codes.flatten(1)[:, :columns]
     return codes, scales.squeeze(-1)
 
 
 def _integers(
-    padded: torch.Tensor, largest: torch.Tensor, planes: tuple[int, ...]
+    padded: torch.Tensor, largest: torch.Tensor, planes: tuple[int, ...], *, shared: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and the scales of groups that leave the least squared error."""
+    """Codes and the scales of groups that leave the least squared error; one try for what is `shared`."""
     bits = planes[-1]
     half, middle = 1 << (bits - 1), 0.5 if planes == (2,) else 0.0
     top = half - 1 + middle
-    clips = [1.0] if len(planes) > 1 else CLIPS.get(bits, [1.0])
+    clips = [1.0] if len(planes) > 1 or shared else CLIPS.get(bits, [1.0])
     best: Any = None
     for clip in clips:
         scales = largest * (clip / top)  # 0 where all is 0: codes of 2 bits have no zero
         codes = torch.round(padded / torch.where(scales > 0, scales, 1.0) - middle).clamp(-half, half - 1)
         over = tuple(d for d in range(3) if scales.shape[d] == 1)
         error = ((codes + middle) * scales - padded).square().sum(over, keepdim=True)
-        if best is None:
-            best = [error, codes, scales]
-            continue
-        better = error < best[0]
-        best = [torch.where(better, new, old) for new, old in zip((error, codes, scales), best, strict=True)]
+        best = _better(best, [error, codes, scales])
     return best[1].to(torch.int8), best[2]
 
 
@@ -132,6 +170,7 @@ def quantize_experts(
     *,
     group_size: int | str | None = None,
     nested: Sequence[int] | None = None,
+    symmetric: bool = True,
     transposed: bool = False,
 ) -> Any:
     """The matrices of all experts of a model, or of a checkpoint, as `QuantizedWeight`.
@@ -144,7 +183,7 @@ def quantize_experts(
     transposed: of a mapping, whether matrices are (E, in, out); modules say so themselves.
 
     Other arguments: as of `quantize`. Raises InputError, also where there are no experts."""
-    options: dict[str, Any] = {"group_size": group_size, "nested": nested}
+    options: dict[str, Any] = {"group_size": group_size, "nested": nested, "symmetric": symmetric}
     if isinstance(model, torch.nn.Module):
         found = [m for m in model.modules() if _matrices(m)]
         for module in found:

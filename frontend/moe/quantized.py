@@ -7,38 +7,37 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...ir.errors import InputError, MissingDependencyError, UnsupportedError
-from ...ir.quantized import E2M1, NESTED, PER_EXPERT, Quantized
+from ...ir.quantized import E2M1, PER_EXPERT, Quantized
 from ..pure import is_compiled
+from .pack import FORMATS, SCALES, ZEROS, checked, checked_scales, checked_zeros, packed, shaped_groups
 
 try:
     import torch
 except ImportError:
     raise MissingDependencyError("torch", "torch", "gossamer.QuantizedWeight") from None
 
-FORMATS = {"int8": ("int", (8,)), "int4": ("int", (4,)), "int2": ("int", (2,)), "fp8": ("e4m3", (8,))}
-FORMATS["mxfp4"] = ("e2m1", (4,))
-SCALES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.uint8: "e8m0"}
-
 
 class QuantizedWeight(torch.nn.Module):
-    """Matrices (E, N, K) as codes of 2, 4 or 8 bits along K, which groups of columns share scales of.
+    """Matrices (E, N, K) as codes of 2, 4 or 8 bits along K, which groups of columns share scales of, and
+    zero points where there are any.
 
     `gossamer.experts` and `gossamer.moe` take them where they take matrices (experts, out, in), and decode
     them inside the products, or, where many rows are multiplied, right before them (docs/moe.md says when).
     They are frozen: gradients flow through them, none to them. As a module they move, are saved and loaded
     with the module that holds them; `.to(dtype)` leaves them as they are. Made by `gossamer.quantize`,
-    `from_codes` and `from_mxfp4`.
+    `from_codes`, `from_mxfp4`, `from_gptq` and `from_awq`.
 
     Attributes: shape (E, N, K); format; group_size, columns that share a scale; bits, the width that is
-    read, None where it differs by expert; scales, (E or 1, N or 1, groups); codes, tensors of bytes, in the
-    layout of `ir/quantized.py`; nbytes, of all that is stored."""
+    read, None where it differs by expert; scales, (E or 1, N or 1, groups); zeros, likewise, or None; codes,
+    tensors of bytes, in the layout of `ir/quantized.py`; nbytes, of all that is stored."""
 
     scales: torch.Tensor
+    zeros: torch.Tensor | None
     widths: torch.Tensor | None
 
     def __init__(
         self, q: Quantized, shape: Sequence[int], codes: Sequence[torch.Tensor], scales: torch.Tensor,
-        widths: torch.Tensor | None = None,
+        widths: torch.Tensor | None = None, zeros: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self._q, self._shape = q, (int(shape[0]), int(shape[1]), int(shape[2]))
@@ -47,6 +46,7 @@ class QuantizedWeight(torch.nn.Module):
             self.register_buffer(f"codes{number}", plane)
         self.register_buffer("scales", scales)
         self.register_buffer("widths", widths)
+        self.register_buffer("zeros", zeros)
 
     # what it is -------------------------------------------------------------------------------------
 
@@ -82,7 +82,8 @@ class QuantizedWeight(torch.nn.Module):
         return sum(t.nbytes for t in self._buffers.values() if t is not None)
 
     def extra_repr(self) -> str:
-        return f"{self.format}, {self.shape}, group_size={self.group_size}, bits={self.bits}"
+        zeros = "" if self.zeros is None else f", zeros={str(self.zeros.dtype).removeprefix('torch.')}"
+        return f"{self.format}, {self.shape}, group_size={self.group_size}, bits={self.bits}{zeros}"
 
     # what others do with it -------------------------------------------------------------------------
 
@@ -108,7 +109,8 @@ class QuantizedWeight(torch.nn.Module):
         if isinstance(bits, bool) or bits not in planes:
             fix = _NEST if len(planes) == 1 else ""
             raise InputError(where, f"one of the widths {', '.join(map(str, planes))}", bits, fix)
-        return QuantizedWeight(dataclasses.replace(q, bits=int(bits)), self.shape, self.codes, self.scales)
+        narrow = dataclasses.replace(q, bits=int(bits))
+        return QuantizedWeight(narrow, self.shape, self.codes, self.scales, zeros=self.zeros)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrices (E, N, K) in a float dtype; for looking at, products do without."""
@@ -126,14 +128,18 @@ class QuantizedWeight(torch.nn.Module):
         else:
             value = torch.tensor(E2M1, dtype=wide, device=self.device)[code & 7]
             value = torch.where(code < 8, value, -value)
+        if self.zeros is not None:
+            value = value - (self._by_column(self.zeros.to(wide)) - q.bias)
         return (value * self._steps(wide)).to(dtype)
 
     def expert(self, number: int) -> QuantizedWeight:
         """One expert's matrix, (1, N, K), in the same memory."""
         one = slice(number, number + 1)
-        scales = self.scales[one] if self.scales.shape[0] > 1 else self.scales
+        scales = self.scales if self.scales.shape[0] == 1 else self.scales[one]
+        zeros = self.zeros if self.zeros is None or self.zeros.shape[0] == 1 else self.zeros[one]
         widths = None if self.widths is None else self.widths[one]
-        return QuantizedWeight(self._q, (1, *self.shape[1:]), [c[one] for c in self.codes], scales, widths)
+        codes, shape = [c[one] for c in self.codes], (1, *self.shape[1:])
+        return QuantizedWeight(self._q, shape, codes, scales, widths, zeros)
 
     def _steps(self, wide: torch.dtype) -> torch.Tensor:
         """Scales of columns, as numbers."""
@@ -141,7 +147,10 @@ class QuantizedWeight(torch.nn.Module):
         if self._q.scale == "e8m0":
             powers = torch.exp2(steps.to(torch.float64) - 127)
             steps = torch.where(steps == 255, torch.nan, powers)
-        return steps.to(wide).repeat_interleave(self._q.group, -1)[..., : self.shape[2]]
+        return self._by_column(steps.to(wide))
+
+    def _by_column(self, groups: torch.Tensor) -> torch.Tensor:
+        return groups.repeat_interleave(self._q.group, -1)[..., : self.shape[2]]
 
     def _unpacked(self) -> torch.Tensor:
         """Codes (E, N, K) as integers; bits that are not read are zero."""
@@ -157,16 +166,17 @@ class QuantizedWeight(torch.nn.Module):
         count = len(self._q.read)
         found = {f"{name}_codes{n or ''}": plane for n, plane in enumerate(self.codes[:count])}
         found[f"{name}_scales"] = self.scales.expand(*self.shape[:2], -1)
+        if self.zeros is not None:
+            found[f"{name}_zeros"] = self.zeros.expand(*self.shape[:2], -1)
         if self.widths is not None:
             found[f"{name}_bits"] = self.widths
         return found
 
     def parts(self, name: str) -> dict[str, torch.Tensor]:
         """All that is stored, by name; `joined` puts it together again."""
-        found = {f"{name}_plane{n}": plane for n, plane in enumerate(self.codes)} | {
-            f"{name}_scales": self.scales
-        }
-        return found if self.widths is None else found | {f"{name}_widths": self.widths}
+        found = {f"{name}_plane{n}": plane for n, plane in enumerate(self.codes)}
+        more = {"scales": self.scales, "zeros": self.zeros, "widths": self.widths}
+        return found | {f"{name}_{what}": tensor for what, tensor in more.items() if tensor is not None}
 
     @staticmethod
     def joined(key: tuple[Any, ...], name: str, parts: Any) -> QuantizedWeight:
@@ -174,7 +184,8 @@ class QuantizedWeight(torch.nn.Module):
         q = Quantized(*key)
         codes = [parts[f"{name}_plane{n}"] for n in range(len(q.planes))]
         shape = (*codes[0].shape[:2], q.columns)
-        return QuantizedWeight(q, shape, codes, parts[f"{name}_scales"], parts.get(f"{name}_widths"))
+        scales, widths, zeros = (parts.get(f"{name}_{what}") for what in ("scales", "widths", "zeros"))
+        return QuantizedWeight(q, shape, codes, scales, widths, zeros)
 
     def check(self, where: str, x: torch.Tensor) -> None:
         """Raise InputError or UnsupportedError unless kernels can take it beside x."""
@@ -214,7 +225,10 @@ class QuantizedWeight(torch.nn.Module):
     def _meaning(self) -> str:
         q = self._q
         planes = "-".join(map(str, q.planes))
-        return f"{q.element} codes of {planes} bits, {q.columns} columns, {q.scale} scales of {q.group}"
+        zeros = "" if q.zero is None else f", {q.zero} zero points"
+        return (
+            f"{q.element} codes of {planes} bits, {q.columns} columns, {q.scale} scales of {q.group}{zeros}"
+        )
 
     # what makes it ----------------------------------------------------------------------------------
 
@@ -227,6 +241,7 @@ class QuantizedWeight(torch.nn.Module):
         group_size: int | None = None,
         row_block: int = 1,
         nested: Sequence[int] | None = None,
+        zeros: torch.Tensor | float | None = None,
     ) -> QuantizedWeight:
         """Codes (E, N, K), one an element, that are packed here.
 
@@ -236,14 +251,17 @@ class QuantizedWeight(torch.nn.Module):
         `group_size` columns each, the last of which may be smaller; float32, float16, bfloat16, or uint8 for
         e8m0 exponents. row_block: rows that share scales too, then scales are (E, N / row_block, groups), as
         DeepSeek-V3's blocks of 128 x 128. nested: widths to be read later, for "int8": (4, 8), (2, 4, 8).
-        Raises InputError."""
-        q, codes = _checked(format, codes, nested)
-        scales = scales if isinstance(scales, torch.Tensor) else torch.tensor(float(scales))
-        scales, group = _shaped_scales(scales.to(codes.device), tuple(codes.shape), group_size, row_block)
+        zeros: zero points, shaped as scales may be: (code - zero) * scale is what a code then stands for,
+        which is an integer of 0 .. 15 for "int4", and so on (GPTQ, AWQ, HQQ). Integers, 0 to 255, are kept
+        as bytes, others in float32, float16 or bfloat16. Not for nested codes. Raises InputError."""
+        q, codes = checked(format, codes, nested, zeros is not None)
+        how = tuple(codes.shape), group_size, row_block
+        scales, group = shaped_groups("scales", checked_scales(scales).to(codes.device), *how)
         q = dataclasses.replace(q, columns=codes.shape[2], group=group, scale=SCALES[scales.dtype])
-        # A column of scales lies together in memory: kernels read those of many rows and one group at once.
-        scales = scales.transpose(1, 2).contiguous().transpose(1, 2)
-        return QuantizedWeight(q, codes.shape, _packed(q, codes), scales)
+        if zeros is not None:
+            zeros, _ = shaped_groups("zeros", checked_zeros(zeros).to(codes.device), *how)
+            q = dataclasses.replace(q, zero=ZEROS[zeros.dtype])
+        return QuantizedWeight(q, codes.shape, packed(q, codes), scales, zeros=zeros)
 
     @staticmethod
     def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
@@ -262,99 +280,39 @@ class QuantizedWeight(torch.nn.Module):
         codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(2)
         return QuantizedWeight.from_codes("mxfp4", codes, scales, group_size=32)
 
+    @staticmethod
+    def from_gptq(
+        qweight: torch.Tensor,
+        qzeros: torch.Tensor,
+        scales: torch.Tensor,
+        *,
+        g_idx: torch.Tensor | None = None,
+        bits: int = 4,
+        zero_offset: int = 1,
+    ) -> QuantizedWeight:
+        """What GPTQ's checkpoints hold, stacked by expert.
+
+        qweight (E, K / n, N) and qzeros (E, G, N / n): int32 of n = 32 / bits fields, neighbours along K and
+        along N, from the lowest; scales (E, G, N). g_idx (E, K) or (K,): the group of each feature, to be
+        in order. Matrices of gate and up may be joined along N before. zero_offset: what was taken off
+        zero points, 0 in "gptq_v2". Raises InputError, UnsupportedError."""
+        from .checkpoints import gptq
+
+        return gptq(qweight, qzeros, scales, g_idx, bits, zero_offset)
+
+    @staticmethod
+    def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
+        """What AWQ's checkpoints ("gemm") hold, stacked by expert: 4 bits.
+
+        qweight (E, K, N / 8) and qzeros (E, G, N / 8): int32 of the columns 0, 2, 4, 6, 1, 3, 5, 7 of eight,
+        from the lowest bits up; scales (E, G, N). Raises InputError."""
+        from .checkpoints import awq
+
+        return awq(qweight, qzeros, scales)
+
 
 _NEST = "Quantise with nested=(2, 4, 8)"
 _FROZEN = (
     "quantised weights are frozen: there is no gradient for codes or scales. "
     "Train LoRA or the router, or keep the weight in a float dtype"
 )
-
-
-def checked_format(where: str, format: Any, nested: Any) -> tuple[str, tuple[int, ...]]:
-    """The element and the planes of a format. Raises InputError."""
-    if format not in FORMATS:
-        raise InputError(f"{where}.format", f"one of {', '.join(FORMATS)}", repr(format))
-    element, planes = FORMATS[format]
-    if nested is None:
-        return element, planes
-    wanted = tuple(sorted(nested))
-    if wanted not in NESTED or (element, wanted[-1]) != ("int", planes[-1]):
-        options = ", ".join(map(str, (n for n in NESTED if element == "int" and n[-1] == planes[-1])))
-        raise InputError(f"{where}.nested", f"{options or 'None'} for {format}", nested)
-    return element, wanted
-
-
-def _checked(format: str, codes: Any, nested: Any) -> tuple[Quantized, torch.Tensor]:
-    """Codes as integers of 8 bits, what was to be added added."""
-    where = "QuantizedWeight.from_codes"
-    element, planes = checked_format(where, format, nested)
-    if not isinstance(codes, torch.Tensor) or codes.dim() != 3 or not codes.shape[2]:
-        got = tuple(codes.shape) if isinstance(codes, torch.Tensor) else type(codes).__name__
-        raise InputError(f"{where}: codes", "a tensor (experts, out, in)", got)
-    q = Quantized(element, planes, codes.shape[2], codes.shape[2], bits=planes[-1])
-    if codes.dtype == torch.float8_e4m3fn:
-        codes = codes.view(torch.uint8)
-        given = "float8_e4m3fn"
-    else:
-        given = str(codes.dtype)
-    if (given == "float8_e4m3fn") > (element == "e4m3") or codes.is_floating_point():
-        raise InputError(f"{where}: codes", f"integers for {format}", given)
-    if element == "e4m3" and codes.dtype != torch.uint8:
-        raise InputError(f"{where}: codes", "float8_e4m3fn or uint8", given)
-    if element == "e4m3" or not codes.numel():
-        return q, codes.to(torch.uint8)
-    half = 1 << (planes[-1] - 1)
-    low, high = (-half, half - 1) if element == "int" else (0, 15)
-    least, most = (int(v) for v in codes.aminmax())
-    if least < low or most > high:
-        raise InputError(f"{where}: codes", f"{low} to {high} for {format}", least if least < low else most)
-    return q, (codes.to(torch.int16) + q.bias).to(torch.uint8)
-
-
-def _shaped_scales(
-    scales: torch.Tensor, shape: tuple[int, ...], group_size: int | None, row_block: int
-) -> tuple[torch.Tensor, int]:
-    """Scales as (E or 1, N or 1, groups), and the columns that share one. Raises InputError."""
-    where, (experts, rows, columns) = "QuantizedWeight.from_codes", shape
-    if scales.dtype not in SCALES:
-        raise InputError(f"{where}: scales", "float32, float16, bfloat16 or uint8 (e8m0)", scales.dtype)
-    if group_size is not None and (isinstance(group_size, bool) or group_size < 1):
-        raise InputError(f"{where}: group_size", "at least 1", group_size)
-    group = columns if group_size is None else min(group_size, columns)
-    groups = -(-columns // group)
-    if groups == 1 and row_block == 1:
-        if scales.numel() == 1 or tuple(scales.shape) in ((experts,), (experts, 1), (experts, 1, 1)):
-            return scales.reshape(-1, 1, 1), group
-        if tuple(scales.shape) == (experts, rows):
-            scales = scales[..., None]
-    if row_block > 1:
-        if tuple(scales.shape) == (experts, -(-rows // row_block), groups):
-            scales = scales.repeat_interleave(row_block, 1)[:, :rows]
-        expected = (
-            f"shape ({experts}, {-(-rows // row_block)}, {groups}), for blocks of {row_block} x {group}"
-        )
-    else:
-        expected = f"shape ({experts}, {rows}, {groups}), a scale for {group} columns each"
-    if tuple(scales.shape) != (experts, rows, groups):
-        more = "" if group_size is not None else "Pass group_size= for scales of groups"
-        raise InputError(f"{where}: scales", expected, tuple(scales.shape), more)
-    return scales, group
-
-
-def _packed(q: Quantized, codes: torch.Tensor) -> list[torch.Tensor]:
-    """Codes (E, N, K), one a byte, as planes."""
-    if q.planes == (8,):
-        return [codes.contiguous()]
-    padded = torch.nn.functional.pad(codes, (0, q.stretch * q.slices - q.columns))
-    planes, before = [], 0
-    for each, width in zip(q.plane_bits, q.planes, strict=True):
-        field = padded >> q.planes[-1] - width & (1 << each) - 1
-        count = 8 // each
-        parts = field.unflatten(-1, (count, -1)).unbind(2)
-        plane = parts[0].clone()
-        for n in range(1, count):
-            plane |= parts[n] << n * each
-        planes.append(plane)
-        before = width
-    assert before == q.planes[-1]
-    return planes

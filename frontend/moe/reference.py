@@ -71,14 +71,14 @@ def reference_experts(x: Any, given: dict[str, Any], layer: Layer, term: Any) ->
     for e, (tokens, weights) in enumerate(_rows(given, layer.experts)):
         if not len(tokens):
             continue
-        h = wide[tokens] @ _matrix(first[e], layer, "gate_up", e)
+        h = _product(wide[tokens], first[e], layer, "gate_up", e, tokens)
         if layer.gate_up_bias is not None:
             h = h + layer.gate_up_bias[e].double()
         values = {"x0": h}
         if layer.gated:
             halves = (h[:, 0::2], h[:, 1::2]) if layer.interleaved else h.chunk(2, -1)
             values = {"x0": halves[0], "x1": halves[1]}
-        y = evaluate_term(term, values) @ _matrix(second[e], layer, "down", e)
+        y = _product(evaluate_term(term, values), second[e], layer, "down", e, tokens)
         if layer.down_bias is not None:
             y = y + layer.down_bias[e].double()
         out = out.index_add(0, tokens, y * weights.double()[:, None])
@@ -89,13 +89,18 @@ def _stack(matrices: Any) -> torch.Tensor:
     return matrices if isinstance(matrices, torch.Tensor) else matrices.dequantize(torch.float64)
 
 
-def _matrix(w: Any, layer: Layer, name: str, e: int) -> torch.Tensor:
-    """An expert's matrix [in, out], with what adapters add to it."""
-    w = w.double() if layer.transposed else w.double().T
+def _product(rows: Any, w: Any, layer: Layer, name: str, e: int, tokens: Any) -> Any:
+    """Rows of tokens by an expert's matrix, and by what adapters add to it."""
+    out = rows @ (w.double() if layer.transposed else w.double().T)
     if f"{name}_a" not in layer.lora:
-        return w
-    a, b = (layer.lora[f"{name}_{of}"][e].double() for of in "ab")
-    return w + layer.lora_scale * (b @ a).T
+        return out
+    a, b = (layer.lora[f"{name}_{of}"].double() for of in "ab")
+    if layer.adapter_ids is None:
+        return out + layer.lora_scale * rows @ a[e].T @ b[e].T
+    for number in range(a.shape[0]):
+        mine = torch.where(layer.adapter_ids[tokens] == number)[0]
+        out = out.index_add(0, mine, layer.lora_scale * rows[mine] @ a[number, e].T @ b[number, e].T)
+    return out
 
 
 def _rows(given: dict[str, Any], experts: int) -> list[tuple[Any, Any]]:

@@ -9,24 +9,30 @@ from torch.autograd import forward_ad
 
 from ...ir.errors import UnsupportedError
 from ..form import Call, take_apart
+from ..plan import Recalled
 from . import vmap as vmap  # registers how the operators are mapped
 from .attention import attention
+from .learned import remember
 from .rules import attend
 
 
 def call_operator(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, traced: bool, learns: bool
+    query: Tensor, key: Tensor, value: Tensor, call: Call, known: Recalled | None, learns: bool
 ) -> tuple[Tensor, ...]:
-    """(out, *extra) of a call that is traced (by the operator), or whose gradient may be asked for.
+    """(out, *extra) of a call whose gradient may be asked for, or that is traced (by the operator).
+
+    known: what is known of the former (`learned.look_up`); None for the latter.
 
     Raises UnsupportedError for a gradient that does not exist."""
-    if traced and "block_table" not in call.held and key.shape[0] == 1 and query.shape[0] != 1:
+    if known is None and "block_table" not in call.held and key.shape[0] == 1 and query.shape[0] != 1:
         key, value = (t.expand(query.shape[0], -1, -1, -1) for t in (key, value))
-    form, tensors, integers, floats = take_apart(call, query.device)
+    parts = form, tensors, integers, floats = take_apart(call, query.device)
     _refuse((query, key, value, *tensors), ("query", "key", "value", *form.names), learns)
-    if traced:
+    if known is None:
         return attention(form, query, key, value, tensors, integers, floats)
-    return attend(form, integers, floats, query, key, value, *tensors)
+    found = attend(form, integers, floats, query, key, value, *tensors)
+    remember(known, parts)
+    return found
 
 
 def _refuse(tensors: Any, names: Any, learns: bool) -> None:

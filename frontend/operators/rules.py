@@ -55,7 +55,7 @@ def _save(
     ctx.set_materialize_grads(False)
 
 
-def _gradients(
+def gradients_of(
     ctx: Any, needs: Sequence[bool], grads: Sequence[Tensor | None], compute: Callable[..., Sequence[Tensor]]
 ) -> list[Tensor | None]:
     """A gradient, or None, for query, key, value and each of the other tensors.
@@ -79,7 +79,7 @@ def _gradients(
     return [by_name.get(name) for name in names]
 
 
-def _with_lse(form: Form) -> Form:
+def with_lse(form: Form) -> Form:
     """The form whose results hold the LSE, second, as a gradient wants it."""
     if form.options.extra[:1] == ("lse",):
         return form
@@ -93,7 +93,7 @@ def _asked(form: Form, found: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def attend(form: Form, integers: Any, numbers: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     """(out, *extra) of an eager call whose gradient may be asked for. tensors: query, key, value, others."""
-    return _asked(form, _Attention.apply(_with_lse(form), integers, numbers, *tensors))  # type: ignore[arg-type]
+    return _asked(form, _Attention.apply(with_lse(form), integers, numbers, *tensors))  # type: ignore[arg-type]
 
 
 class _Attention(torch.autograd.Function):
@@ -110,17 +110,23 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # With gradients on, somebody may differentiate what this returns: the operator knows how to refuse;
-        # and it knows how to map over gradients that come in batches.
-        for grad in grads:
-            if grad is not None and is_legacy_batchedtensor(grad):
-                raise UnsupportedError(
-                    "attention: torch.autograd maps over gradients (is_grads_batched, vectorize) by "
-                    "a vmap that takes no operators of libraries. Use torch.func.jacrev, or torch.func.vmap "
-                    "over torch.func.vjp"
-                )
-        compute = attention_backward if torch.is_grad_enabled() or is_traced(grads) else differentiate
-        return None, None, None, *_gradients(ctx, ctx.needs_input_grad[3:], grads, compute)
+        found = gradients_of(ctx, ctx.needs_input_grad[3:], grads, operator_of(grads))
+        return None, None, None, *found
+
+
+def operator_of(grads: Sequence[Tensor | None]) -> Callable[..., Sequence[Tensor]]:
+    """What computes the gradients of an eager call, given those of its results.
+
+    With gradients on, somebody may differentiate what it returns: the operator knows how to refuse; and it
+    knows how to map over gradients that come in batches. Raises UnsupportedError for torch.autograd's own."""
+    for grad in grads:
+        if grad is not None and is_legacy_batchedtensor(grad):
+            raise UnsupportedError(
+                "attention: torch.autograd maps over gradients (is_grads_batched, vectorize) by "
+                "a vmap that takes no operators of libraries. Use torch.func.jacrev, or torch.func.vmap "
+                "over torch.func.vjp"
+            )
+    return attention_backward if torch.is_grad_enabled() or is_traced(grads) else differentiate
 
 
 class _Forward(SingleLevel):
@@ -138,7 +144,7 @@ class _Forward(SingleLevel):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return None, None, None, None, *_gradients(ctx, ctx.needs_input_grad[4:], grads, attention_backward)
+        return None, None, None, None, *gradients_of(ctx, ctx.needs_input_grad[4:], grads, attention_backward)
 
 
 class _Backward(SingleLevel):
@@ -176,7 +182,7 @@ def _autograd(
         return _below(FORWARD, keys, query, key, value, tensors, integers, numbers, form)
     parsed = Form.parse(form)
     with enable_single_level_autograd_function():
-        given = (_with_lse(parsed), integers, numbers, query, key, value, *tensors)
+        given = (with_lse(parsed), integers, numbers, query, key, value, *tensors)
         return list(_asked(parsed, _Forward.apply(keys, *given)))  # type: ignore[attr-defined]
 
 

@@ -42,15 +42,20 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
     @wraps(backward)
     def run(ctx: Any, *slopes: Any) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *slopes)
         with torch.no_grad():
             found = backward(ctx, *slopes)
-        if not torch.is_grad_enabled():
-            return found
         there = [t.detach().requires_grad_() for t in found if t is not None]
         refused = iter(_Refused.apply(*there) if there else ())  # type: ignore[arg-type]
         return tuple(None if t is None else next(refused) for t in found)
 
     return run
+
+
+def apply(function: Any, *arguments: Any) -> Any:
+    """`function.apply` where there are no transforms of torch.func, for which that looks (`rules.is_traced`)."""
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 class _Forward(SingleLevel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ...runtime.manifest import dtype_name
 from ..term import Term
 from .error import trace_error
 from .gradient import stopped
@@ -11,17 +12,6 @@ from .value import NO_BRANCH, Number, Operators, Value, is_number
 
 if TYPE_CHECKING:
     from .captures import Trace
-
-DTYPES = {
-    **{f"int{n}": f"i{n}" for n in (8, 16, 32, 64)},
-    **{f"float{n}": f"f{n}" for n in (16, 32, 64)},
-    **{"uint8": "u8", "bfloat16": "bf16", "bool": "bool"},
-}
-
-
-def dtype_name(dtype: object) -> str | None:
-    """'i32' for torch.int32 and NumPy's int32; None for a dtype that kernels cannot read."""
-    return DTYPES.get(str(dtype).removeprefix("torch."))
 
 
 class Captured(Operators):

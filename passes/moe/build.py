@@ -13,10 +13,12 @@ With top_k = 0 the results of group are inputs, and place is a list by token wit
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 
 from ...ir.expr import Expr, real
-from ...ir.graph import Graph, Op, Value
+from ...ir.graph import Extent, Graph, Op, Value
 from ...ir.quantized import PER_EXPERT, Quantized
 from .spec import ExpertsSpec
 
@@ -31,9 +33,8 @@ def build_experts(spec: ExpertsSpec) -> Graph:
 
     def product(a: str, w: Value, added: list[str], bias: list[Value], out: Value, unit: int | None) -> Op:
         facts = {"transpose_b": not spec.transposed, "unit": unit, "adds": "rows" if added else None}
-        return Op(
-            "grouped_matmul", (a, w.name, "bounds", *added, *(b.name for b in bias)), (out,), _attrs(facts)
-        )
+        operands = (a, w.name, "bounds", *added, *(b.name for b in bias))
+        return chosen(spec, Op("grouped_matmul", operands, (out,), _attrs(facts)), "b" if added else None)
 
     x = Value("x", spec.dtype, ("T", spec.hidden))
     up, down = matrix("gate_up", spec.up_columns, spec.hidden), matrix("down", spec.hidden, spec.inner)
@@ -90,6 +91,8 @@ def stored_as(matrix: Value, q: Quantized | None) -> tuple[list[Value], list[Op]
     ]
     scale = "u8" if q.scale == "e8m0" else q.scale
     found = [*planes, Value(f"{matrix.name}_scales", scale, (e, n, q.groups))]
+    if q.zero is not None:
+        found.append(Value(f"{matrix.name}_zeros", q.zero, (e, n, q.groups)))
     if q.bits == PER_EXPERT:
         found.append(Value(f"{matrix.name}_bits", "i32", (e,)))
     operands = tuple(v.name for v in found)
@@ -97,20 +100,30 @@ def stored_as(matrix: Value, q: Quantized | None) -> tuple[list[Value], list[Op]
 
 
 def codes_names(name: str, q: Quantized) -> list[str]:
-    """What planes of codes, scales and widths of matrices are called."""
+    """What planes of codes, scales, zero points and widths of matrices are called."""
     planes = [f"{name}_codes{number or ''}" for number in range(len(q.read))]
-    return [*planes, f"{name}_scales", *([f"{name}_bits"] if q.bits == PER_EXPERT else [])]
+    more = [f"{name}_zeros"] if q.zero is not None else []
+    return [*planes, f"{name}_scales", *more, *([f"{name}_bits"] if q.bits == PER_EXPERT else [])]
 
 
 def lora_values(spec: ExpertsSpec) -> list[Value]:
-    """The matrices of low-rank adapters: a [E, rank, in] and b [E, out, rank] in any layout."""
-    e, found = spec.experts, []
+    """The matrices of low-rank adapters: a [E, rank, in] and b [E, out, rank] in any layout, or a stack of
+    these, and which of them tokens take."""
+    e: tuple[Extent, ...] = ("adapters", spec.experts) if spec.adapters else (spec.experts,)
+    found = []
     sizes = (("gate_up", spec.hidden, spec.up_columns), ("down", spec.inner, spec.hidden))
     for (name, inner, out), rank in zip(sizes, spec.ranks, strict=True):
         if rank:
-            found.append(Value(f"{name}_a", spec.dtype, (e, rank, inner)))
-            found.append(Value(f"{name}_b", spec.dtype, (e, out, rank)))
-    return found
+            found.append(Value(f"{name}_a", spec.dtype, (*e, rank, inner)))
+            found.append(Value(f"{name}_b", spec.dtype, (*e, out, rank)))
+    return [*found, *([Value("adapter_ids", spec.adapters, ("T",))] if spec.adapters else [])]
+
+
+def chosen(spec: ExpertsSpec, op: Op, which: str | None) -> Op:
+    """A product of which rows choose among adapters, if `which` of its matrices is one: see ir/ragged.py."""
+    if which is None or not spec.adapters:
+        return op
+    return replace(op, inputs=(*op.inputs, "tokens", "adapter_ids")).with_attrs(chooses=which)
 
 
 def lora_rows(spec: ExpertsSpec, name: str, source: str, *, gathers: bool) -> list[Op]:
@@ -122,9 +135,10 @@ def lora_rows(spec: ExpertsSpec, name: str, source: str, *, gathers: bool) -> li
         ops.append(Op("gather", (source, "tokens"), (Value(f"{name}_xs", spec.dtype, ("rows", size)),)))
         source = f"{name}_xs"
     facts = {"transpose_b": True, "unit": 2}
+    product = Op("grouped_matmul", (source, f"{name}_a", "bounds"), (rows,), _attrs(facts))
     return [
         *ops,
-        Op("grouped_matmul", (source, f"{name}_a", "bounds"), (rows,), _attrs(facts)),
+        chosen(spec, product, "w"),
         Op(
             "map",
             (rows.name,),

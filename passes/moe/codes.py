@@ -46,7 +46,8 @@ NATIVE = ("cuda:sm_89", "cuda:sm_90", "cuda:sm_100", "cuda:sm_103", "cuda:sm_120
 
 @dataclass(frozen=True)
 class Codes:
-    """The operands of quantised matrices in a kernel: planes, scales and widths by name, and their shape."""
+    """The operands of quantised matrices in a kernel: planes, scales, zero points and widths by name, and
+    their shape."""
 
     q: Quantized
     names: tuple[str, ...]
@@ -85,6 +86,10 @@ class Codes:
     def scales(self) -> str:
         return self.names[len(self.q.read)]
 
+    @property
+    def zeros(self) -> str:
+        return self.names[len(self.q.read) + 1]
+
     def tensors(self, *, aligned: bool) -> list[Tensor]:
         """The arguments of a kernel."""
         planes = []
@@ -93,9 +98,11 @@ class Codes:
             align = min(16, size & -size) if aligned and not self.is_cpu else 1
             shape = (self.experts, self.rows, size)
             planes.append(Tensor(self.names[number], self.dtype, shape, unit=2, align=align))
-        scales = Tensor(self.scales, self.scale_dtype, (self.experts, self.rows, self.q.groups))
+        groups = (self.experts, self.rows, self.q.groups)
+        scales = [Tensor(self.scales, self.scale_dtype, groups)]
+        scales += [Tensor(self.zeros, self.q.zero, groups)] if self.q.zero else []
         bits = [Tensor(self.names[-1], "i32", (self.experts,), unit=0)] if self.by_expert else []
-        return [*planes, scales, *bits]
+        return [*planes, *scales, *bits]
 
     @property
     def by_expert(self) -> bool:
@@ -134,19 +141,31 @@ class Codes:
         return found
 
     def decode(
-        self, stem: str, part: int, dtype: str, axes: tuple[str, ...], scale: Expr | None = None
-    ) -> list[Stmt]:
-        """The tile `{stem}{part}`: the numbers of a slice, times a scale where there is one."""
+        self, stem: str, part: int, dtype: str, axes: tuple[str, ...], scale: Expr | None = None,
+        zero: Expr | None = None,
+    ) -> list[Stmt]:  # fmt: skip
+        """The tile `{stem}{part}`: the numbers of a slice, times a scale where there is one, of their
+        distances from a zero point where there is one."""
         name = f"{stem}{part}"
         value = real(name) if self.is_plain else self._value(stem, part)
         if scale is not None and self.packs:  # fields by themselves
             code = f"{name}_code"
-            return [Compute(code, dtype, axes, value), Compute(name, dtype, axes, real(code) * scale)]
+            scaled = self.scaled(real(code), scale, zero)
+            return [Compute(code, dtype, axes, value), Compute(name, dtype, axes, scaled)]
         if scale is not None:
-            value = value * scale
+            value = self.scaled(value, scale, zero)
         if value == real(name):
             return []
         return [Compute(name, dtype, axes, value, declares=not self.is_plain)]
+
+    @staticmethod
+    def scaled(value: Expr, scale: Expr, zero: Expr | None, times: Expr | int = 1) -> Expr:
+        """What a code stands for, or a sum of codes times numbers that add up to `times`."""
+        return (value if zero is None else value - zero * times) * scale
+
+    def zero(self, name: str) -> Expr | None:
+        """The tile of zero points that `scale` loads beside the scales of a name."""
+        return real(f"{name}_zero") if self.q.zero else None
 
     def _value(self, stem: str, part: int) -> Expr:
         """The number that a code stands for, before scales."""
@@ -191,12 +210,17 @@ class Codes:
     def scale(
         self, name: str, acc: str, axes: tuple[str, ...], at: tuple[Expr, Expr], guard: Expr
     ) -> list[Stmt]:
-        """The tile `name`: scales at a row and a column."""
+        """The tile `name`: scales at a row and a column. `{name}_zero`: zero points, less the bias."""
         row, column = at
         group = ZERO if self.q.groups == 1 else floordiv(column, sympy.Integer(self.q.group))
         index = (EXPERT, row, group)
+        zeros: list[Stmt] = []
+        if self.q.zero is not None:
+            stored, zero = f"{name}_stored", f"{name}_zero"
+            zeros.append(Load(stored, acc, axes, self.zeros, index, guard, NONE))
+            zeros.append(Compute(zero, acc, axes, real(stored) - self.q.bias))
         if self.q.scale != "e8m0":
-            return [Load(name, acc, axes, self.scales, index, guard, NONE)]
+            return [Load(name, acc, axes, self.scales, index, guard, NONE), *zeros]
         code = integer(f"{name}_code")
         # 2**(code - 127): code 0 is below the least normal number, 255 is NaN.
         power = float_of_bits(maximum(shl(code, sympy.Integer(23)), sympy.Integer(0x400000)))
@@ -204,6 +228,7 @@ class Codes:
         return [
             Load(f"{name}_code", "u8", axes, self.scales, index, guard, ZERO),
             Compute(name, acc, axes, value),
+            *zeros,
         ]
 
 

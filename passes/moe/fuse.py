@@ -73,6 +73,7 @@ def _behind(graph: Graph, op: Op) -> list[Op]:
 
 def _fused(op: Op, gather: list[Op], behind: list[Op], kept: tuple[Value, ...]) -> Op:
     a, w, bounds, *rest = op.inputs
+    rest, choice = (rest[:-2], rest[-2:]) if op.attr("chooses") else (rest, [])
     many = 2 if op.attr("adds") else 0
     added, bias = rest[:many], rest[many:]
     operands = [a, w, bounds]
@@ -92,7 +93,7 @@ def _fused(op: Op, gather: list[Op], behind: list[Op], kept: tuple[Value, ...]) 
     return replace(
         op,
         kind="grouped_gemm",
-        inputs=(*operands, *added, *bias),
+        inputs=(*operands, *added, *bias, *choice),
         outputs=(*last.outputs, *kept),
         attrs=tuple(attrs.items()),
     )

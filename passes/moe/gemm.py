@@ -37,13 +37,15 @@ from ...ir.kernel import (
 )
 from ...ir.ragged import Tiling, storage_of
 from ...ir.rename import apart
+from .added import Added
+from .choice import Choice, choice_of
 from .codes import Codes, codes_of
 from .matrix import CodedMatrix, DenseMatrix, Matrix
 from .spec import BYTES, ExpertsSpec
 from .tiles import COL, D, Part, Tiles
 
 ZERO = sympy.Integer(0)
-ROW_AT, N, Z, LOW = map(integer, ("i", "n", "z", "l"))
+ROW_AT, N, Z = map(integer, ("i", "n", "z"))
 ENTRIES = integer("entries")
 FEW = 32  # rows of the tiles on a GPU of which most may be missing
 SLOT, EXPERT, ROW, ROW0, LAST, START = map(integer, ("slot", "expert", "row", "row0", "last", "start"))
@@ -68,29 +70,36 @@ class _Builder:
         self.tiling: Tiling = op.attr("tiling")
         plain, stored = storage_of(op)
         a, w, self.bounds, *rest = plain
+        self.choice: Choice | None = choice_of(graph, replace(op, inputs=plain))
+        self.chooses = op.attr("chooses")
         self.a, self.w, self.out = graph.values[a], graph.values[w], op.output
         self.tokens = rest.pop(0) if op.attr("gathers") else None
-        self.added = [graph.values[rest.pop(0)] for _ in range(2)] if op.attr("adds") else []
+        added = [graph.values[rest.pop(0)] for _ in range(2)] if op.attr("adds") else []
         self.bias = rest.pop(0) if op.attr("biased") else None
         self.acc = spec.accumulator
         self.operand = self.acc if spec.is_cpu else spec.dtype
         self.matrix = self._matrix(codes_of(graph, op, stored, spec))
         self.tiles = self.matrix.tiles
-        self.experts, self.parts = int(self.w.shape[0]), self.tiles.parts
+        self.experts, self.parts = int(self.w.shape[-3]), self.tiles.parts
+        self.added: Added | None = None
+        if added:
+            how = op.attr("adds") == "rows", self.choice, self.tiles
+            self.added = Added(added[0], added[1], *how, self.operand, self.acc, spec.precision)
         # Through a descriptor come neighbouring rows: those of the next group too, which nothing stores.
         self.boxed = bool(dict(self.tiling.meta).get("descriptors")) and not self.tokens
 
     def _matrix(self, codes: Codes | None) -> Matrix:
         by_rows = bool(self.op.attr("transpose_b"))  # w is [E, out, in]
-        sizes = [*self.w.shape[1:2], codes.q.columns if codes else self.w.shape[2]]
+        _, rows, inner = self.w.shape[-3:]
+        sizes = [rows, codes.q.columns if codes else inner]
         sliced = codes.q.slices if codes else 1
         columns, halves = int(self.out.shape[1]), self.op.attr("halves")
         tiles = Tiles(self.tiling, int(sizes[by_rows]), columns, by_rows, sliced, halves)
         if codes is not None:
             return CodedMatrix(tiles, codes, self.operand, self.acc, self.spec.aligned)
         unit = self.op.attr("unit")
-        align = self._align(int(self.w.shape[unit])) if unit else 1
-        return DenseMatrix(tiles, self.w, unit, self.operand, align)
+        align = self._align(int(self.w.shape[unit - 3])) if unit else 1
+        return DenseMatrix(tiles, self.w, unit, self.operand, align, self.chooses == "w")
 
     # kernel -----------------------------------------------------------------------------------------
 
@@ -132,7 +141,7 @@ class _Builder:
         if not rest:
             return [If(ROW0 < LAST, work)]
         few = all_of([ROW0 < LAST, ROW0 + rest >= LAST])
-        return [If(ROW0 + rest < LAST, work), If(few, apart(work, {"i": "r"}, "_rest"))]
+        return [If(ROW0 + rest < LAST, work), If(few, apart(work, {"i": "r", "s": "rs"}, "_rest"))]
 
     def _name(self) -> str:
         return f"experts_{self.out.name}"
@@ -144,7 +153,9 @@ class _Builder:
             rows = replace(rows, live="here")
         rest = [self._axis("r", t.rest)] if t.rest else []
         tile = (columns, rows, *rest) if t.turned else (rows, *rest, columns)
-        low = [self._axis("l", int(self.added[0].shape[1]))] if self.added else []
+        low = [self._axis("l", self.added.rank)] if self.added else []
+        if self.choice:
+            low += [self._axis("s", t.rows), *([self._axis("rs", t.rest)] if t.rest else [])]
         return (*tile, self._axis("d", self.tiles.step), self._axis("z", self.experts), *low)
 
     def _axis(self, name: str, extent: int) -> Axis:
@@ -157,12 +168,16 @@ class _Builder:
 
     def _arguments(self) -> tuple[Tensor, ...]:
         e = self.experts
-        tokens = [Tensor("tokens", "i32", ("entries",), unit=0)] if self.tokens else []
+        listed = self.tokens or self.choice
+        tokens = [Tensor("tokens", "i32", ("entries",), unit=0)] if listed else []
+        tokens += [self.choice.tensor()] if self.choice else []
         bias = [Tensor(self.bias, self.spec.dtype, (e, self._bias_columns()), unit=1)] if self.bias else []
         bounds = Tensor(self.bounds, "i32", (e + 1,), unit=0)
         kept = [self._stored(v.name, v.dtype, int(v.shape[1]), "out", "entries") for v in self.op.outputs[1:]]
-        added = [self._stored(v.name, v.dtype, int(v.shape[1]), "in", "entries") for v in self.added[:1]]
-        added += [Tensor(v.name, v.dtype, tuple(v.shape), unit=2) for v in self.added[1:]]
+        added: list[Tensor] = []
+        if self.added:
+            t = self.added.t
+            added = [self._stored(t.name, t.dtype, self.added.rank, "in", "entries"), self.added.matrix()]
         return (self._a(), *self.matrix.arguments(), bounds, *tokens, *added, *bias, self._result(), *kept)
 
     def _bias_columns(self) -> int:
@@ -210,7 +225,7 @@ class _Builder:
             out.insert(0, Let("here", minimum(LAST - ROW0, sympy.Integer(self.tiling.rows))))
         if self.tokens:
             out.append(Load("token", "i32", ("i",), "tokens", (ROW,)))
-        return out
+        return [*out, *(self.choice.of_rows(known=bool(self.tokens)) if self.choice else [])]
 
     def _load_rows(self, name: str, at: Expr) -> list[Stmt]:
         """The features at .. of the rows of the tile, of each slice."""
@@ -233,24 +248,36 @@ class _Builder:
     def _column_tile(self, n_tile: Expr) -> list[Stmt]:
         first = n_tile * self.tiling.cols
         head: list[Stmt] = [Compute("col", "i32", ("n",), first + N)]
-        if self.tiling.resident:
-            steps = range(self.tiles.steps)
-            products = [s for part in self.parts for k in steps for s in self._sum_part(part, k, first)]
-            return [*head, *products, *self._end()]
+        sums = self._resident if self.tiling.resident else self._stepped
+        if self.chooses != "w" or self.choice is None:
+            return [*head, *sums(self.parts, first), *self._end()]
+        each = self.choice.sum(self.parts, self.acc, lambda parts: sums(parts, first))
+        return [*head, *self._zeros(self.parts), *each, *self._end()]
+
+    def _zeros(self, parts: list[Part]) -> list[Stmt]:
+        return [Compute(part.acc, self.acc, ("i", "n"), sympy.Float(0.0)) for part in parts]
+
+    def _resident(self, parts: list[Part], first: Expr) -> list[Stmt]:
+        """The products of a tile whose rows are loaded."""
+        return [s for part in parts for k in range(self.tiles.steps) for s in self._sum_part(part, k, first)]
+
+    def _stepped(self, parts: list[Part], first: Expr) -> list[Stmt]:
+        """The products of a tile, a step of the summed axis after another."""
+        head: list[Stmt] = []
         unroll, turn = self.tiling.unroll, []
         ahead = self.tiling.ahead and self.matrix.scaled_by_step
         for n in range(unroll):
             at, tag = self._at(integer("u"), n)
             turn += self._load_rows(f"A{tag}", at)
-            for part in self.parts:
+            for part in parts:
                 turn += self.matrix.load(part, part.matrix + tag, at, first, scales=not ahead)
-            for part in self.parts:
+            turn += self._row_sums(f"A{tag}")
+            for part in parts:
                 turn += self._dots(part, f"A{tag}", part.matrix + tag, at, scales=not ahead)
         if ahead:
-            first_ones, next_ones, moves = self._scales_ahead()
-            head, turn = [*head, *first_ones], [*next_ones, *turn, *moves]
-        zero = [Compute(part.acc, self.acc, ("i", "n"), sympy.Float(0.0)) for part in self.parts]
-        return [*head, *zero, self._for(-(-self.tiles.steps // unroll), turn), *self._end()]
+            head, next_ones, moves = self._scales_ahead()
+            turn = [*next_ones, *turn, *moves]
+        return [*head, *self._zeros(parts), self._for(-(-self.tiles.steps // unroll), turn)]
 
     def _at(self, turn: Expr, number: int) -> tuple[Expr, str]:
         """Where a step of a turn begins, and what its tiles' names have in addition."""
@@ -271,9 +298,17 @@ class _Builder:
             name = f"{part.matrix}{tag}"
             first += self.matrix.scale(part, name, number, at)
             later += self.matrix.scale(part, f"next{name}", number, after, ahead=True)
-            kept, new = f"S{name}_{number}", f"Snext{name}_{number}"
-            moves.append(Compute(kept, self.acc, ("n",), real(new), declares=False))
+            for what in self.matrix.scale_tiles:
+                kept, new = f"S{name}_{number}{what}", f"Snext{name}_{number}{what}"
+                moves.append(Compute(kept, self.acc, ("n",), real(new), declares=False))
         return first, later, moves
+
+    def _row_sums(self, rows: str) -> list[Stmt]:
+        """What products of codes take their zero points times of, for each slice of a step."""
+        if self.matrix.scaled != "products" or "_zero" not in self.matrix.scale_tiles:
+            return []
+        tiles = [self.matrix.rows(rows, number) for number in range(self.tiles.slices)]
+        return [Reduce(f"R{a}", self.acc, ("i",), "sum", real(a), ("d",)) for a in tiles]
 
     def _dots(self, part: Part, rows: str, name: str, at: Expr, *, scales: bool) -> list[Stmt]:
         """The products of a step, added to those before it. scales: theirs are to be loaded."""
@@ -284,7 +319,7 @@ class _Builder:
                 found.append(self._dot(part, a, b, accumulate=True))
                 continue
             product = f"P{name}_{number}"
-            more = real(part.acc) + real(product) * real(f"S{name}_{number}")
+            more = real(part.acc) + self.matrix.scaled_product(real(product), name, number, real(f"R{a}"))
             found += [
                 *(self.matrix.scale(part, name, number, at) if scales else ()),
                 self._dot(replace(part, acc=product), a, b, accumulate=False),
@@ -305,38 +340,25 @@ class _Builder:
         more = {"accumulate": accumulate, "declares": not accumulate, "precision": self.spec.precision}
         return Dot(part.acc, self.acc, ("i", "n"), rows, matrix, "d", **more)
 
-    def _add(self, k: int, part: Part) -> list[Stmt]:
-        """What `adds` has added to the sums of a part."""
-        (t, b), by_rows = self.added, self.op.attr("adds") == "rows"
-        index = (EXPERT, part.column, LOW) if by_rows else (EXPERT, LOW, part.column)
-        axes = ("n", "l") if by_rows else ("l", "n")
-        rows = [Load("T_added", self.operand, ("i", "l"), t.name, (ROW, LOW))] if k == 0 else []
-        more = {"accumulate": True, "declares": False, "precision": self.spec.precision}
-        return [
-            *rows,
-            Load(f"B{k}", self.operand, axes, b.name, index, self.tiles.valid(part), ZERO),
-            Dot(part.acc, self.acc, ("i", "n"), "T_added", f"B{k}", "l", **more),
-        ]
-
     def _end(self) -> list[Stmt]:
         out: list[Stmt] = []
         values: dict[Expr, Expr] = {}
         for k, part in enumerate(self.parts):
-            value = real(part.acc)
+            values[real(f"x{k}")] = real(part.acc)
             if self.matrix.scaled == "sums":
                 out += self.matrix.scale(part, part.matrix, 0, ZERO)
-                value = value * real(f"S{part.matrix}_0")
-            if self.added:
+                values[real(f"x{k}")] *= real(f"S{part.matrix}_0")
+        if self.added:
+            for part, (x, value) in zip(self.parts, values.items(), strict=True):
                 if value != real(part.acc):
                     out.append(Compute(part.acc, self.acc, ("i", "n"), value, declares=False))
-                value = real(part.acc)
-                out += self._add(k, part)
-            if self.bias:
-                at = (EXPERT, part.column)
-                zero = sympy.Float(0.0)
-                out.append(Load(f"bias{k}", self.acc, ("n",), self.bias, at, self.tiles.valid(part), zero))
-                value = value + real(f"bias{k}")
-            values[real(f"x{k}")] = value
+                values[x] = real(part.acc)
+            out += self.added.sums()
+        if self.bias:
+            for k, part in enumerate(self.parts):
+                at, valid = (EXPERT, part.column), self.tiles.valid(part)
+                out.append(Load(f"bias{k}", self.acc, ("n",), self.bias, at, valid, sympy.Float(0.0)))
+                values[real(f"x{k}")] += real(f"bias{k}")
         out += self._keep(values)
         if self.tiles.blocks > 1:
             results = [values[real(f"x{k}")] for k in range(self.tiles.blocks)]

@@ -17,7 +17,7 @@ That the weight of a row gets h . du, without y, is due to SonicMoE (Guo et al.,
 do . y = (do down) . h; with a bias of down, dwb is added.
 
 Low-rank adapters add scale b a to a matrix: to every product by it, that of their own by way of `adds`; what
-their matrices get goes through rows of their rank, [rows, rank].
+their matrices get goes through rows of their rank, [rows, rank]. Where tokens choose an adapter, so do rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...ir.graph import Graph, Op, Value
-from .build import lora_values, scaled, stored_as
+from .build import chosen, lora_values, scaled, stored_as
 from .spec import ExpertsSpec
 
 LORA = ("gate_up_a", "gate_up_b", "down_a", "down_b")
@@ -76,12 +76,18 @@ def build_gradients(spec: ExpertsSpec, wanted: Iterable[str]) -> Graph:
         out: Value, a: str, w: str, *more: str, by_rows: bool, unit: int | None = 2, **attrs: object
     ) -> None:
         facts = {**attrs, "transpose_b": by_rows, "unit": unit}
-        ops.append(Op("grouped_gemm", (a, w, "bounds", *more), (out,), _attrs(facts)))
+        op = Op("grouped_gemm", (a, w, "bounds", *more), (out,), _attrs(facts))
+        ops.append(chosen(spec, op, "w" if w in LORA else "b" if attrs.get("adds") else None))
 
     def outer(out: str, shape: tuple[int, ...], a: str, b: str, gathers: str | None) -> None:
         operands = (a, b, "bounds", *(["tokens"] if gathers else []), *(["trains"] if spec.masked else []))
-        made = (Value(out, spec.dtype, shape),)
-        ops.append(Op("grouped_outer", operands, made, _attrs({"gathers": gathers, "masked": spec.masked})))
+        attrs = {"gathers": gathers, "masked": spec.masked}
+        if spec.adapters and out[1:] in LORA:
+            made = Value(out, spec.dtype, ("adapters", *shape))
+            operands, attrs = (*operands, "tokens", "adapter_ids"), {**attrs, "chooses": True}
+        else:
+            made = Value(out, spec.dtype, shape)
+        ops.append(Op("grouped_outer", operands, (made,), _attrs(attrs)))
 
     def low(out: str, a: str, name: str, *, of: str, gathers: bool) -> None:
         """Rows by one of an adapter's matrices, times the scale."""

@@ -40,7 +40,7 @@ ROWS = 4
 @dataclass(frozen=True)
 class LightSpec:
     """first: the id of the first of these experts. gated: whether constants have gates. ids, weights: their
-    dtypes."""
+    dtypes. aligned: whether rows of x and of what goes with it start on 16 bytes."""
 
     first: int
     zeros: int
@@ -53,6 +53,7 @@ class LightSpec:
     ids: str = "i64"
     weights: str = "f32"
     target: str = "cpu"
+    aligned: bool = False
 
     @property
     def is_cpu(self) -> bool:
@@ -231,7 +232,8 @@ class _Builder:
         wide, by_token = ("T", spec.hidden), ("T", spec.top_k)
         shapes = {"dweights": (self.acc, by_token)}
         shapes |= {n: (self.acc, ("T", spec.constants)) for n in ("mixed", "slopes")}
-        args = [Tensor(n, spec.dtype, wide, unit=1) for n in given]
+        align = 16 if spec.aligned and not spec.is_cpu else 1
+        args = [Tensor(n, spec.dtype, wide, unit=1, align=align) for n in given]
         args += [Tensor("ids", spec.ids, by_token, unit=1), Tensor("weights", spec.weights, by_token, unit=1)]
         if spec.constants:
             args.append(Tensor("vectors", spec.dtype, (spec.constants, spec.hidden), unit=1))
@@ -239,7 +241,7 @@ class _Builder:
             args.append(Tensor("gates", spec.dtype, (spec.constants, 2, spec.hidden), unit=2))
         for n in made:
             dtype, shape = shapes.get(n, (spec.dtype, wide))
-            args.append(Tensor(n, dtype, shape, "out", unit=1))
+            args.append(Tensor(n, dtype, shape, "out", unit=1, align=1 if n in shapes else align))
         used = {a.name for a in args if isinstance(a, Tensor)} & _read(body)
         args = [a for a in args if a.name in used or a.role == "out"]
         sizes = {"i": ROWS, "k": spec.top_k, "d": self.width} | (

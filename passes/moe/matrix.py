@@ -7,25 +7,30 @@ from dataclasses import dataclass
 from ...ir.expr import Expr, all_of, real
 from ...ir.graph import Value
 from ...ir.kernel import Load, Stmt, Tensor
+from .choice import ADAPTER
 from .codes import EXPERT, Codes, is_uniform
 from .tiles import COL, ZERO, D, Part, Tiles
 
 
 @dataclass(frozen=True)
 class DenseMatrix:
-    """Matrices [E, out, in] or [E, in, out] in a float dtype. operand: the dtype of tiles."""
+    """Matrices [E, out, in] or [E, in, out] in a float dtype, or, `stacked`, [A, E, ..] of them, of which
+    `adapter` says one. operand: the dtype of tiles."""
 
     tiles: Tiles
     w: Value
     unit: int | None
     operand: str
     align: int
+    stacked: bool = False
     scaled = ""  # by nothing
     scaled_by_step = False
+    scale_tiles = ()
     hints = ()
 
     def arguments(self) -> list[Tensor]:
-        return [Tensor(self.w.name, self.w.dtype, tuple(self.w.shape), unit=self.unit, align=self.align)]
+        unit = None if self.unit is None else self.unit + self.stacked
+        return [Tensor(self.w.name, self.w.dtype, tuple(self.w.shape), unit=unit, align=self.align)]
 
     def widths(self) -> list[Stmt]:
         return []
@@ -43,7 +48,8 @@ class DenseMatrix:
         loaded."""
         t, feature = self.tiles, at + D
         index = (EXPERT, part.column, feature) if t.by_rows else (EXPERT, feature, part.column)
-        there = t.loaded(part, int(self.w.shape[1])) if t.by_rows else t.valid(part)
+        index = (ADAPTER, *index) if self.stacked else index
+        there = t.loaded(part, int(self.w.shape[-2])) if t.by_rows else t.valid(part)
         guard = all_of([t.within(at), there])
         # Memory runs along the tile's last axis, so that a CPU copies vectors.
         axes = ("n", "d") if t.by_rows == (self.unit == 2) else ("d", "n")
@@ -51,6 +57,9 @@ class DenseMatrix:
 
     def scale(self, part: Part, name: str, number: int, at: Expr, *, ahead: bool = False) -> list[Stmt]:
         return []
+
+    def scaled_product(self, value: Expr, name: str, number: int, rows: Expr) -> Expr:
+        return value
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ class CodedMatrix:
         t = self.tiles
         if not t.by_rows or not is_uniform(self.codes.q, t.step):
             return "codes"
-        one = self.codes.q.groups == 1
+        one = self.codes.q.groups == 1 and not self.codes.q.zero
         return t.tiling.scales if one or t.tiling.scales != "sums" else "products"
 
     @property
@@ -114,8 +123,19 @@ class CodedMatrix:
             if not even or self.scaled == "codes":
                 found += self._scale(part, name, number, at, None if even else guard, first) if scales else []
                 scale = real(f"S{name}_{number}")
-            found += codes.decode(f"{name}_", number, self.operand, axes, scale)
+            zero = codes.zero(f"S{name}_{number}") if scale is not None else None
+            found += codes.decode(f"{name}_", number, self.operand, axes, scale, zero)
         return found
+
+    def scaled_product(self, value: Expr, name: str, number: int, rows: Expr) -> Expr:
+        """A product of codes with their scales. rows: the sums of what codes were multiplied by."""
+        scale = f"S{name}_{number}"
+        return self.codes.scaled(value, real(scale), self.codes.zero(scale), rows)
+
+    @property
+    def scale_tiles(self) -> tuple[str, ...]:
+        """The tiles that `scale` makes, by what follows their name."""
+        return ("", "_zero") if self.codes.q.zero else ("",)
 
     def scale(self, part: Part, name: str, number: int, at: Expr, *, ahead: bool = False) -> list[Stmt]:
         """The tile S{name}_{number}: scales of products of a step, all of one group, or of sums. ahead: the

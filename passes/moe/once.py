@@ -93,7 +93,7 @@ def decode_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
             f"S{number}", spec.accumulator, axes, place, all_of([*valid, *behind]) if even else whole
         )
         body += codes.decode("W", number, spec.accumulator, ("n", "d"))
-        value = real(f"W{number}") * real(f"S{number}")
+        value = codes.scaled(real(f"W{number}"), real(f"S{number}"), codes.zero(f"S{number}"))
         body.append(Store(out.name, (EXPERT, row, column), value, ("n", "d"), whole))
     name = integer(bounds)
     head: list[Stmt] = [Let("expert", E_AT), *codes.widths()]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sympy
 
 from ...ir.derivative import derivative
-from ...ir.expr import Expr, all_of, ceildiv, floordiv, integer, maximum, minimum, read, real
+from ...ir.expr import Expr, all_of, boolean, ceildiv, floordiv, integer, maximum, minimum, read, real
 from ...ir.graph import Graph, Op
 from ...ir.kernel import (
     Axis,
@@ -34,6 +34,7 @@ from ...ir.kernel import (
 )
 from ...ir.rename import apart
 from ..devices import device_of, has_copy_engine
+from .choice import ADAPTER, MINE, choice_of
 from .spec import BYTES, ExpertsSpec
 
 ZERO, NONE = sympy.Integer(0), sympy.Float(0.0)
@@ -49,7 +50,8 @@ def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
     """The kernel of one grouped_outer."""
     a, b, bounds = (graph.values[name] for name in op.inputs[:3])
     gathers, out = op.attr("gathers"), op.output
-    experts, rows, cols = map(int, out.shape)
+    experts, rows, cols = map(int, out.shape[-3:])
+    choice = choice_of(graph, op)
     cpu, acc = spec.is_cpu, spec.accumulator
     tile_m, tile_n, step, warps, stages = _sizes(spec)
     if gathers == "b" and not cpu:
@@ -62,50 +64,61 @@ def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
     in_n = sympy.true if cols % tile_n == 0 else col_at < cols
     count = LAST - FIRST
     # Tokens of the next rows are loaded a step before: copies of rows that wait for them would come late.
-    ahead = [_tokens("next", FIRST + (U + 1) * step + R)] if gathers else []
-    moved = [Compute("token", "i32", ("r",), integer("next"), declares=False)] if gathers else []
+    follows = bool(gathers or choice)
+    ahead = [_tokens("next", FIRST + (U + 1) * step + R)] if follows else []
+    moved = [Compute("token", "i32", ("r",), integer("next"), declares=False)] if follows else []
 
-    def loads(row: Expr, here: Expr) -> list[Stmt]:
-        """A tile of each operand, whose rows begin where `row` says."""
+    def product(row: Expr, here: Expr) -> list[Stmt]:
+        """A tile of each operand, whose rows are where `row` says, added up."""
         row_of = {which: integer("token") if gathers == which else row for which in "ab"}
-        return [
+        if choice:
+            here = all_of([here, MINE])
+        work: list[Stmt] = [
             Load("A", operand, ("r", "m"), a.name, (row_of["a"], row_at), all_of([here, in_m]), NONE),
             Load("B", operand, ("r", "n"), b.name, (row_of["b"], col_at), all_of([here, in_n]), NONE),
             Dot("acc", acc, ("m", "n"), "A", "B", "r", True, False, spec.precision),
         ]
+        if not choice:
+            return work
+        # Only the blocks of rows that chose this result.
+        some = Reduce("some", "bool", (), "any", here, ("r",))
+        return [*choice.of(integer("token"), ("r",)), some, If(boolean("some"), tuple(work))]
 
     last_rows: list[Stmt] = [
         Compute("at", "i32", ("r",), FIRST + FULL * step + R),
         Compute("row", "i32", ("r",), minimum(integer("at"), LAST - 1)),
-        *loads(ROW, integer("at") < LAST),
+        *product(ROW, integer("at") < LAST),
     ]
     end = _bounded(bounds.name, integer("e") + 1)
     if op.attr("masked"):  # no rows where nothing is learnt
         end = FIRST + (end - FIRST) * read(integer("trains"), integer("e"))
+    made = (ADAPTER, integer("e")) if choice else (integer("e"),)
     body: tuple[Stmt, ...] = (
         Let("first", _bounded(bounds.name, integer("e"))),
         Let("last", maximum(end, FIRST)),
         Let("full", floordiv(count, step)),
         Compute("acc", acc, ("m", "n"), NONE),
-        *([_tokens("token", FIRST + R)] if gathers else []),
-        For("u", (Span(ZERO, FULL),), (*ahead, *loads(FIRST + U * step + R, sympy.true), *moved)),
+        *([_tokens("token", FIRST + R)] if follows else []),
+        For("u", (Span(ZERO, FULL),), (*ahead, *product(FIRST + U * step + R, sympy.true), *moved)),
         If(FULL * step < count, apart(tuple(last_rows), {}, "_rest")),
-        Store(out.name, (integer("e"), row_at, col_at), real("acc"), ("m", "n"), all_of([in_m, in_n])),
+        Store(out.name, (*made, row_at, col_at), real("acc"), ("m", "n"), all_of([in_m, in_n])),
     )
     lengths = {"a": "T" if gathers == "a" else "entries", "b": "T" if gathers == "b" else "entries"}
-    tokens = [Tensor("tokens", "i32", ("entries",), unit=0)] if gathers else []
+    tokens = [Tensor("tokens", "i32", ("entries",), unit=0)] if gathers or choice else []
+    tokens += [choice.tensor()] if choice else []
     tensors = [
         Tensor(a.name, a.dtype, (lengths["a"], int(a.shape[1])), unit=1, align=_align(a.shape[1], spec)),
         Tensor(b.name, b.dtype, (lengths["b"], int(b.shape[1])), unit=1, align=_align(b.shape[1], spec)),
         Tensor(bounds.name, "i32", (experts + 1,), unit=0),
         *tokens,
         *([Tensor("trains", "i32", (experts,), unit=0)] if op.attr("masked") else []),
-        Tensor(out.name, out.dtype, (experts, rows, cols), "out", unit=2, align=_align(cols, spec)),
+        Tensor(out.name, out.dtype, out.shape, "out", unit=len(out.shape) - 1, align=_align(cols, spec)),
     ]
     grid = (
         GridDim("n0", sympy.Integer(-(-cols // tile_n))),
         GridDim("m0", sympy.Integer(-(-rows // tile_m))),
         GridDim("e", sympy.Integer(experts)),
+        *([GridDim("adapter", integer("adapters"))] if choice else []),
     )
     # Boxes leave more instructions to those that compute.
     described = spec.descriptors and spec.aligned and BYTES[spec.dtype] == 2 and has_copy_engine(spec.target)

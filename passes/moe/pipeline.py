@@ -12,7 +12,8 @@ from ...ir.graph_text import to_text
 from ...ir.kernel import Kernel, Program, Tensor
 from .build import build_experts, build_groups
 from .combine import combine_kernel
-from .direct import direct, entry_kernel
+from .direct import direct
+from .entries import entry_kernel
 from .fuse import fuse_experts
 from .gemm import gemm_kernel, slots
 from .gradient import build_gradients
@@ -130,6 +131,6 @@ def _sized(graph: Graph, tensor: Tensor) -> Tensor:
         return Tensor(tensor.name, tensor.dtype, tensor.shape, unit=tensor.unit)
     op = graph.producer(tensor.name)
     assert op is not None
-    experts = int(graph.values[op.inputs[1]].shape[0])
+    experts = int(graph.values[op.inputs[1]].shape[-3])
     rows = slots(integer("entries"), op.attr("tiling").rows, experts)
     return Tensor(tensor.name, tensor.dtype, (rows, *tensor.shape[1:]), unit=2)

@@ -17,7 +17,7 @@ from ...ir.quantized import Quantized
 from ...ir.ragged import Tiling
 from ..devices import device_of, has_copy_engine
 from .codes import is_uniform, steps_of
-from .direct import LANE
+from .entries import LANE
 from .spec import BYTES, ExpertsSpec
 
 CPU_ROWS = 32, 112  # at least and at most; 112: consecutive features lie in different sets of the cache
@@ -103,7 +103,8 @@ def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
     wide = min(8, tiles) if spec.load == "many" else tiles
     if tiles > wide:  # none hangs over where a number near 8 divides them
         wide = next((n for n in (8, 7, 6, 5) if tiles % n == 0), wide)
-    meta = _hints(spec, warps, stages, boxes=spec.load == "many")
+    boxes = spec.load == "many" and op.attr("chooses") != "w"
+    meta = _hints(spec, warps, stages, boxes=boxes)
     rest = REST if spec.load == "many" and BYTES[spec.dtype] == 2 else 0
     return Tiling(rows, cols, step, wide=wide, meta=meta, rest=rest)
 
@@ -150,7 +151,7 @@ def _of_codes(op: Op, q: Quantized, spec: ExpertsSpec, inner: int, columns: int)
     tiles = -(-(columns if by_rows else q.stretch) // cols)
     wide = min(8, tiles) if spec.load == "many" else tiles
     # To scale products takes as many registers again as sums: few where rows are few.
-    scales = "sums" if q.groups == 1 else "products" if rows <= 16 else "codes"
+    scales = "sums" if q.groups == 1 and not q.zero else "products" if rows <= 16 else "codes"
     # Decoding several codes a byte leaves few instructions for addresses.
     meta = _hints(spec, warps, stages, boxes=spec.load == "many" or q.slices > 1)
     # Scales of less than 4 bytes are not copied asynchronously: their step would wait for them.

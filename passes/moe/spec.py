@@ -31,11 +31,12 @@ class ExpertsSpec:
     routing: the dtypes of ids and of weights. load: one of LOADS. single: few enough entries to be sorted by
     one program. routed: rows are sorted already; tokens, bounds and place are given. keeps: what the
     activation is taken of is a result too, for gradients. ranks: of what low-rank adapters add to the two
-    matrices, lora_scale times b a; 0: none. masked: an input says which experts learn; the gradients of
-    others are zeros. aligned: on a GPU, whether x and the matrices start, and their rows too, on multiples of
-    16 bytes. descriptors: whether what launches kernels makes tensor descriptors, where hardware has them.
-    quantized: how the two matrices are stored, None: as they are. once: which of them are decoded before
-    their product (moe_once). tiling: of the two products, in place of the default. Raises InputError."""
+    matrices, lora_scale times b a; 0: none. adapters: the dtype of ids [T] that say which adapter of a stack
+    [A, E, ..] a token takes; None: all take the same. masked: an input says which experts learn; the
+    gradients of others are zeros. aligned: on a GPU, whether x and the matrices start, and their rows too, on
+    multiples of 16 bytes. descriptors: whether what launches kernels makes tensor descriptors, where hardware
+    has them. quantized: how the two matrices are stored, None: as they are. once: which of them are decoded
+    before their product (moe_once). tiling: of products, in place of the default. Raises InputError."""
 
     experts: int
     top_k: int
@@ -54,6 +55,7 @@ class ExpertsSpec:
     keeps: bool = False
     ranks: tuple[int, int] = (0, 0)
     lora_scale: float = 1.0
+    adapters: str | None = None
     masked: bool = False
     aligned: bool = True
     descriptors: bool = True

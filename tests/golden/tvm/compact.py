@@ -1,17 +1,12 @@
 # compact
 # the positive numbers of every row, in order, and how many there are
 @T.prim_func
-def compact(p_x: T.handle, p_kept: T.handle, p_counts: T.handle, worker: T.int64, workers: T.int64, p_ws: T.handle):
+def compact(p_x: T.handle("int32"), p_kept: T.handle("int32"), p_counts: T.handle("int32"), rows: T.int64, cols: T.int64, x_s0: T.int64, kept_s0: T.int64, worker: T.int64, workers: T.int64, p_ws: T.handle("uint8")):
     T.func_attr({"global_symbol": "compact", "tirx.noalias": True})
-    rows = T.int64()
-    cols = T.int64()
-    x_s0 = T.int64()
-    x = T.match_buffer(p_x, [rows, cols], "int32", strides=[x_s0, T.int64(1)], offset_factor=1, align=4, layout=T.TileLayout(T.S[(rows, cols,) : (x_s0, T.int64(1),)]))
-    kept_s0 = T.int64()
-    kept = T.match_buffer(p_kept, [rows, cols], "int32", strides=[kept_s0, T.int64(1)], offset_factor=1, align=4, layout=T.TileLayout(T.S[(rows, cols,) : (kept_s0, T.int64(1),)]))
-    counts = T.match_buffer(p_counts, [rows], "int32", strides=[T.int64(1)], offset_factor=1, align=4, layout=T.TileLayout(T.S[(rows,) : (T.int64(1),)]))
-    ws_bytes = T.int64()
-    ws = T.match_buffer(p_ws, (ws_bytes,), "uint8", align=64)
+    x = T.decl_buffer([rows, cols], "int32", data=p_x, strides=[x_s0, T.int64(1)], align=4, layout=None)
+    kept = T.decl_buffer([rows, cols], "int32", data=p_kept, strides=[kept_s0, T.int64(1)], align=4, layout=None)
+    counts = T.decl_buffer([rows], "int32", data=p_counts, strides=[T.int64(1)], align=4, layout=None)
+    ws = T.decl_buffer((256,), "uint8", data=p_ws, align=64)
     b_count = T.decl_buffer((1,), "int32", data=ws.data, elem_offset=0)
     b_X = T.decl_buffer((16,), "int32", data=ws.data, elem_offset=16)
     b_rank = T.decl_buffer((16,), "int32", data=ws.data, elem_offset=32)

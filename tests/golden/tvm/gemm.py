@@ -1,19 +1,12 @@
 # gemm
 # plain GEMM: c = a @ b.T
 @T.prim_func
-def gemm(p_a: T.handle, p_b: T.handle, p_c: T.handle, worker: T.int64, workers: T.int64, p_ws: T.handle):
+def gemm(p_a: T.handle("float32"), p_b: T.handle("float32"), p_c: T.handle("float32"), M: T.int64, K: T.int64, N: T.int64, a_s0: T.int64, b_s0: T.int64, c_s0: T.int64, worker: T.int64, workers: T.int64, p_ws: T.handle("uint8")):
     T.func_attr({"global_symbol": "gemm", "tirx.noalias": True})
-    M = T.int64()
-    K = T.int64()
-    a_s0 = T.int64()
-    a = T.match_buffer(p_a, [M, K], "float32", strides=[a_s0, T.int64(1)], offset_factor=1, align=4, layout=T.TileLayout(T.S[(M, K,) : (a_s0, T.int64(1),)]))
-    N = T.int64()
-    b_s0 = T.int64()
-    b = T.match_buffer(p_b, [N, K], "float32", strides=[b_s0, T.int64(1)], offset_factor=1, align=4, layout=T.TileLayout(T.S[(N, K,) : (b_s0, T.int64(1),)]))
-    c_s0 = T.int64()
-    c = T.match_buffer(p_c, [M, N], "float32", strides=[c_s0, T.int64(1)], offset_factor=1, align=4, layout=T.TileLayout(T.S[(M, N,) : (c_s0, T.int64(1),)]))
-    ws_bytes = T.int64()
-    ws = T.match_buffer(p_ws, (ws_bytes,), "uint8", align=64)
+    a = T.decl_buffer([M, K], "float32", data=p_a, strides=[a_s0, T.int64(1)], align=4, layout=None)
+    b = T.decl_buffer([N, K], "float32", data=p_b, strides=[b_s0, T.int64(1)], align=4, layout=None)
+    c = T.decl_buffer([M, N], "float32", data=p_c, strides=[c_s0, T.int64(1)], align=4, layout=None)
+    ws = T.decl_buffer((6656,), "uint8", data=p_ws, align=64)
     b_C = T.decl_buffer((16, 32), "float32", data=ws.data, elem_offset=0)
     b_A = T.decl_buffer((16, 24), "float32", data=ws.data, elem_offset=512)
     b_B = T.decl_buffer((24, 32), "float32", data=ws.data, elem_offset=896)

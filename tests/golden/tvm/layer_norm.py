@@ -1,17 +1,13 @@
 # layer_norm
 # y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, a row at a time
 @T.prim_func
-def layer_norm(p_x: T.handle, p_weight: T.handle, p_bias: T.handle, p_y: T.handle, eps: T.float32, worker: T.int64, workers: T.int64, p_ws: T.handle):
+def layer_norm(p_x: T.handle("float32"), p_weight: T.handle("float32"), p_bias: T.handle("float32"), p_y: T.handle("float32"), rows: T.int64, x_s0: T.int64, y_s0: T.int64, eps: T.float32, worker: T.int64, workers: T.int64, p_ws: T.handle("uint8")):
     T.func_attr({"global_symbol": "layer_norm", "tirx.noalias": True})
-    rows = T.int64()
-    x_s0 = T.int64()
-    x = T.match_buffer(p_x, [rows, T.int64(96)], "float32", strides=[x_s0, T.int64(1)], offset_factor=1, align=4, layout=T.TileLayout(T.S[(rows, T.int64(96),) : (x_s0, T.int64(1),)]))
-    weight = T.match_buffer(p_weight, [T.int64(96)], "float32", strides=[T.int64(1)], offset_factor=1, align=4, layout=T.TileLayout(T.S[(T.int64(96),) : (T.int64(1),)]))
-    bias = T.match_buffer(p_bias, [T.int64(96)], "float32", strides=[T.int64(1)], offset_factor=1, align=4, layout=T.TileLayout(T.S[(T.int64(96),) : (T.int64(1),)]))
-    y_s0 = T.int64()
-    y = T.match_buffer(p_y, [rows, T.int64(96)], "float32", strides=[y_s0, T.int64(1)], offset_factor=1, align=4, layout=T.TileLayout(T.S[(rows, T.int64(96),) : (y_s0, T.int64(1),)]))
-    ws_bytes = T.int64()
-    ws = T.match_buffer(p_ws, (ws_bytes,), "uint8", align=64)
+    x = T.decl_buffer([rows, T.int64(96)], "float32", data=p_x, strides=[x_s0, T.int64(1)], align=4, layout=None)
+    weight = T.decl_buffer([T.int64(96)], "float32", data=p_weight, strides=[T.int64(1)], align=4, layout=None)
+    bias = T.decl_buffer([T.int64(96)], "float32", data=p_bias, strides=[T.int64(1)], align=4, layout=None)
+    y = T.decl_buffer([rows, T.int64(96)], "float32", data=p_y, strides=[y_s0, T.int64(1)], align=4, layout=None)
+    ws = T.decl_buffer((7104,), "uint8", data=p_ws, align=64)
     b_X = T.decl_buffer((96, 8), "float32", data=ws.data, elem_offset=0)
     b_mean = T.decl_buffer((8,), "float32", data=ws.data, elem_offset=768)
     b_var = T.decl_buffer((8,), "float32", data=ws.data, elem_offset=784)

@@ -1,13 +1,10 @@
 # spans
 @T.prim_func
-def spans(p_x: T.handle, p_y: T.handle, a: T.int64, b: T.int64, worker: T.int64, workers: T.int64, p_ws: T.handle):
+def spans(p_x: T.handle("float32"), p_y: T.handle("float32"), n: T.int64, x_s0: T.int64, a: T.int64, b: T.int64, worker: T.int64, workers: T.int64, p_ws: T.handle("uint8")):
     T.func_attr({"global_symbol": "spans", "tirx.noalias": True})
-    n = T.int64()
-    x_s0 = T.int64()
-    x = T.match_buffer(p_x, [n, T.int64(16)], "float32", strides=[x_s0, T.int64(1)], offset_factor=1, align=4, layout=T.TileLayout(T.S[(n, T.int64(16),) : (x_s0, T.int64(1),)]))
-    y = T.match_buffer(p_y, [T.int64(16)], "float32", strides=[T.int64(1)], offset_factor=1, align=4, layout=T.TileLayout(T.S[(T.int64(16),) : (T.int64(1),)]))
-    ws_bytes = T.int64()
-    ws = T.match_buffer(p_ws, (ws_bytes,), "uint8", align=64)
+    x = T.decl_buffer([n, T.int64(16)], "float32", data=p_x, strides=[x_s0, T.int64(1)], align=4, layout=None)
+    y = T.decl_buffer([T.int64(16)], "float32", data=p_y, strides=[T.int64(1)], align=4, layout=None)
+    ws = T.decl_buffer((128,), "uint8", data=p_ws, align=64)
     b_S = T.decl_buffer((16,), "float32", data=ws.data, elem_offset=0)
     b_X = T.decl_buffer((16,), "float32", data=ws.data, elem_offset=16)
     t_cells: T.let = T.int64(1)
