@@ -51,11 +51,18 @@ def overhead(calls: int = 200, rounds: int = 15, device: str = "cuda") -> dict[s
     problem = Problem(q, k, v, False)
     values = front.call_values(problem, mask, None, None) | {"o": torch.empty_like(q)}
     bound = front.executable_for(problem, mask, None).bind(values)
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    slopes = torch.randn_like(q)
+
+    def gradients() -> Any:
+        return torch.autograd.grad(gossamer.attention(*leaves, mask=mask), leaves, slopes)
+
     runs: dict[str, Callable[[], Any]] = {
         "launch_us": lambda: bound(values, 1),
         "mask_us": lambda: gossamer.attention(q, k, v, mask=mask),
         "mask_mod_us": lambda: gossamer.attention(q, k, v, mask=mask_mod),
         "mask_and_lse_us": lambda: gossamer.attention(q, k, v, mask=mask, return_lse=True),
+        "with_gradients_us": gradients,
     }
     found = {
         name: statistics.median(_host_us(run, calls, device) for _ in range(rounds))

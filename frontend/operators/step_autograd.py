@@ -54,7 +54,7 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
 
 def apply(function: Any, *arguments: Any) -> Any:
-    """`function.apply` where there are no transforms of torch.func, for which that looks (`rules.is_traced`)."""
+    """`function.apply`, without its look for transforms of torch.func: there are none (`rules.is_traced`)."""
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 

@@ -109,7 +109,7 @@ def delta_kernel(graph: Graph, op: Op, spec: LinearSpec) -> Kernel:
         Store(op.output.name, (b, h, row), real("R"), ("i",), inside),
     )
     tensors = (
-        *(Tensor(v.name, v.dtype, v.shape, unit=3) for v in (do, o)),
+        *(Tensor(v.name, v.dtype, v.shape, unit=3, align=spec.align(size, v.dtype)) for v in (do, o)),
         Tensor(den.name, den.dtype, den.shape, unit=2),
         Tensor(op.output.name, op.output.dtype, op.output.shape, "out", unit=2),
     )

@@ -59,6 +59,13 @@ class LinearSpec:
     def is_cpu(self) -> bool:
         return self.target.partition(":")[0] == "cpu"
 
+    def align(self, size: int | str, dtype: str) -> int:
+        """Bytes that rows of so many numbers start on, at most 16."""
+        if self.is_cpu or not self.aligned or not isinstance(size, int):
+            return 1
+        row = size * BYTES[dtype]
+        return min(16, row & -row)
+
     @property
     def operand(self) -> str:
         """The dtype of what products multiply. float16 has too small a range for sums of features: such

@@ -36,7 +36,7 @@ from ...ir.kernel import (
 )
 from ...ir.linear import X0, Chunks, FeatureMap
 from .schedule import padded
-from .spec import BYTES, LinearSpec
+from .spec import LinearSpec
 
 ZERO, NONE = sympy.Integer(0), sympy.Float(0.0)
 B, H, I, J, M, E, Y, S = map(integer, ("b", "h", "i", "j", "m", "e", "y", "s"))  # noqa: E741
@@ -143,21 +143,15 @@ class Tiles:
         shape = tuple(value.shape)
         if value.name not in self.used:
             last = len(shape) - 1
-            align = self._align(shape[last], value.dtype) if last == 3 else 1
+            align = self.spec.align(shape[last], value.dtype) if last == 3 else 1
             self.used[value.name] = Tensor(value.name, value.dtype, shape, role, last, align)
         return value.name
 
     def states(self, name: str, shape: tuple[int | str, ...], role: str = "in", heads: str = "Hk") -> str:
         shape = ("B", heads, *shape)
-        align = self._align(shape[-1], self.acc)
+        align = self.spec.align(shape[-1], self.acc)
         self.used[name] = Tensor(name, self.acc, shape, role, len(shape) - 1, align)
         return name
-
-    def _align(self, size: int | str, dtype: str) -> int:
-        if self.spec.is_cpu or not self.spec.aligned or not isinstance(size, int):
-            return 1
-        row = size * BYTES[dtype]
-        return min(16, row & -row)
 
     def kernel(
         self, name: str, grid: Sequence[GridDim], axes: Sequence[Axis], body: Sequence[Stmt]

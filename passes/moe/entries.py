@@ -122,14 +122,16 @@ class _Builder:
 
     def _arguments(self) -> tuple[Tensor, ...]:
         unit = self.op.attr("unit")
-        align = self._align(int(self.w.shape[unit])) if unit else 1
+        align = self.spec.align(int(self.w.shape[unit])) if unit else 1
         dense = Tensor(self.w.name, self.w.dtype, tuple(self.w.shape), unit=unit, align=align)
         matrix = self.codes.tensors(aligned=self.spec.aligned) if self.codes else [dense]
         rows = ("entries", "T") if self.combines else ("T", "entries")
         flat = [Tensor("ids", self.ids.dtype, ("entries",), unit=0)]
         flat += [Tensor(self.weights.name, self.weights.dtype, ("entries",), unit=0)] if self.weights else []
         return (
-            Tensor(self.a.name, self.a.dtype, (rows[0], self.inner), unit=1, align=self._align(self.inner)),
+            Tensor(
+                self.a.name, self.a.dtype, (rows[0], self.inner), unit=1, align=self.spec.align(self.inner)
+            ),
             *matrix,
             *flat,
             *([Tensor(self.bias.name, self.bias.dtype, tuple(self.bias.shape), unit=1)] if self.bias else []),
@@ -137,10 +139,6 @@ class _Builder:
             *([self.choice.tensor()] if self.choice else []),
             Tensor(self.op.output.name, self.op.output.dtype, (rows[1], self.columns), "out", unit=1),
         )
-
-    def _align(self, columns: int) -> int:
-        size = columns * BYTES[self.spec.dtype]
-        return 1 if self.cpu or not self.spec.aligned else min(16, size & -size)
 
     def _products(self, entry: Expr) -> list[Stmt]:
         """acc0 (and acc1) += the expert's matrix times the row of an entry, weighted where rows are added."""

@@ -41,7 +41,7 @@ from .added import Added
 from .choice import Choice, choice_of
 from .codes import Codes, codes_of
 from .matrix import CodedMatrix, DenseMatrix, Matrix
-from .spec import BYTES, ExpertsSpec
+from .spec import ExpertsSpec
 from .tiles import COL, D, Part, Tiles
 
 ZERO = sympy.Integer(0)
@@ -98,7 +98,7 @@ class _Builder:
         if codes is not None:
             return CodedMatrix(tiles, codes, self.operand, self.acc, self.spec.aligned)
         unit = self.op.attr("unit")
-        align = self._align(int(self.w.shape[unit - 3])) if unit else 1
+        align = self.spec.align(int(self.w.shape[unit - 3])) if unit else 1
         return DenseMatrix(tiles, self.w, unit, self.operand, align, self.chooses == "w")
 
     # kernel -----------------------------------------------------------------------------------------
@@ -194,15 +194,7 @@ class _Builder:
     def _stored(self, name: str, dtype: str, columns: int, role: str, rows: str) -> Tensor:
         if name in self.blocked:
             return Tensor(name, dtype, ("slots", columns, self.tiling.rows), role, unit=2)
-        return Tensor(name, dtype, (rows, columns), role, unit=1, align=self._align(columns))
-
-    def _align(self, columns: int) -> int:
-        if self.spec.is_cpu or not self.spec.aligned:
-            return 1
-        size = columns * BYTES[self.spec.dtype]
-        return min(16, size & -size)
-
-    # statements -------------------------------------------------------------------------------------
+        return Tensor(name, dtype, (rows, columns), role, unit=1, align=self.spec.align(columns))
 
     def _find(self) -> list[Stmt]:
         """The group of slot `slot`, the first row of its tile, and where the group's rows end."""

@@ -107,12 +107,12 @@ def outer_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
     tokens = [Tensor("tokens", "i32", ("entries",), unit=0)] if gathers or choice else []
     tokens += [choice.tensor()] if choice else []
     tensors = [
-        Tensor(a.name, a.dtype, (lengths["a"], int(a.shape[1])), unit=1, align=_align(a.shape[1], spec)),
-        Tensor(b.name, b.dtype, (lengths["b"], int(b.shape[1])), unit=1, align=_align(b.shape[1], spec)),
+        Tensor(a.name, a.dtype, (lengths["a"], int(a.shape[1])), unit=1, align=spec.align(int(a.shape[1]))),
+        Tensor(b.name, b.dtype, (lengths["b"], int(b.shape[1])), unit=1, align=spec.align(int(b.shape[1]))),
         Tensor(bounds.name, "i32", (experts + 1,), unit=0),
         *tokens,
         *([Tensor("trains", "i32", (experts,), unit=0)] if op.attr("masked") else []),
-        Tensor(out.name, out.dtype, out.shape, "out", unit=len(out.shape) - 1, align=_align(cols, spec)),
+        Tensor(out.name, out.dtype, out.shape, "out", unit=len(out.shape) - 1, align=spec.align(cols)),
     ]
     grid = (
         GridDim("n0", sympy.Integer(-(-cols // tile_n))),
@@ -186,7 +186,7 @@ def map_grad_kernel(graph: Graph, op: Op, spec: ExpertsSpec) -> Kernel:
         ),
     )
     wide = int(g.shape[1])
-    aligned = _align(wide, spec), _align(columns, spec)
+    aligned = spec.align(wide), spec.align(columns)
     tensors = (
         Tensor(g.name, g.dtype, ("entries", wide), unit=1, align=aligned[0]),
         Tensor(du.name, du.dtype, ("entries", columns), unit=1, align=aligned[1]),
@@ -223,10 +223,3 @@ def _bounded(bounds: str, index: Expr) -> Expr:
     """An entry of bounds, kept within the rows that there are."""
     found: Expr = minimum(maximum(read(integer(bounds), index), ZERO), ENTRIES)
     return found
-
-
-def _align(columns: object, spec: ExpertsSpec) -> int:
-    if spec.is_cpu or not spec.aligned or not isinstance(columns, int):
-        return 1
-    size = columns * BYTES[spec.dtype]
-    return min(16, size & -size)

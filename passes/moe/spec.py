@@ -85,6 +85,11 @@ class ExpertsSpec:
     def is_cpu(self) -> bool:
         return self.target.partition(":")[0] == "cpu"
 
+    def align(self, columns: int) -> int:
+        """Bytes that rows of so many columns start on, at most 16."""
+        size = columns * BYTES[self.dtype]
+        return 1 if self.is_cpu or not self.aligned else min(16, size & -size)
+
     @property
     def up_columns(self) -> int:
         """Columns of the first product."""
