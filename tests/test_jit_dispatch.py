@@ -125,7 +125,7 @@ def run(block, call, x):
     x = x.clone().requires_grad_()
     out = call(x)
     out.square().sum().backward()
-    return [out.detach(), x.grad, *(p.grad for p in block.parameters())]
+    return [out.detach(), x.grad, *(p.grad for p in block.parameters() if p.grad is not None)]
 
 
 def check(block, sites=1, lengths=()):
@@ -177,6 +177,56 @@ LEFT = [
     (tokens_first, dict(moved=1), "may hold another token"),
     (tokens_first, dict(dtype=torch.bfloat16), "no running counts"),
 ]
+
+
+class Groups(Block):
+    """Tokens (G, S, H), each group with slots of its own."""
+
+    def forward(self, x):
+        return self.how(self, x, self.router(x).softmax(-1), **self.changes)
+
+    def experts(self, slots, rows):
+        inner = torch.einsum(f"{rows}h,ehi->{rows}i", slots, self.gate)
+        return torch.einsum(f"{rows}i,eih->{rows}h", F.relu(inner), self.down)
+
+
+def top_two_by_group(block, x, gates, rows="egc", axis=1, behind=True, flipped=False):
+    capacity = block.capacity
+    mask1 = F.one_hot(gates.argmax(-1), EXPERTS)
+    mask2 = F.one_hot(gates.masked_fill(mask1.bool(), -1.0).argmax(-1), EXPERTS)
+    place1, place2 = mask1.cumsum(axis) - 1, mask2.cumsum(axis) - 1
+    if behind:
+        place2 = place2 + mask1.sum(1, keepdim=True)
+    combine = 0
+    for mask, place in ((mask1, place1), (mask2, place2)):
+        mask = mask * (place < capacity)
+        slot = F.one_hot((place * mask).sum(-1), capacity).to(x.dtype)
+        combine = combine + ((gates * mask).sum(-1)[..., None] * mask)[..., None] * slot[:, :, None]
+    dispatch = combine.bool().to(x.dtype)
+    dispatch = dispatch.flip(0) if flipped else dispatch
+    slots = torch.einsum(f"gsec,gsh->{rows}h", dispatch, x)
+    return torch.einsum(f"gsec,{rows}h->gsh", combine, block.experts(slots, rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (dict(), None),
+        (dict(rows="gec"), None),
+        (dict(axis=0), "not counted by expert"),
+        (dict(behind=False), "the same slot"),
+        (dict(flipped=True), "which is an expert"),
+    ],
+    ids=ids.text,
+)
+def test_groups(changes, why):
+    block, x = Groups(top_two_by_group, 5, **changes).double(), torch.randn(3, T, H, dtype=torch.float64)
+    f = gossamer.jit(block)
+    for ours, theirs in zip(run(block, f, x), run(block, block, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    report = f.report()
+    assert [len(report.compiled), len(report.left)] == ([1, 0] if why is None else [0, 1]), report
+    assert why is None or why in report.left[0].why
 
 
 @pytest.mark.parametrize(("how", "changes", "why"), LEFT, ids=ids.text)

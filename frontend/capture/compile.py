@@ -158,13 +158,13 @@ def _check_reads(match: Attention, reader: Reader) -> None:
             raise LeftAlone("its mask depends on its scores")
 
 
-def _where_row_has_keys(prob: Term, reader: Reader) -> Term | None:
+def _where_row_has_keys(prob: Any, reader: Reader) -> Term | None:
     """The mask of which `where(mask.any(-1, keepdim=True), prob, 0)` asks whether its row has a key."""
     wanted = {("prob", ZERO): "ne", (ZERO, "prob"): "eq"}
     if not isinstance(prob, tuple) or prob[0] != "where" or not isinstance(prob[1], tuple):
         return None
     op, *asked = prob[1]
-    read = asked[0] if op == wanted.get(prob[2:]) and asked[1] == 0 else None
+    read: Any = asked[0] if op == wanted.get(prob[2:]) and asked[1] == 0 else None
     leaf = reader.leaves.get(read[1]) if isinstance(read, tuple) and read[0] == "read" else None
     if leaf is None or operation(leaf) != Operation("any"):
         return None

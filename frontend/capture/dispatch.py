@@ -7,6 +7,9 @@ says which expert it is, one that says which of the expert's slots it takes, oth
 one, and in `combine` a weight. Where no two choices take the same slot, the experts are those of a layer
 whose ids are those of the choices, and nobody's where a choice gets no slot. Slots are proven to differ where
 they are running counts: `cumsum` of conditions that hold for the choice itself, behind all earlier choices'.
+
+Tokens may have a dimension of groups before their own, g in "gsec,gsm->egcm", each with slots of its own.
+Tokens are then named t0 and t1, and counts are those of a group.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from .contract import Labels
 from .expert import behind, name_of, network, same_node
 from .ops import arguments, operation, value_of
 from .product import stacked_product
-from .slots import CHOICE, TOKEN, Choices, Dispatched
+from .slots import CHOICE, Choices, Dispatched, token_names
 from .sums import Summand, Sums, fixed_by, general_product
 from .tensor import AT, LeftAlone, Opaque, Reader, is_one, same_size, size_term
 from .terms import kind_of, linear, names_in, number, replaced
@@ -38,33 +41,45 @@ def combines(reader: Reader, node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Sides:
-    """combine: a tensor at (t, e, c). second: the product that makes the experts' rows."""
+    """combine: a tensor at (t, e, c). second: the product that makes the experts' rows. slot: which of the
+    dimensions behind that of experts is that of slots. tokens: the names of their indices."""
 
     combine: Indexed
     second: fx.Node
+    slot: int
+    tokens: tuple[str, ...]
 
 
 def _sides(reader: Reader, node: fx.Node) -> _Sides | None:
     product = general_product(node)
-    if product is None or len(product[0]) != 2 or len(product[1]) != 2 or len(product[2]) not in (1, 2):
+    if (
+        product is None
+        or len(product[0]) != 2
+        or len(product[1]) not in (2, 3)
+        or len(product[2]) not in (1, 2)
+    ):
         return None
-    operands, (token, column), summed = product
+    operands, (*tokens, column), summed = product
+    names, groups = token_names(len(tokens)), tokens[:-1]
     for one in (0, 1):
         (combine, its), (rows, labels) = operands[one], operands[1 - one]
-        if not isinstance(rows, fx.Node) or set(its) != {token, *summed} or set(labels) != {column, *summed}:
+        if not isinstance(rows, fx.Node) or set(its) != {*tokens, *summed}:
             continue
-        found = _rows(reader, rows, labels, column, node)
+        if set(labels) != {column, *summed, *groups}:
+            continue
+        found = _rows(reader, rows, labels, (*groups, column), node)
         if found is not None:
-            second, at = found
-            of: dict[Any, Any] = {token: TOKEN} | at
-            return _Sides((combine, node, [of[x] for x in its]), second)
+            second, at, slot = found
+            of: dict[Any, Any] = dict(zip(tokens, names, strict=True)) | at
+            return _Sides((combine, node, [of[x] for x in its]), second, slot, names)
     return None
 
 
 def _rows(
-    reader: Reader, node: fx.Node, labels: Labels, column: str, at: fx.Node
-) -> tuple[fx.Node, dict[Any, Term]] | None:
-    """(the stacked product whose rows a tensor holds, the summed labels as terms of e and c)."""
+    reader: Reader, node: fx.Node, labels: Labels, outer: tuple[str, ...], at: fx.Node
+) -> tuple[fx.Node, dict[Any, Term], int] | None:
+    """(the stacked product whose rows a tensor holds, the summed labels as terms of e and c, which of its
+    dimensions of rows is that of slots). outer: the labels of groups, and that of columns."""
     try:
         read = reader.operand(node, at).at([f"l{x}" for x in labels])
     except (LeftAlone, Opaque):
@@ -75,19 +90,22 @@ def _rows(
     second = stacked_product(leaf)
     if second is None:
         return None
-    expert, slot, out = (read[2 + d] for d in second.places)
-    capacity = value_of(leaf).shape[second.places[1]]
-    if out != f"l{column}":
+    expert, *rows, out = (read[2 + d] for d in second.places)
+    own = [f"l{x}" for x in outer[:-1]]
+    slots = [n for n, row in enumerate(rows) if row not in own]
+    if out != f"l{outer[-1]}" or len(slots) != 1 or [row for row in rows if row in own] != own:
         return None
-    inner = [x for x in labels if x != column]
+    which, slot = slots[0], rows[slots[0]]
+    capacity = value_of(leaf).shape[second.places[1 + which]]
+    inner = [x for x in labels if x not in outer]
     if len(inner) == 2:
         of = {f"l{x}": x for x in inner}
         found = {of.get(expert): EXPERT, of.get(slot): SLOT}
-        return (leaf, found) if set(found) == set(inner) else None
+        return (leaf, found, which) if set(found) == set(inner) else None
     flat = f"l{inner[0]}"
     size = size_term(capacity)
     if expert == ("floordiv", flat, size) and slot == ("mod", flat, size):
-        return leaf, {inner[0]: ("add", ("mul", size, EXPERT), SLOT)}
+        return leaf, {inner[0]: ("add", ("mul", size, EXPERT), SLOT)}, which
     return None
 
 
@@ -97,40 +115,46 @@ def dispatched(reader: Reader, node: fx.Node) -> Dispatched:
     assert sides is not None
     second = stacked_product(sides.second)
     assert second is not None
-    found, given = network(reader, second, second.node, ("i0", "i1"), stacked_product)
-    order = second.read
-    if any(p.places != (*order, 2) or len(p.read) != 2 for p in found.firsts) or second.read_last != 2:
+    order, last = second.read, len(second.places) - 1
+    found, given = network(reader, second, second.node, tuple(f"i{d}" for d in range(last)), stacked_product)
+    whole = len(order) == last and second.read_last == last
+    if not whole or any(p.places != (*order, last) or len(p.read) != last for p in found.firsts):
         raise LeftAlone("its first products are not of every expert's slots")
-    sources = [_source(reader, p, rows) for p, rows in zip(found.firsts, given, strict=True)]
+    sources = [_source(reader, p, rows, sides) for p, rows in zip(found.firsts, given, strict=True)]
     x = same_node([source[0] for source in sources])
-    if value_of(x).dim() != 2:
-        raise LeftAlone("its slots do not hold tokens (T, H)")
-    if not same_size(value_of(x).shape[0], value_of(node).shape[0]):
+    lead = value_of(x).shape[:-1]
+    if len(lead) != len(sides.tokens) or not all(map(same_size, lead, value_of(node).shape[:-1])):
         raise LeftAlone("its result has other rows than its tokens")
-    experts, capacity = (value_of(second.node).shape[d] for d in second.places[:2])
-    reading = _Reading(reader, experts, capacity, value_of(x).shape[0])
+    experts, capacity = (value_of(second.node).shape[second.places[d]] for d in (0, 1 + sides.slot))
+    reading = _Reading(reader, experts, capacity, dict(zip(sides.tokens, lead, strict=True)))
     choices = reading.choices(reading.element(sides.combine))
     for _, dispatch in sources:
         reading.check(choices, reading.element(dispatch), reading.element(sides.combine))
     return Dispatched(node, None, x, None, None, [found], [], choices, experts, capacity)
 
 
-def _source(reader: Reader, product: Any, rows: fx.Node) -> tuple[fx.Node, Indexed]:
+def _source(reader: Reader, product: Any, rows: fx.Node, sides: _Sides) -> tuple[fx.Node, Indexed]:
     """(x, the dispatch tensor at (t, e, c)) of what a first product takes: (.., e, .., c, .., in)."""
-    names = {product.read[0]: EXPERT, product.read[1]: SLOT, product.read_last: "h"}
+    places = list(sides.tokens[:-1])
+    places.insert(sides.slot, SLOT)
+    names = dict(zip(product.read, (EXPERT, *places), strict=True)) | {product.read_last: "h"}
     rows = behind(rows, ("to", "contiguous", "type_as"))
-    read = reader.operand(rows, product.node).at([names[d] for d in range(3)])
+    read = reader.operand(rows, product.node).at([names[d] for d in range(len(names))])
     leaf = reader.made(read[1]) if isinstance(read, tuple) and read[0] == "readf" else None
     found = None if leaf is None else general_product(leaf)
     if leaf is None or found is None or len(found[0]) != 2 or len(found[2]) != 1:
         raise LeftAlone("its slots are not filled by a product of tokens and a dispatch tensor")
     operands, out, summed = found
-    of: dict[Any, Term] = dict(zip(out, read[2:], strict=True)) | dict.fromkeys(summed, TOKEN) | {None: 0}
+    of: dict[Any, Term] = (
+        dict(zip(out, read[2:], strict=True)) | dict.fromkeys(summed, sides.tokens[-1]) | {None: 0}
+    )
     for one in (0, 1):
         (x, labels), (dispatch, its) = operands[one], operands[1 - one]
-        if [of[label] for label in labels] == [TOKEN, "h"] and "h" not in [of[label] for label in its]:
+        if [of[label] for label in labels] == [*sides.tokens, "h"] and "h" not in [
+            of[label] for label in its
+        ]:
             wide = value_of(dispatch).shape
-            if not any(is_one(n) for n in wide) or len(wide) == 3:
+            if not any(is_one(n) for n in wide) or len(wide) == 2 + len(sides.tokens):
                 return x, (dispatch, leaf, [of[label] for label in its])
     raise LeftAlone("its slots are not filled by a product of tokens (T, H) and a dispatch tensor")
 
@@ -138,11 +162,12 @@ def _source(reader: Reader, product: Any, rows: fx.Node) -> tuple[fx.Node, Index
 class _Reading:
     """The choices that dispatch and combine tensors are made of."""
 
-    def __init__(self, reader: Reader, experts: Any, capacity: Any, tokens: Any) -> None:
+    def __init__(self, reader: Reader, experts: Any, capacity: Any, tokens: dict[str, Any]) -> None:
         self.reader, self.experts, self.capacity = reader, experts, capacity
+        *self.groups, self.token = tokens
         self.sums, self.deep = Sums(reader, (EXPERT, SLOT)), Sums(reader, exact=True)
         for sums in (self.sums, self.deep):
-            sums.sizes |= {EXPERT: experts, SLOT: capacity, TOKEN: tokens}
+            sums.sizes |= {EXPERT: experts, SLOT: capacity, **tokens}
 
     def element(self, tensor: Indexed) -> Term:
         node, at, indices = tensor
@@ -256,9 +281,10 @@ class _Reading:
         indices = list(read[2:])
         dim %= len(indices)
         others = [index for d, index in enumerate(indices) if d != dim and index != 0]
-        if others != [one.ids]:
+        if [i for i in others if i not in self.groups] != [one.ids] or len(others) != 1 + len(self.groups):
             raise LeftAlone("its slots are not counted by expert")
-        names = ["s" if d == dim else EXPERT if index == one.ids else 0 for d, index in enumerate(indices)]
+        held_at = {one.ids: EXPERT} | {group: group for group in self.groups}
+        names = ["s" if d == dim else held_at.get(index, 0) for d, index in enumerate(indices)]
         parts = self.deep.expand(self.deep.element(source, leaf, names))
         held = [p for p in map(self.deep.simplified, parts) if p is not None]
         if len(held) != 1 or not held[0].counts or held[0].bound:
@@ -268,7 +294,9 @@ class _Reading:
             holds = self.deep.tidied(rename(factor, own))
             if holds != "true" and holds not in facts:
                 raise LeftAlone("a slot's count may leave out the choice that takes it")
-        if not _differ(indices[dim], one.size, value_of(source).shape[dim], self.deep.sizes[TOKEN]):
+        if not _differ(
+            indices[dim], one.size, value_of(source).shape[dim], self.token, self.deep.sizes[self.token]
+        ):
             raise LeftAlone("different tokens may have the same count")
         return frozenset(held[0].factors)
 
@@ -317,13 +345,13 @@ def _is_nonzero(term: Term, combine: Term) -> bool:
     return isinstance(term, tuple) and term[:2] == ("ne", combine) and number(term[2]) == 0
 
 
-def _differ(index: Term, size: int, length: Any, tokens: Any) -> bool:
+def _differ(index: Term, size: int, length: Any, token: str, tokens: Any) -> bool:
     """Whether tokens t and choices n give different indices."""
     parts = linear(index)
     if size == 1:
-        return parts == {TOKEN: 1}
-    if parts == {TOKEN: size, CHOICE: 1}:
+        return parts == {token: 1}
+    if parts == {token: size, CHOICE: 1}:
         return True
     if isinstance(length, int):
-        return length % size == 0 and parts == {TOKEN: 1, CHOICE: length // size}
-    return parts == {TOKEN: 1, ("mul", size_term(tokens), CHOICE): 1}
+        return length % size == 0 and parts == {token: 1, CHOICE: length // size}
+    return parts == {token: 1, ("mul", size_term(tokens), CHOICE): 1}

@@ -95,14 +95,21 @@ def encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """torch's fused layer of an encoder, (B, length, size). Raises LeftAlone."""
-    if mask is not None:
-        raise LeftAlone(
-            "torch computes this layer in one operation, whose masks are its own. "
-            "torch.backends.mha.set_fastpath_enabled(False) takes it apart"
-        )
+    """torch's fused layer of an encoder, (B, length, size).
+
+    mask: anything but 0 takes a pair out, and rows without pairs give NaN. mask_type: of what shape it is,
+    0 (length, length), 1 (B, length), of keys, 2 (B, heads, length, length). Raises LeftAlone."""
+    if mask is not None and mask_type not in (0, 1, 2):
+        raise LeftAlone(f"torch computes this layer in one operation, with a mask of type {mask_type}")
 
     def attend(y: Tensor) -> Tensor:
+        if mask is not None:
+            parts = F.linear(y, weight, bias).chunk(3, dim=-1)
+            q, k, v = (p.unflatten(-1, (heads, size // heads)).transpose(1, 2) for p in parts)
+            out = torch.ne(mask.view(mask.shape[0], 1, 1, -1) if mask_type == 1 else mask, 0)
+            scores = torch.mul(torch.matmul(q, k.transpose(-2, -1)), (size // heads) ** -0.5)
+            y = torch.matmul(torch.softmax(scores.masked_fill(out, float("-inf")), -1), v)
+            return F.linear(y.transpose(1, 2).flatten(2), out_weight, out_bias)
         y = y.transpose(0, 1)
         given = (y, y, y, size, heads, weight, bias, None, None, False, 0.0, out_weight, out_bias)
         return multi_head_attention(*given)[0].transpose(0, 1)
@@ -192,7 +199,8 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _note(self, node: fx.Node, value: Any) -> None:
-        node.meta = {"example_value": value, "stack_trace": self.before.meta.get("stack_trace")}
+        kept = {key: self.before.meta.get(key) for key in ("stack_trace", "nn_module_stack")}
+        node.meta = kept | {"example_value": value}
         self.nodes[id(value)] = node
         self.made.append(node)
         self.kept.append(value)
