@@ -230,7 +230,10 @@ def _sites(program: Program, note: Note) -> dict[Value, Any]:
             reason = _add(site, sites)
         if reason is not None:
             left.append((site.kind if site.found == "ragged_dot" else "experts", dot.op, reason))
+    taken = {*sites, *(value for site in sites.values() for value in site.hidden)}
     for op, found in jax_match_linear.find(reader, program):
+        if not isinstance(found, str) and taken & {op.outputs[0], *found.inside, *LinearSite(found).inputs}:
+            continue  # a product behind another part is not one of features
         site = found if isinstance(found, str) else LinearSite(found)
         reason = site if isinstance(site, str) else _add(site, sites)
         if reason is not None:
