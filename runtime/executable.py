@@ -14,6 +14,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from ..ir.errors import InputError
 from .artifact import Artifact, check_host
 from .backends import BACKENDS, Loaded, Runner
@@ -22,6 +24,7 @@ from .formula import Formula, parse_formula
 from .knobs import LOG_TIMINGS, log
 from .manifest import BYTES, Argument
 from .recent import Recent
+from .strided import Strided
 from .target import Target
 
 _PLANS = 64
@@ -113,11 +116,17 @@ class Executable:
     def __call__(
         self, values: Mapping[str, Any], *, allocate: Allocate | None = None, threads: int | None = None
     ) -> None:
-        """Run every kernel. values: tensors (outputs included) and scalars by name, as in `inputs`.
+        """Run every kernel. values: tensors (outputs included) and scalars by name, as in `inputs`; on a CPU
+        tensors may be NumPy's arrays.
 
         allocate: makes the intermediates, where there are any. threads: of a CPU kernel, else
         GOSSAMER_NUM_THREADS. Raises InputError when a value is missing or a check of the program fails.
         """
+        arrays = {n: Strided.of(v) for n, v in values.items() if isinstance(v, np.ndarray)}
+        target = self.artifact.manifest.target
+        if arrays and Target.parse(target).kind != "cpu":
+            raise InputError(f"argument {min(arrays)}", f"memory of {target}", "a NumPy array")
+        values = {**values, **arrays}
         self.bind(values, allocate=allocate)(values, threads)
 
     def bind(self, values: Mapping[str, Any], *, allocate: Allocate | None = None) -> Bound:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..ir.errors import InputError
 from .manifest import BYTES
 
 _NUMPY = {
@@ -71,6 +72,16 @@ class Strided:
         """Uninitialised contiguous memory of NumPy's."""
         memory = np.empty(max(1, math.prod(shape)) * BYTES[dtype], np.uint8)
         return Strided(memory.ctypes.data, shape, dtype, owner=memory)
+
+    @staticmethod
+    def of(array: np.ndarray) -> Strided:
+        """An array's memory. Raises InputError for elements that kernels do not know."""
+        names = [name for name, kind in _NUMPY.items() if kind == array.dtype.name]
+        if not names or not array.dtype.isnative or any(s % array.itemsize for s in array.strides):
+            expected = f"an array of {', '.join(sorted(_NUMPY.values()))}"
+            raise InputError("argument", expected, f"{array.dtype}, strides {array.strides}")
+        strides = [s // array.itemsize for s in array.strides]
+        return Strided(array.ctypes.data, array.shape, names[0], strides, owner=array)
 
     def __repr__(self) -> str:
         return f"Strided({self.dtype}{list(self.shape)}, strides {self._strides})"
