@@ -14,8 +14,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from ..ir.errors import InputError
 from .artifact import Artifact, check_host
 from .backends import BACKENDS, Loaded, Runner
@@ -24,7 +22,6 @@ from .formula import Formula, parse_formula
 from .knobs import LOG_TIMINGS, log
 from .manifest import BYTES, Argument
 from .recent import Recent
-from .strided import Strided
 from .target import Target
 
 _PLANS = 64
@@ -122,12 +119,19 @@ class Executable:
         allocate: makes the intermediates, where there are any. threads: of a CPU kernel, else
         GOSSAMER_NUM_THREADS. Raises InputError when a value is missing or a check of the program fails.
         """
-        arrays = {n: Strided.of(v) for n, v in values.items() if isinstance(v, np.ndarray)}
-        target = self.artifact.manifest.target
-        if arrays and Target.parse(target).kind != "cpu":
-            raise InputError(f"argument {min(arrays)}", f"memory of {target}", "a NumPy array")
-        values = {**values, **arrays}
+        values = {name: self._taken(name, value) for name, value in values.items()}
         self.bind(values, allocate=allocate)(values, threads)
+
+    def _taken(self, name: str, value: Any) -> Any:
+        """A value as kernels take it: an array by its memory."""
+        if not hasattr(value, "__array_interface__") or hasattr(value, "data_ptr"):
+            return value
+        from .strided import Strided
+
+        target = self.artifact.manifest.target
+        if Target.parse(target).kind != "cpu":
+            raise InputError(f"argument {name}", f"memory of {target}", "a NumPy array")
+        return Strided.of(value)
 
     def bind(self, values: Mapping[str, Any], *, allocate: Allocate | None = None) -> Bound:
         """The program for calls whose tensors have the sizes and strides of these, with these scalars.

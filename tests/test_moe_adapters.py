@@ -94,6 +94,18 @@ def test_ids_of_nobody_take_no_adapter():
         assert torch.equal(gossamer.experts(case.x(), *routing, **layer, **lora), without)
 
 
+@pytest.mark.parametrize("matrix", range(4))
+def test_what_is_not_a_number_stays_with_the_tokens_that_take_it(matrix):
+    case = Case(tokens=6, experts=2)
+    layer, lora, routing = case.layer(), adapters(case), case.routing()
+    lora["adapter_ids"] = torch.tensor([0, 1, -1, 2, 1, 0])
+    clean = gossamer.experts(case.x(), *routing, **layer, **lora)
+    (lora["gate_up_lora"] + lora["down_lora"])[matrix][1] = torch.nan
+    found = gossamer.experts(case.x(), *routing, **layer, **lora)
+    takes = lora["adapter_ids"] == 1
+    assert torch.equal(found[~takes], clean[~takes]) and found[takes].isnan().all()
+
+
 def test_routings_carry_adapters_along():
     case = Case(tokens=11)
     layer, lora, (ids, weights) = case.layer(), adapters(case), case.routing()

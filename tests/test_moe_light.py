@@ -77,6 +77,33 @@ def test_what_is_not_a_number_stays_where_it_is():
     assert torch.equal(found[others], clean[others]) and found[touched].isnan().all()
 
 
+def test_gradients_leave_out_tokens_that_choose_others():
+    x, ids, weights, matrices, light = given(5)
+    ids[:, :] = 0
+    ids[0, 0] = E + 3  # the first constant
+    x[1] = torch.nan
+    vectors = light["constant_experts"].requires_grad_()
+    gates = light["constant_gates"].requires_grad_()
+    slope = torch.ones_like(x)
+    slope[2] = torch.nan
+    found = torch.autograd.grad(
+        gossamer.experts(x, ids, weights, *matrices, **light), (vectors, gates), slope
+    )
+    assert all(g.isfinite().all() and g.any() for g in found)
+
+
+def test_weights_of_rows_are_summed_in_float32():
+    """300 rows of one token for one expert that copies."""
+    x, _, _, matrices, _ = given(1, 0, dtype=torch.bfloat16)
+    many, weight = 300, torch.tensor(0.01, dtype=torch.bfloat16)
+    rows = gossamer.Routing(
+        torch.zeros(many, dtype=torch.int32), torch.full((many,), E, dtype=torch.int32),
+        weight.expand(many).contiguous(), torch.tensor([0] * E + [many], dtype=torch.int32), 1,
+    )  # fmt: skip
+    found = gossamer.experts(x, rows, None, *matrices, copy_experts=1)
+    torch.testing.assert_close(found, (x.double() * weight.double() * many).bfloat16())
+
+
 def test_from_logits_and_compiled():
     x, _, _, matrices, light = given(12)
     logits = torch.randn(12, E + 5, generator=torch.Generator().manual_seed(1))

@@ -39,6 +39,19 @@ def test_shared_experts_and_their_gradients(weighted):
     torch.testing.assert_close(*slopes)
 
 
+def test_square_shared_experts_have_the_layout_of_the_others():
+    x, logits, up, down = layer()
+    up, down = up[:, :I].mT.contiguous(), down.mT.contiguous()  # (H, I), (I, H): without a gate
+    shared = {"shared_gate_up_proj": random(H, H, seed=4), "shared_down_proj": random(H, H, seed=5)}
+    found = gossamer.moe(x, logits, up, down, top_k=K, activation="silu", **shared)
+    alone = gossamer.moe(x, logits, up, down, top_k=K, activation="silu")
+    first, second = shared.values()
+    torch.testing.assert_close(found, alone + F.silu(x @ first) @ second)
+    shared = {"shared_gate_up_proj": random(S, H), "shared_down_proj": random(H, S)}
+    with pytest.raises(InputError, match="as the experts are laid out"):
+        gossamer.moe(x, logits, up, down, top_k=K, activation="silu", **shared)
+
+
 def test_shared_experts_are_laid_out_as_experts_are():
     x, logits, up, down = layer()
     shared = random(2 * S, H, seed=4) / 4, random(H, S, seed=5) / 4

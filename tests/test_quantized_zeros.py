@@ -165,6 +165,31 @@ def test_gptq(bits, offset):
         QuantizedWeight.from_gptq(*packed, scales.mT, g_idx=torch.arange(K) % 4, bits=bits)
 
 
+def test_gptq_of_groups_that_do_not_divide():
+    """40 features in groups of 16: only g_idx or the size itself tell."""
+    packed = (
+        torch.randint(-(2**31), 2**31, (E, 40 // 8, N)).int(),
+        torch.randint(0, 2**31, (E, 3, N // 8)).int(),
+    )
+    scales = torch.rand(E, 3, N)
+    made = QuantizedWeight.from_gptq(*packed, scales, group_size=16)
+    same = QuantizedWeight.from_gptq(*packed, scales, g_idx=torch.arange(40) // 16)
+    field = packed[0].long().repeat_interleave(8, 1) >> 4 * (torch.arange(40) % 8)[:, None] & 15
+    zero = packed[1].long().repeat_interleave(8, 2) >> 4 * (torch.arange(N) % 8) & 15
+    group = torch.arange(40) // 16
+    expected = ((field - zero[:, group] - 1) * scales[:, group]).mT
+    torch.testing.assert_close(made.dequantize(), expected.contiguous())
+    assert torch.equal(made.dequantize(), same.dequantize())
+    for wrong, message in (
+        ({}, "3 groups of 40 do not tell"),
+        ({"group_size": 8}, "a size that makes 3 groups"),
+        ({"g_idx": torch.arange(40.0)}, "integers"),
+        ({"g_idx": torch.arange(7)}, "integers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            QuantizedWeight.from_gptq(*packed, scales, **wrong)
+
+
 def test_awq():
     given, zeros, scales = codes(4)
     packed = []

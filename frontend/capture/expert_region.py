@@ -37,6 +37,8 @@ class Region:
         above, stack = set(ends), list(ends)
         while stack:
             for source in stack.pop().all_input_nodes:
+                if source not in self.memory.group:  # what stands for a part that was compiled
+                    continue
                 for node in (source, *self.memory.writes[self.memory.group[source]]):
                     if node not in above and self.memory.place[node] < self.memory.place[self.match.node]:
                         above.add(node)
@@ -78,7 +80,7 @@ class Region:
         first, last = (self.memory.place[w] for w in (self.writes[0], self.writes[-1]))
         for member in self._members():
             for user in member.users:
-                between = first < self.memory.place[user] < last
+                between = first < self.memory.place.get(user, last) < last
                 if between and user not in self.dead and self.memory.group[user] is not self.match.root:
                     raise LeftAlone("a sum of some of its experts is used elsewhere too")
                 if (

@@ -42,11 +42,11 @@ class Memory:
         """Let a call, inserted before a node, give what the node gave.
 
         What is written to later is a copy: the call keeps its result for gradients, as the node did not."""
-        call.meta, self.place[call] = dict(node.meta), self.place[node]
+        call.meta, self.place[call], self.group[call] = dict(node.meta), self.place[node], call
         if value_of(node).requires_grad and not self.settled(node, node):
             with node.graph.inserting_after(call):
                 call = node.graph.call_method("clone", (call,))
-            call.meta, self.place[call] = dict(node.meta), self.place[node]
+            call.meta, self.place[call], self.group[call] = dict(node.meta), self.place[node], call
         node.replace_all_uses_with(call)
 
     def sources(self, node: fx.Node) -> Iterator[fx.Node]:

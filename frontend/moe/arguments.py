@@ -38,34 +38,38 @@ def beside_light(
 
 
 def _rows_beside(routing: Routing, first: int, light: int) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """The rows of experts with matrices, and of the others a weight for each token and expert."""
+    """The rows of experts with matrices, and of the others a weight for each token and expert, the sum of
+    what the token's rows weigh, in float32 or float64."""
     tokens, weights, counts = routing.token_ids, routing.weights, routing.counts
     many, bounds = routing.num_tokens, counts.clamp(min=0).cumsum(0)
     rows = torch.arange(tokens.shape[0], device=tokens.device)
     number = torch.searchsorted(bounds, rows, right=True) - first  # counts say whose a row is
     inside = (number >= 0) & (number < light) & (tokens >= 0) & (tokens < many)
     place = torch.where(inside, tokens * light + number, many * light)
-    sums = weights.new_zeros(many * light + 1)
-    sums = sums.index_put((place,), torch.where(inside, weights, 0), accumulate=True)[:-1]
+    wide = weights.to(torch.float64 if weights.dtype == torch.float64 else torch.float32)
+    sums = wide.new_zeros(many * light + 1)
+    sums = sums.index_put((place,), torch.where(inside, wide, 0), accumulate=True)[:-1]
     ids = torch.arange(first, first + light, device=tokens.device).expand(many, light).contiguous()
     heavy = Routing(tokens, routing.expert_ids, weights, counts[:first], many)
     return (heavy, None), (ids, sums.view(many, light))
 
 
+def refuse_alone(weights: Any, more: dict[str, Any]) -> None:
+    """Raise InputError for what belongs to shared experts, where there are none."""
+    for name, tensor in {"weights": weights, **more}.items():
+        if tensor is not None and name != "adapter_ids":
+            where = f"experts.shared_{name[:-2] + '_lora' if name[-2:] in ('_a', '_b') else name}"
+            raise InputError(where, "shared_gate_up_proj and shared_down_proj too", None)
+
+
 def shared_by_token(
-    x: Any, gate_up: Any, down: Any, weights: Any, more: dict[str, Any], *, gated: bool
-) -> tuple[dict[str, Any], Any, Any] | None:
+    x: Any, gate_up: Any, down: Any, weights: Any, more: dict[str, Any], *, gated: bool, flipped: bool
+) -> tuple[dict[str, Any], Any, Any]:
     """Shared experts as a layer of one that all tokens take: its tensors by name, ids and weights (T, 1).
 
-    None where there are none. more: biases and adapters, by the kernels' names. gated: whether experts have a
-    gate. Raises InputError."""
+    more: biases and adapters, by the kernels' names. gated, flipped: whether the experts beside them have a
+    gate, and are laid out as (H, 2 I) and (I, H). Raises InputError."""
     given = {"shared_gate_up_proj": gate_up, "shared_down_proj": down}
-    if gate_up is None and down is None:
-        for name, tensor in {"weights": weights, **more}.items():
-            if tensor is not None and name != "adapter_ids":
-                where = f"experts.shared_{name[:-2] + '_lora' if name[-2:] in ('_a', '_b') else name}"
-                raise InputError(where, "shared_gate_up_proj and shared_down_proj too", None)
-        return None
     for name, matrix in given.items():
         rank = 3 if isinstance(matrix, QuantizedWeight) else 2
         if not isinstance(matrix, (torch.Tensor, QuantizedWeight)) or len(matrix.shape) != rank:
@@ -77,12 +81,15 @@ def shared_by_token(
         if isinstance(matrix, torch.Tensor):
             check_like(f"experts.{name}", matrix, x)
     up, two = (given[name].shape[-2:] for name in given)
-    factor = 2 if gated else 1
-    plain = up[1] == two[0] == x.shape[1] and up[0] == factor * two[1]
-    if not plain and not (up[0] == two[1] == x.shape[1] and up[1] == factor * two[0]):
-        expected = f"({'2 S' if gated else 'S'}, H) and (H, S), or both transposed, with H = {x.shape[1]}"
+    hidden = x.shape[1]
+    (out, fed), (back, held) = (up[::-1], two[::-1]) if flipped else (up, two)
+    if fed != hidden or back != hidden or out != (2 if gated else 1) * held:
+        wide = "2 S" if gated else "S"
+        shapes = f"(H, {wide}) and (S, H)" if flipped else f"({wide}, H) and (H, S)"
         raise InputError(
-            "experts.shared_gate_up_proj, shared_down_proj", expected, f"{tuple(up)} and {tuple(two)}"
+            "experts.shared_gate_up_proj, shared_down_proj",
+            f"{shapes} with H = {hidden}, as the experts are laid out",
+            f"{tuple(up)} and {tuple(two)}",
         )
     stacks = (m if isinstance(m, QuantizedWeight) else m.unsqueeze(0) for m in given.values())
     tokens = x.shape[0]

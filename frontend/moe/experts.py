@@ -19,9 +19,9 @@ from ..operators.rules import autocast, is_traced
 from ..plan import Plan, _signature
 from ..pure import pure
 from .activation import activation_term
-from .arguments import beside_light, pair_of, shared_by_token
+from .arguments import beside_light, pair_of, refuse_alone, shared_by_token
 from .form import MoeForm
-from .layer import Layer
+from .layer import Layer, is_transposed
 from .layer_kernels import dtype_of, layer_executable
 from .layers import LORA, check_adapter_ids, check_routing, layer_by_name
 from .light_step import Light, with_light
@@ -165,11 +165,18 @@ def experts(
         if backend == "reference":
             from .reference import reference_light as add
         found = add(found, x, *by_light, first, light)
-    gated = math.prod(gate_up_proj.shape) == 2 * math.prod(down_proj.shape)
     more = {"gate_up_bias": shared_gate_up_bias, "down_bias": shared_down_bias, "adapter_ids": adapter_ids}
     more |= dict(zip(LORA, shared_lora, strict=True))
-    shared = shared_by_token(x, shared_gate_up_proj, shared_down_proj, shared_weights, more, gated=gated)
-    return found if shared is None else found + run(*shared, lora_scale, *settings)
+    if shared_gate_up_proj is None is shared_down_proj:
+        refuse_alone(shared_weights, more)
+        return found
+    flipped = is_transposed(x.shape[1], gate_up_proj.shape, down_proj.shape, transposed)
+    coded = any(isinstance(m, QuantizedWeight) for m in (shared_gate_up_proj, shared_down_proj))
+    flipped = flipped and not coded  # codes are always (out, in)
+    gated = math.prod(gate_up_proj.shape) == 2 * math.prod(down_proj.shape)
+    layout = {"gated": gated, "flipped": flipped}
+    shared = shared_by_token(x, shared_gate_up_proj, shared_down_proj, shared_weights, more, **layout)
+    return found + run(*shared, lora_scale, activation, flipped, *settings[2:])
 
 
 def run(

@@ -34,6 +34,7 @@ class Light(NamedTuple):
 
     def check(self, x: Any) -> None:
         """Raise InputError unless these fit x."""
+        check_tensor("experts.x", x, 2, "(T, H)")
         for name, value in (("zero_experts", self.zeros), ("copy_experts", self.copies)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InputError(f"experts.{name}", "a number of experts, 0 or more", value)
@@ -110,11 +111,16 @@ class LightStep:
         kernel = dict(zip(names, launched(("light_gradient", spec), values, {}, made, make), strict=True))
         found |= {"x": kernel["dx"], "weights": kernel["dweights"].to(weights.dtype)}
         if "vectors" in wanted:
-            found["vectors"] = (kernel["mixed"].T @ do.to(wide)).to(x.dtype)
+            found["vectors"] = _weighed(kernel["mixed"], do.to(wide)).to(x.dtype)
         if "gates" in wanted:
-            turned = (kernel["slopes"].T @ x.to(wide)).to(x.dtype)
+            turned = _weighed(kernel["slopes"], x.to(wide)).to(x.dtype)
             found["gates"] = torch.stack((turned, -turned), 1)
         return found
+
+
+def _weighed(weights: Tensor, rows: Tensor) -> Tensor:
+    """Sums of rows (T, H) by weights (T, C), which leave out rows that weigh nothing, whatever they hold."""
+    return weights.T @ torch.where((weights != 0).any(1, keepdim=True), rows, 0)
 
 
 def _facts(call: Arguments, values: dict[str, Tensor]) -> tuple[Any, ...]:

@@ -287,6 +287,7 @@ class QuantizedWeight(torch.nn.Module):
         scales: torch.Tensor,
         *,
         g_idx: torch.Tensor | None = None,
+        group_size: int | None = None,
         bits: int = 4,
         zero_offset: int = 1,
     ) -> QuantizedWeight:
@@ -294,21 +295,28 @@ class QuantizedWeight(torch.nn.Module):
 
         qweight (E, K / n, N) and qzeros (E, G, N / n): int32 of n = 32 / bits fields, neighbours along K and
         along N, from the lowest; scales (E, G, N). g_idx (E, K) or (K,): the group of each feature, to be
-        in order. Matrices of gate and up may be joined along N before. zero_offset: what was taken off
-        zero points, 0 in "gptq_v2". Raises InputError, UnsupportedError."""
+        in order. group_size: features of a group, where neither g_idx nor equal groups tell. Matrices of gate
+        and up may be joined along N before. zero_offset: what was taken off zero points, 0 in "gptq_v2".
+        Raises InputError, UnsupportedError."""
         from .checkpoints import gptq
 
-        return gptq(qweight, qzeros, scales, g_idx, bits, zero_offset)
+        return gptq(qweight, qzeros, scales, g_idx, group_size, bits, zero_offset)
 
     @staticmethod
-    def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
+    def from_awq(
+        qweight: torch.Tensor,
+        qzeros: torch.Tensor,
+        scales: torch.Tensor,
+        *,
+        group_size: int | None = None,
+    ) -> QuantizedWeight:
         """What AWQ's checkpoints ("gemm") hold, stacked by expert: 4 bits.
 
         qweight (E, K, N / 8) and qzeros (E, G, N / 8): int32 of the columns 0, 2, 4, 6, 1, 3, 5, 7 of eight,
-        from the lowest bits up; scales (E, G, N). Raises InputError."""
+        from the lowest bits up; scales (E, G, N). group_size: as for `from_gptq`. Raises InputError."""
         from .checkpoints import awq
 
-        return awq(qweight, qzeros, scales)
+        return awq(qweight, qzeros, scales, group_size)
 
 
 _NEST = "Quantise with nested=(2, 4, 8)"

@@ -3,14 +3,12 @@
 Before::  %h = grouped_gemm %x, %w, %bounds, .. %t, %b {adds = 'rows'}
 After::   T_added: [i, l] = load t ; for each part: B: [n, l] = load b ; acc += dot(T_added, B) over l
 
-Where rows choose among several b, once for every choice of the tile's rows, with zeros for those of others.
+Where rows choose among several b, once for every choice of the tile's rows, in sums of their own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import sympy
 
 from ...ir.expr import integer, real, where
 from ...ir.graph import Value
@@ -46,23 +44,22 @@ class Added:
 
     def sums(self) -> list[Stmt]:
         """What is added to all parts of the product."""
-        row = integer("row")
-        rows: list[Stmt] = [Load("T_added", self.operand, ("i", "l"), self.t.name, (row, LOW))]
-        if self.choice is None:
-            return [*rows, *self._products("T_added")]
-        mine = where(MINE, real("T_added"), sympy.Float(0.0))
-        work = [Compute("T_mine", self.operand, ("i", "l"), mine), *self._products("T_mine")]
-        return [*rows, *self.choice.each(work)]
+        out: list[Stmt] = [Load("T_added", self.operand, ("i", "l"), self.t.name, (integer("row"), LOW))]
+        products = [s for k, part in enumerate(self.tiles.parts) for s in self._product(k, part)]
+        return [*out, *(self.choice.each(products) if self.choice else products)]
 
-    def _products(self, rows: str) -> list[Stmt]:
-        return [s for k, part in enumerate(self.tiles.parts) for s in self._product(k, part, rows)]
-
-    def _product(self, k: int, part: Part, rows: str) -> list[Stmt]:
+    def _product(self, k: int, part: Part) -> list[Stmt]:
+        """One part's. Rows that chose another matrix take nothing of this one, whatever it holds."""
         index = (EXPERT, part.column, LOW) if self.by_rows else (EXPERT, LOW, part.column)
         index = (ADAPTER, *index) if self.choice else index
         axes = ("n", "l") if self.by_rows else ("l", "n")
-        more = {"accumulate": True, "declares": False, "precision": self.precision}
+        load = Load(f"B{k}", self.operand, axes, self.b.name, index, self.tiles.valid(part), ZERO)
+        operands = (self.acc, ("i", "n"), "T_added", f"B{k}", "l")
+        if self.choice is None:
+            return [load, Dot(part.acc, *operands, True, False, self.precision)]
+        whole = where(MINE, real(part.acc) + real(f"S{k}"), real(part.acc))
         return [
-            Load(f"B{k}", self.operand, axes, self.b.name, index, self.tiles.valid(part), ZERO),
-            Dot(part.acc, self.acc, ("i", "n"), rows, f"B{k}", "l", **more),
+            load,
+            Dot(f"S{k}", *operands, precision=self.precision),
+            Compute(part.acc, self.acc, ("i", "n"), whole, declares=False),
         ]

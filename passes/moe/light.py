@@ -96,7 +96,7 @@ def compile_light_gradient(spec: LightSpec) -> Program:
         ]
         start.append(Compute("along_v", acc, ("i", "c"), NONE))
     body: list[Stmt] = [*builder.head(), *start, *builder.mixing(extra), *builder.sums()]
-    value = real("x_sum") * real("Do")
+    value = _weighted("x_sum", "Do")
     step: list[Stmt] = [builder.rows("Do", "do")]
     if spec.constants:
         both = real("a") * real("along_x") + (1 - real("a")) * real("along_v")
@@ -108,7 +108,7 @@ def compile_light_gradient(spec: LightSpec) -> Program:
         ]
         given = given + real("of_constants")
     if spec.gated:
-        apart = real("all_sum") * real("a") * (1 - real("a")) * (real("along_x") - real("along_v"))
+        apart = _times("all_sum", real("a") * (1 - real("a")) * (real("along_x") - real("along_v")))
         body += [Compute("slope", acc, ("i", "c"), apart), builder.store_by("slopes", real("slope"))]
         step += [*builder.gates(), builder.mixture("Turned", real("slope") * real("Gate"))]
         value = value + real("Turned")
@@ -210,8 +210,8 @@ class _Builder:
         return [
             *out,
             Reduce("all_sum", self.acc, ("i", "c"), "sum", mine, ("k",)),
-            Compute("v_sum", self.acc, ("i", "c"), real("all_sum") * (1 - real("a"))),
-            Reduce("x_more", self.acc, ("i",), "sum", real("all_sum") * real("a"), ("c",)),
+            Compute("v_sum", self.acc, ("i", "c"), _times("all_sum", 1 - real("a"))),
+            Reduce("x_more", self.acc, ("i",), "sum", _times("all_sum", real("a")), ("c",)),
             Compute("x_sum", self.acc, ("i",), real("x_sum") + real("x_more"), declares=False),
         ]
 
@@ -259,7 +259,11 @@ class _Builder:
 
 def _weighted(weight: str, value: str) -> Expr:
     """A product that does not look at what has no weight."""
-    found: Expr = where(sympy.Eq(real(weight), 0), NONE, real(weight) * real(value))
+    return _times(weight, real(value))
+
+
+def _times(weight: str, value: Expr) -> Expr:
+    found: Expr = where(sympy.Eq(real(weight), 0), NONE, real(weight) * value)
     return found
 
 

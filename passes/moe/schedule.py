@@ -90,6 +90,8 @@ def choose(graph: Graph, op: Op, spec: ExpertsSpec) -> Tiling:
             step, meta = inner, tuple(sorted([*meta, ("sums", step)]))  # matrices are read where they lie
         return Tiling(_cpu_rows(spec), cols, step, True, blocked=True, meta=meta)
     rows, cols, step, warps, stages = (GPU if op.attr("halves") else GPU_PLAIN)[spec.load]
+    if op.attr("adds") and op.attr("chooses") and spec.load == "many" and not op.attr("halves"):
+        cols //= 2  # what rows add of their choice has sums of its own
     size = {"f64": 4, "f32": 2}.get(spec.dtype, 1)
     cols = min(max(16, cols // size), max(16, 1 << (columns - 1).bit_length()))
     step = max(32, step // size)
