@@ -128,6 +128,16 @@ def test_layers_of_a_longformer_share_what_they_ask_of_its_tokens(monkeypatch):
             given["global_attention_mask"][:, 5 * passes] = 1
 
 
+def test_layers_of_a_longformer_in_checkpoints():
+    """Layers are computed again in another order."""
+    model, inputs, *_ = build("longformer")
+    for part in model.train().modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    model.gradient_checkpointing_enable()
+    assert len(check(model, inputs).compiled) == 2
+
+
 def test_bigbird_in_training_draws_the_same_blocks():
     model, *_ = build("bigbird")
     for module in model.modules():

@@ -70,7 +70,7 @@ BAD = {
     ),
     "a shared expert without a gate": (
         {"shared_gate_up_proj": torch.zeros(I, H), "shared_down_proj": torch.zeros(H, I)},
-        r"expected \(2 S, H\) and \(H, S\) with H = 8, as the experts are laid out; got \(6, 8\) and \(8, 6\)",
+        r"\(2 S, H\) and \(H, S\) with H = 8, as the experts are laid out; got \(6, 8\) and \(8, 6\)",
     ),
     "a shared expert of another dtype": (
         {"shared_gate_up_proj": torch.zeros(2 * I, H).half(), "shared_down_proj": torch.zeros(H, I).half()},

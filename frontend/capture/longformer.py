@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention import attention
@@ -97,11 +98,13 @@ _TOKENS = WeakTensorKeyDictionary()
 
 def tokens_of(kinds: torch.Tensor, module: Any) -> Tokens:
     """The tokens of (B, S) kinds. To know them waits for the device, so that all layers of a pass share them:
-    a module that asks again belongs to another pass."""
+    a module that asks again belongs to another pass. Modes that watch operations, as those of checkpoints do,
+    see none of it: which layer they would belong to depends on who asks first."""
     version = -1 if kinds.is_inference() else kinds._version
     found = _TOKENS.get(kinds)
     if found is None or version < 0 or found.version != version or id(module) in found.users:
-        found = _TOKENS[kinds] = _tokens(kinds, version)
+        with _disable_current_modes():
+            found = _TOKENS[kinds] = _tokens(kinds, version)
     found.users.add(id(module))
     return found
 
