@@ -2,10 +2,8 @@
 
 import os
 import random
-import sys
 import zlib
 from collections.abc import Callable, Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +87,10 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """A driver of a CUDA GPU that runs nothing: see fake_cuda.py."""
     from gossamer.runtime.driver import reset
+    from gossamer.tests import fake_cuda
 
-    spec = spec_from_file_location("gossamer_tests_fake_cuda", ROOT / "tests" / "fake_cuda.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
     reset()
-    yield module.install(monkeypatch, tmp_path)
+    yield fake_cuda.install(monkeypatch, tmp_path)
     reset()
 
 

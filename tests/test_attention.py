@@ -1,9 +1,7 @@
 """`gossamer.attention` on the CPU: every case against the correctness rule of `check_attention`."""
 
-import importlib.util
 import math
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +14,8 @@ from gossamer.runtime.driver import compilations
 
 NAN, INF = math.nan, math.inf
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_attention_cases", Path(__file__).with_name("attention_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(CASES)
+from gossamer.tests import attention_cases as CASES  # noqa: E402
+
 tensors, LIBRARY, SCORES, IDS = CASES.tensors, CASES.LIBRARY, CASES.score_mods(), CASES.IDS
 
 

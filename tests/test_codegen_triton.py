@@ -1,6 +1,5 @@
 """Triton: emitted text runs on the interpreter as the NumPy oracle says, and compiles for every target."""
 
-import importlib.util
 import math
 import re
 import subprocess
@@ -23,19 +22,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 from gossamer.runtime.gpu import TARGETS, compile_ahead, load, target_of  # noqa: E402
 from gossamer.runtime.triton_interpreter import run_interpreted  # noqa: E402
+from gossamer.tests import kernels as PROGRAMS  # noqa: E402
 
 FOLDER = Path(__file__).parent
-
-
-def _sibling(name):
-    spec = importlib.util.spec_from_file_location(f"gossamer_tests_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-PROGRAMS = _sibling("kernels")
 
 
 def run(kernel, **given):

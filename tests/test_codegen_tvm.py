@@ -1,6 +1,5 @@
 """The CPU backend: emitted TVMScript, compiled and run, does what NumPy and the interpreter say."""
 
-import importlib.util
 import math
 import subprocess
 import sys
@@ -27,21 +26,11 @@ pytest.importorskip("tvm")
 from gossamer.runtime.compile import compile_kernels  # noqa: E402
 from gossamer.runtime.cpu import build_object, load_object  # noqa: E402
 from gossamer.runtime.executable import Executable  # noqa: E402
+from gossamer.tests import kernels as PROGRAMS  # noqa: E402
 
 FOLDER = Path(__file__).parent
 TORCH = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
 TORCH |= {"i32": torch.int32, "i64": torch.int64, "bool": torch.bool}
-
-
-def _sibling(name):
-    spec = importlib.util.spec_from_file_location(f"gossamer_tests_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-PROGRAMS = _sibling("kernels")
 
 
 @cache

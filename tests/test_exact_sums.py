@@ -1,9 +1,7 @@
 """Gradients of captured tensors that add up as integers: exact, and the same in any order."""
 
-import importlib.util
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,17 +17,7 @@ from gossamer.passes.pipeline import compile_spec
 from gossamer.passes.spec import AttentionSpec, Gradient
 from gossamer.runtime.gpu import compile_ahead
 from gossamer.runtime.triton_interpreter import run_interpreted
-
-
-def _helper(name):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"gossamer_tests_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-check_gradients = _helper("gradient_cases").check_gradients
+from gossamer.tests.gradient_cases import check_gradients
 
 
 @pytest.fixture

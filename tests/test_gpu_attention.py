@@ -4,10 +4,8 @@ pytest -m gpu -n 12 tests/test_gpu_*.py
 """
 
 import functools
-import importlib.util
 import math
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,11 +21,8 @@ pytestmark = pytest.mark.gpu
 
 NAN, INF = math.nan, math.inf
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_attention_cases", Path(__file__).with_name("attention_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(CASES)
+from gossamer.tests import attention_cases as CASES  # noqa: E402
+
 LIBRARY = CASES.LIBRARY
 tensors = functools.partial(CASES.tensors, device="cuda", dtype=torch.bfloat16, size=64)
 

@@ -3,28 +3,18 @@
 pytest -m gpu -n 12 tests/test_gpu_gradients.py
 """
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
 import gossamer
 from gossamer import masks
+from gossamer.tests import attention_cases as CASES
+from gossamer.tests import gradient_cases as GRADIENTS
 
 pytestmark = pytest.mark.gpu
 
-
-def _helper(name):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"gossamer_tests_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CASES, GRADIENTS = _helper("attention_cases"), _helper("gradient_cases")
 HALF = {"device": "cuda", "dtype": torch.bfloat16, "size": 64}
 
 

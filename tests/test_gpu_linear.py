@@ -1,9 +1,6 @@
 """Linear attention on a GPU: the error rule, gradients, states, and FLuRKA."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,12 +10,7 @@ from gossamer import feature_maps  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_linear_cases", Path(__file__).with_name("linear_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = CASES
-_SPEC.loader.exec_module(CASES)
+from gossamer.tests import linear_cases as CASES  # noqa: E402
 
 
 def same(case, tolerance, **more):

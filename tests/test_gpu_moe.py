@@ -3,10 +3,6 @@
 pytest -m gpu -n 12 tests/test_gpu_moe.py
 """
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -15,12 +11,8 @@ from gossamer.frontend.moe.activation import clamped_swiglu  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_moe_cases", Path(__file__).with_name("moe_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = CASES
-_SPEC.loader.exec_module(CASES)
+from gossamer.tests import moe_cases as CASES  # noqa: E402
+
 Case, plain, ULP = CASES.Case, CASES.plain, CASES.ULP
 HALF = {"dtype": torch.bfloat16, "hidden": 128, "inner": 96}
 GPT_OSS = {"transposed": True, "interleaved": True, "biased": True, "activation": clamped_swiglu()}

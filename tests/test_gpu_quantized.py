@@ -1,9 +1,5 @@
 """Quantised experts on a GPU: the error rule for every format and load, widths by expert, gradients."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -11,12 +7,8 @@ import gossamer  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_moe_cases", Path(__file__).with_name("moe_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = CASES
-_SPEC.loader.exec_module(CASES)
+from gossamer.tests import moe_cases as CASES  # noqa: E402
+
 Case, plain, ULP = CASES.Case, CASES.plain, CASES.ULP
 FORMATS = [
     ("int8", {}),

@@ -1,8 +1,6 @@
 """Sinks, dropout, prob_mod and column sums on a GPU."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +12,8 @@ from gossamer.frontend.checking import check_attention
 pytestmark = pytest.mark.gpu
 
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_attention_cases", Path(__file__).with_name("attention_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(CASES)
+from gossamer.tests import attention_cases as CASES  # noqa: E402
+
 tensors = functools.partial(CASES.tensors, device="cuda", dtype=torch.bfloat16, size=64)
 
 MASKS = {

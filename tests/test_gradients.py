@@ -1,9 +1,7 @@
 """Gradients of attention on a CPU: every mask, map and placement, against the dense formula."""
 
 import functools
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +12,8 @@ from hypothesis import strategies as st
 import gossamer
 from gossamer import masks
 from gossamer.ir.errors import UnsupportedError
-
-
-def _helper(name):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"gossamer_tests_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CASES, check_gradients = _helper("attention_cases"), _helper("gradient_cases").check_gradients
+from gossamer.tests import attention_cases as CASES
+from gossamer.tests.gradient_cases import check_gradients
 
 
 @pytest.mark.parametrize("name", CASES.LIBRARY)

@@ -1,7 +1,5 @@
 """Tile programs: text and back, every rule of the verifier, the interpreter against NumPy."""
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,8 @@ from gossamer.ir.kernel_text import parse, parse_program, to_text
 from gossamer.ir.kernel_verify import verify
 
 HERE = Path(__file__).parent
-_SPEC = importlib.util.spec_from_file_location("gossamer_tests_kernels", HERE / "kernels.py")
-FIXTURES = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = FIXTURES
-_SPEC.loader.exec_module(FIXTURES)
+from gossamer.tests import kernels as FIXTURES  # noqa: E402
+
 PROGRAMS = sorted((HERE / "programs").glob("*.kir"))
 
 BASE = """\

@@ -1,6 +1,5 @@
 """`gossamer.jax.attention` against float64, under jit, vmap and shard_map."""
 
-import importlib.util
 import itertools
 import math
 import os
@@ -8,7 +7,6 @@ import re
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,11 +26,8 @@ from gossamer.ir.errors import InputError, TraceError, UnsupportedError  # noqa:
 from gossamer.runtime.driver import compilations  # noqa: E402
 
 attention = gossamer.jax.attention
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_attention_cases", Path(__file__).with_name("attention_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(CASES)
+from gossamer.tests import attention_cases as CASES  # noqa: E402
+
 tensors, LIBRARY, SCORES = CASES.tensors, CASES.LIBRARY, CASES.score_mods()
 SHORT = jnp.arange(9)
 

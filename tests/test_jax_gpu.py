@@ -1,9 +1,6 @@
 """Kernels for GPUs under XLA: what is lowered, and what jaxlib would launch, on Triton's interpreter."""
 
 import math
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,10 +27,7 @@ from gossamer.frontend.score import ScoreMod  # noqa: E402
 from gossamer.ir.errors import InputError, UnsupportedError  # noqa: E402
 from gossamer.runtime import xla_gpu  # noqa: E402
 from gossamer.runtime.driver import reset  # noqa: E402
-
-_SPEC = spec_from_file_location("gossamer_tests_fake_jaxlib", Path(__file__).with_name("fake_jaxlib.py"))
-FAKE = sys.modules[_SPEC.name] = module_from_spec(_SPEC)
-_SPEC.loader.exec_module(FAKE)
+from gossamer.tests import fake_jaxlib as FAKE  # noqa: E402
 
 TARGET = "cuda:sm_90"
 

@@ -1,9 +1,6 @@
 """`gossamer.jax.linear_attention` against float64, and under jit, vmap, grad and shard_map."""
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,12 +16,8 @@ import gossamer.jax  # noqa: E402
 from gossamer import feature_maps  # noqa: E402
 from gossamer.ir.errors import InputError, TraceError  # noqa: E402
 from gossamer.runtime.driver import compilations  # noqa: E402
+from gossamer.tests import linear_cases as CASES  # noqa: E402
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_linear_cases", Path(__file__).with_name("linear_cases.py")
-)
-CASES = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(CASES)
 Case = CASES.Case
 linear = gossamer.jax.linear_attention
 

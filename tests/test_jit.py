@@ -1,11 +1,8 @@
 """gossamer.jit: attention found however programs spell it, and left alone where it is something else."""
 
 import copy
-import importlib.util
 import math
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +13,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import gossamer
 from gossamer.frontend.capture import site as graph_site
 from gossamer.runtime.driver import compilations
+from gossamer.tests import jit_programs as PROGRAMS
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_jit_programs", Path(__file__).with_name("jit_programs.py")
-)
-PROGRAMS = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(PROGRAMS)
 SPELLINGS, inputs = PROGRAMS.SPELLINGS, PROGRAMS.inputs
 INF = math.inf
 

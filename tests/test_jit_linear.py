@@ -1,9 +1,5 @@
 """gossamer.jit: linear attention found however programs spell it, and never where it is something else."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch._dynamo
@@ -12,13 +8,8 @@ import torch.nn.functional as F
 import gossamer
 from gossamer.frontend.checking import judged
 from gossamer.tests import ids
+from gossamer.tests import linear_programs as PROGRAMS
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_linear_programs", Path(__file__).with_name("linear_programs.py")
-)
-PROGRAMS = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = PROGRAMS
-_SPEC.loader.exec_module(PROGRAMS)
 SPELLINGS, inputs = PROGRAMS.SPELLINGS, PROGRAMS.inputs
 
 

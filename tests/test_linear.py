@@ -1,9 +1,5 @@
 """`gossamer.linear_attention` on a CPU: against the dense formula, its gradients, states and errors."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,13 +8,8 @@ torch = pytest.importorskip("torch")
 import gossamer  # noqa: E402
 from gossamer import feature_maps  # noqa: E402
 from gossamer.ir.errors import InputError, TraceError, UnsupportedError  # noqa: E402
+from gossamer.tests import linear_cases as CASES  # noqa: E402
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_linear_cases", Path(__file__).with_name("linear_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = CASES
-_SPEC.loader.exec_module(CASES)
 Case, check = CASES.Case, CASES.check
 
 

@@ -1,8 +1,5 @@
 """Masks handed to PyTorch's own FlexAttention."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,12 +9,7 @@ import gossamer
 from gossamer import testing
 from gossamer.frontend.mask_mod import mask_mod_of
 from gossamer.ir.errors import UnsupportedError
-
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_attention_cases", Path(__file__).with_name("attention_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(CASES)
+from gossamer.tests import attention_cases as CASES
 
 
 def expect_same_pairs(mask, q_len, kv_len, batch=0):

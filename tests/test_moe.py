@@ -1,10 +1,7 @@
 """gossamer.experts, moe and route on the CPU: against float64, for layouts and routings of every kind."""
 
 import copy
-import importlib.util
 import pickle
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +13,8 @@ pytest.importorskip("tvm_ffi_orcjit")
 import gossamer  # noqa: E402
 from gossamer.frontend.moe.activation import clamped_swiglu  # noqa: E402
 from gossamer.runtime.driver import compilations  # noqa: E402
+from gossamer.tests import moe_cases as CASES  # noqa: E402
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_moe_cases", Path(__file__).with_name("moe_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = CASES
-_SPEC.loader.exec_module(CASES)
 Case, activated, check, plain = CASES.Case, CASES.activated, CASES.check, CASES.plain
 
 SIZES = [(1, 1), (5, 3)]  # experts, top_k

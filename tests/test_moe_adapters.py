@@ -1,9 +1,5 @@
 """Adapters that tokens choose: one set of kernels for all of a stack, whatever the tokens ask for."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -20,13 +16,8 @@ from gossamer.passes.moe.gradient import WANTED, build_gradients  # noqa: E402
 from gossamer.passes.moe.pipeline import compile_experts, compile_gradients  # noqa: E402
 from gossamer.passes.moe.spec import ExpertsSpec  # noqa: E402
 from gossamer.runtime.driver import compilations  # noqa: E402
+from gossamer.tests import moe_cases as CASES  # noqa: E402
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_moe_cases", Path(__file__).with_name("moe_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = CASES
-_SPEC.loader.exec_module(CASES)
 Case, plain, ULP = CASES.Case, CASES.plain, CASES.ULP
 
 SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")

@@ -1,9 +1,5 @@
 """Gradients of gossamer.experts: torch's gradcheck in float64, plain torch in others, every level."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -18,13 +14,8 @@ from gossamer.ir.expr import real, sigmoid  # noqa: E402
 from gossamer.passes.moe.gradient import WANTED, build_gradients  # noqa: E402
 from gossamer.passes.moe.pipeline import compile_gradients  # noqa: E402
 from gossamer.passes.moe.spec import ExpertsSpec  # noqa: E402
+from gossamer.tests import moe_cases as CASES  # noqa: E402
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_moe_cases", Path(__file__).with_name("moe_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = CASES
-_SPEC.loader.exec_module(CASES)
 Case, plain, ULP = CASES.Case, CASES.plain, CASES.ULP
 TENSORS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")

@@ -1,9 +1,5 @@
 """Low-rank adapters of experts: added within the products, with gradients of their own."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -18,13 +14,8 @@ from gossamer.passes.moe.build import build_experts  # noqa: E402
 from gossamer.passes.moe.gradient import LORA, build_gradients  # noqa: E402
 from gossamer.passes.moe.pipeline import compile_experts  # noqa: E402
 from gossamer.passes.moe.spec import ExpertsSpec  # noqa: E402
+from gossamer.tests import moe_cases as CASES  # noqa: E402
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_moe_cases", Path(__file__).with_name("moe_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = CASES
-_SPEC.loader.exec_module(CASES)
 Case, plain, ULP = CASES.Case, CASES.plain, CASES.ULP
 
 SWIGLU = real("x0") * sigmoid(real("x0")) * real("x1")

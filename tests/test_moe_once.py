@@ -1,10 +1,8 @@
 """Quantised matrices that are decoded once, before a product with many rows: at every level, on Triton's
 interpreter, through tensor descriptors; where that is chosen, and how long the matrices live."""
 
-import importlib.util
 import weakref
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +14,8 @@ from gossamer.passes.moe.build import build_experts
 from gossamer.passes.moe.gradient import build_gradients
 from gossamer.passes.moe.once import decodes_once
 from gossamer.passes.moe.pipeline import compile_experts, lower_experts, run_experts
+from gossamer.tests import quantized_cases as CASES
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_quantized_cases", Path(__file__).with_name("quantized_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(CASES)
 arguments, for_kernels, spec_of, stored = CASES.arguments, CASES.for_kernels, CASES.spec_of, CASES.stored
 BOTH = {"once": (True, True), "load": "many", "target": "cuda:sm_90"}
 NAMES = ["experts_gate_up", "experts_h", "experts_down", "experts_y", "experts_o"]

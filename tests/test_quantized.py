@@ -1,9 +1,5 @@
 """Quantised experts on the CPU: against float64 of the dequantised matrices; formats, groups, widths."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,14 +11,8 @@ import gossamer  # noqa: E402
 from gossamer import QuantizedWeight  # noqa: E402
 from gossamer.ir.errors import InputError, UnsupportedError  # noqa: E402
 from gossamer.ir.quantized import E2M1, Quantized, dequantize  # noqa: E402
+from gossamer.tests import moe_cases as CASES  # noqa: E402
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_moe_cases", Path(__file__).with_name("moe_cases.py")
-)
-CASES = sys.modules.get(_SPEC.name) or importlib.util.module_from_spec(_SPEC)
-if _SPEC.name not in sys.modules:
-    sys.modules[_SPEC.name] = CASES
-    _SPEC.loader.exec_module(CASES)
 Case, plain, ULP = CASES.Case, CASES.plain, CASES.ULP
 
 FORMATS = [

@@ -1,8 +1,6 @@
 """Quantised experts below the frontend: every level computes the same, texts parse, Triton's text runs."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,12 +25,8 @@ from gossamer.passes.moe.fuse import fuse_experts
 from gossamer.passes.moe.gradient import build_gradients
 from gossamer.passes.moe.pipeline import compile_experts, compile_gradients, lower_experts, run_experts
 from gossamer.passes.moe.spec import ExpertsSpec
+from gossamer.tests import quantized_cases as CASES
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_quantized_cases", Path(__file__).with_name("quantized_cases.py")
-)
-CASES = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(CASES)
 FORMATS, SWIGLU, T, TOP = CASES.FORMATS, CASES.SWIGLU, CASES.T, CASES.TOP
 arguments, for_kernels, on_triton = CASES.arguments, CASES.for_kernels, CASES.on_triton
 spec_of, stored = CASES.spec_of, CASES.stored

@@ -1,9 +1,5 @@
 """Zero points of codes: asymmetric integers, and the checkpoints that have them."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -14,14 +10,8 @@ from gossamer.ir.errors import InputError, UnsupportedError, VerifyError  # noqa
 from gossamer.ir.graph import Graph, Op, Value  # noqa: E402
 from gossamer.ir.graph_verify import verify  # noqa: E402
 from gossamer.ir.quantized import Quantized, dequantize  # noqa: E402
+from gossamer.tests import moe_cases as CASES  # noqa: E402
 
-_SPEC = importlib.util.spec_from_file_location(
-    "gossamer_tests_moe_cases", Path(__file__).with_name("moe_cases.py")
-)
-CASES = sys.modules.get(_SPEC.name) or importlib.util.module_from_spec(_SPEC)
-if _SPEC.name not in sys.modules:
-    sys.modules[_SPEC.name] = CASES
-    _SPEC.loader.exec_module(CASES)
 Case, plain, ULP = CASES.Case, CASES.plain, CASES.ULP
 
 E, N, K = 2, 16, 32

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +20,8 @@ from gossamer.ir.score import ScoreMap
 from gossamer.ir.sequences import Sequences
 from gossamer.passes.build import build
 from gossamer.passes.pipeline import compile_spec
+from gossamer.tests import sequences as helper
 
-_FILE = importlib.util.spec_from_file_location(
-    "gossamer_tests_sequences", Path(__file__).with_name("sequences.py")
-)
-assert _FILE and _FILE.loader
-helper = sys.modules[_FILE.name] = importlib.util.module_from_spec(_FILE)
-_FILE.loader.exec_module(helper)
 Batch = helper.Batch
 
 MASKS: dict[str, tuple[str, dict[str, Any]]] = {
